@@ -1,0 +1,29 @@
+# `make demo` and `make test` set up what they need by themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: setup demo test lint bench clean
+setup: $(STAMP)            ## create .venv and install requirements.txt
+
+$(STAMP): requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade uv
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -r requirements.txt
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps -e .
+	touch $@
+
+demo: $(STAMP)             ## the whole walk on a simulated sample: demo_run/index.html
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash assets/demo.sh
+
+test: $(STAMP)             ## every test
+	$(BIN)/python -m pytest -q --durations=15
+
+lint: $(STAMP)             ## style
+	$(BIN)/ruff check .
+
+bench: $(STAMP)            ## print the figures of benchmarks/RESULTS.md
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:                     ## remove what runs left behind; .venv stays
+	rm -rf demo_run build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""What is measured on images and embeddings. Imports networks and preprocessing."""

@@ -1,0 +1,1 @@
+"""nn.Modules and their weights. No data files, no training."""

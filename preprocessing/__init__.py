@@ -1,0 +1,1 @@
+"""Space Ranger folder + slide -> patches and expression. Imports no torch."""

@@ -1,0 +1,75 @@
+"""Say what is wrong with what the user handed us: one line, no traceback, a fixed exit code.
+
+Exit codes: 2 usage, 3 bad input, 4 I/O, 5 damaged or incompatible weights, 130 Ctrl-C.
+Every command is declared with `cls=Command`, which gives it `--debug` (show the traceback) and this rule.
+"""
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+EXIT_USAGE, EXIT_INPUT, EXIT_IO, EXIT_WEIGHTS, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
+
+
+class InputError(ValueError):
+    """What the user handed us is not what this step needs. `next_step` says what to do about it, if anything."""
+
+    exit_code = EXIT_INPUT
+
+    def __init__(self, path: Path | str, field: str, expected: str, found: str, next_step: str = ""):
+        hint = f". {next_step}" if next_step else ""
+        super().__init__(f"{path}: {field}: expected {expected}; found {found}{hint}")
+
+
+class WeightsError(InputError):
+    """Weights or a checkpoint are damaged, or belong to another model or gene list."""
+
+    exit_code = EXIT_WEIGHTS
+
+
+class OptionError(ValueError):
+    """Options that cannot hold together; raised when a config is built, before any data is read."""
+
+    exit_code = EXIT_USAGE
+
+    def __init__(self, option: str, expected: str, found: str):
+        super().__init__(f"{option}: expected {expected}; found {found}")
+
+
+def first_few(items: Sequence[object], limit: int = 5) -> str:
+    """`'3 (A, B, C)'`: the count and the first few, for messages that must not print a thousand barcodes."""
+    shown = ", ".join(str(item) for item in items[:limit])
+    return f"{len(items):,} ({shown}{', ...' if len(items) > limit else ''})"
+
+
+@contextmanager
+def one_line_errors(debug: bool = False) -> Iterator[None]:
+    """Turn user errors into one line on stderr and `SystemExit`; with `debug`, let them pass as they are."""
+    try:
+        yield
+    except (InputError, OptionError, OSError, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            message, code = "interrupted; what was finished is kept, run the same command again", EXIT_INTERRUPTED
+        else:
+            message, code = str(error), getattr(error, "exit_code", EXIT_IO)
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(code) from error
+
+
+class Command(click.Command):
+    """A click command that ends user errors in one line, and has `--debug` for the traceback."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs["context_settings"] = {"show_default": True, **(kwargs.get("context_settings") or {})}
+        super().__init__(*args, **kwargs)
+        self.params.append(click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."))
+
+    def invoke(self, ctx: click.Context):
+        with one_line_errors(debug=ctx.params.pop("debug", False)):
+            return super().invoke(ctx)

@@ -1,0 +1,187 @@
+"""The one home of "a file is finished": temporary name, validated, renamed, then a done-manifest.
+
+A reader never sees a half-written file under its final name. A step is skipped only if its done-manifest
+(`name.done.json`) matches the inputs **and** the config; that the file exists proves nothing.
+"""
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+MIB = 1 << 20
+
+
+@contextmanager
+def finished_file(path: Path | str, validate: Callable[[Path], object] | None = None) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; on success fsync, `validate(temporary)`, rename to `path`.
+
+    On any error the temporary is removed and the old `path`, if there was one, stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        yield temporary
+        _fsync(temporary)
+        if validate is not None:
+            validate(temporary)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def finished_folder(path: Path | str, validate: Callable[[Path], object] | None = None) -> Iterator[Path]:
+    """As `finished_file` for a whole folder. An older folder of that name is replaced only once the new one stands."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    old = path.with_name(f"{path.name}.old.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if validate is not None:
+            validate(temporary)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(temporary, path)
+        _fsync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not path.exists():   # killed between the two renames: put the old one back
+            os.rename(old, path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path | str, content: object) -> None:
+    """Write JSON by the rule of this module; keys keep their order."""
+    with finished_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def file_sha256(path: Path | str) -> str:
+    """SHA-256 of a whole file, read in blocks."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+
+
+def _digest(stream) -> str:                      # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := stream.read(MIB):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(path: Path | str) -> dict[str, object]:
+    """Name, size and SHA-256 of the first and last MiB: tells two slides apart without reading gigabytes."""
+    path = Path(path)
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        digest.update(stream.read(MIB))
+        stream.seek(max(size - MIB, 0))
+        digest.update(stream.read(MIB))
+    return {"name": path.name, "bytes": size, "ends_sha256": digest.hexdigest()}
+
+
+def strings_sha256(strings) -> str:
+    """SHA-256 over an ordered list of strings (barcodes, genes), one a line."""
+    return hashlib.sha256("\n".join(strings).encode()).hexdigest()
+
+
+def config_sha256(config: Mapping) -> str:
+    """SHA-256 of a config, independent of key order."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def done_path(path: Path | str) -> Path:
+    """Where the done-manifest of a file or folder lies: beside it."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.done.json")
+
+
+def write_done(path: Path | str, *, config: Mapping, inputs: Mapping[str, Path | str], **facts: object) -> None:
+    """Write the done-manifest of a finished file or folder; the last thing a step does.
+
+    `config` is what the step was told, `inputs` the files it read, `facts` what a reader may want
+    (rows, barcode_sha256, ...).
+    """
+    path = Path(path)
+    if path.is_file():
+        facts = {"sha256": file_sha256(path), **facts}
+    write_json(done_path(path), {
+        **facts, "config_sha256": config_sha256(config), "config": dict(config),
+        "inputs": {name: fingerprint(file) for name, file in inputs.items()}, "versions": program_versions(),
+    })
+
+
+def is_done(path: Path | str, *, config: Mapping, inputs: Mapping[str, Path | str]) -> bool:
+    """True if `path` was finished from exactly these inputs with exactly this config."""
+    path, manifest = Path(path), done_path(path)
+    if not path.exists() or not manifest.exists():
+        return False
+    try:
+        done = json.loads(manifest.read_text())
+    except json.JSONDecodeError:
+        return False
+    return (done.get("config_sha256") == config_sha256(config)
+            and done.get("inputs") == {name: fingerprint(file) for name, file in inputs.items()}
+            and (not path.is_file() or done.get("sha256") == file_sha256(path)))
+
+
+def program_versions() -> dict[str, str]:
+    """Versions of ourselves and of the packages that shape numbers on disk."""
+    versions = {}
+    for name in ("genes-to-morphology", "numpy", "scipy", "anndata", "h5py", "pillow", "torch", "timm"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def require_free_space(folder: Path | str, needed_bytes: int) -> None:
+    """Raise `OSError` (exit code 4) if the disk that will hold `folder` has less than `needed_bytes` free."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise OSError(errno.ENOSPC, f"needs {needed_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", str(folder))
+
+
+@contextmanager
+def locked(path: Path | str, wait_s: float = 3600) -> Iterator[None]:
+    """Hold the lock of one output while writing it. A live process's lock is waited for, never taken;
+    the lock of a dead process is free (the kernel releases it)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock_file = path.with_name(f".{path.name}.lock")
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=wait_s)
+    except Timeout as error:
+        raise OSError(errno.EAGAIN, "another process is still writing it", str(path)) from error
+    try:
+        yield
+    finally:
+        lock.release()
