@@ -1,0 +1,67 @@
+"""Rank each query's own partner in a pool of embeddings: R@k and the median rank, with chance and an interval.
+
+Row i of the queries belongs to row i of the pool. Cosine similarity, so the lengths of the rows do not matter.
+Ties are fair: of t equal candidates, each place is equally likely, so a collapsed model scores chance and not 1.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+TIE = 1e-9              # similarities this close are equal: rounding must not decide a rank
+QUERIES_A_BLOCK = 1024
+
+
+def retrieval_metrics(queries: np.ndarray, pool: np.ndarray, *, ks: Sequence[int] = (1, 5, 10),
+                      n_bootstrap: int = 1000, seed: int = 0) -> dict[str, float | list[float]]:
+    """Queries and pool (N, D), paired by row. Returns `r1, r5, r10, median_rank, r10_ci95, chance_r10` for ks 1, 5, 10.
+
+    The 95 % interval is a bootstrap over queries of the largest k; chance is that k over N.
+    """
+    return summarise_places([places(queries, pool)], ks=ks, n_bootstrap=n_bootstrap, seed=seed)
+
+
+def places(queries: np.ndarray, pool: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each query, how many of the pool lie above its partner, and how many others are level with it: two (N,) ints.
+
+    A query or partner that is not finite has the whole pool above it.
+    """
+    if queries.shape != pool.shape or queries.ndim != 2 or not len(queries):
+        raise ValueError(f"queries and pool are paired by row: expected two equal (N, D); found {queries.shape} and {pool.shape}")
+    queries, pool = unit_rows(queries), unit_rows(pool)
+    above = np.empty(len(queries), dtype=np.int64)
+    level = np.empty(len(queries), dtype=np.int64)
+    for start in range(0, len(queries), QUERIES_A_BLOCK):
+        rows = np.arange(start, min(start + QUERIES_A_BLOCK, len(queries)))
+        similarity = queries[rows] @ pool.T                            # (block, N)
+        own = similarity[np.arange(len(rows)), rows][:, None]          # (block, 1)
+        not_above = similarity <= own + TIE                            # False wherever a NaN takes part
+        above[rows] = (~not_above).sum(axis=1)
+        level[rows] = (not_above & (similarity >= own - TIE)).sum(axis=1) - np.isfinite(own[:, 0])
+    return np.minimum(above, len(queries) - 1), level
+
+
+def summarise_places(runs: Sequence[tuple[np.ndarray, np.ndarray]], *, ks: Sequence[int] = (1, 5, 10),
+                     n_bootstrap: int = 1000, seed: int = 0) -> dict[str, float | list[float]]:
+    """Metrics of one or more `places` of the same N queries (one per seed of a generator), averaged over the runs."""
+    n = len(runs[0][0])
+    hits = {k: np.mean([np.clip((k - above) / (level + 1), 0, 1) for above, level in runs], axis=0) for k in ks}   # (N,) each
+    ranks = np.concatenate([1 + above + level / 2 for above, level in runs])
+    widest = max(ks)
+    rng = np.random.default_rng(seed)
+    means = np.array([hits[widest][rng.integers(n, size=n)].mean() for _ in range(n_bootstrap)])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {
+        **{f"r{k}": float(hits[k].mean()) for k in ks},
+        "median_rank": float(np.median(ranks)),
+        f"r{widest}_ci95": [float(low), float(high)],
+        f"chance_r{widest}": min(widest / n, 1.0),
+    }
+
+
+def unit_rows(embeddings: np.ndarray) -> np.ndarray:
+    """Float64 copy with rows of length 1; a zero row stays zero."""
+    embeddings = np.asarray(embeddings, dtype=np.float64)
+    length = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return embeddings / np.where(length > 0, length, 1)
