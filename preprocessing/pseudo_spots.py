@@ -1,0 +1,160 @@
+"""Group 2 µm Visium HD bins into square pseudo-spots, one per patch; Visium spots pass through.
+
+Touches no files. A pseudo-spot is n × n bins with n odd, so one bin is its centre and lends it barcode and position.
+Bin positions are (row, col) on the capture array; pixel positions are (x, y) at level 0 and come from the sample's
+pixel columns only: array columns may run against image x.
+"""
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import scipy.sparse as sp
+
+from preprocessing.errors import InputError, OptionError, first_few
+from preprocessing.sample import Sample, Spots
+
+BLOCK_WINDOWS = 4096     # windows whose member bins are looked up at once: 12 MB at 27 × 27
+BLOCK_SPOTS = 512        # pseudo-spots summed at once
+HD_BARCODE = re.compile(r"s_(\d{3})um_(\d{5})_(\d{5})-1", re.IGNORECASE)
+
+
+def parse_hd_barcodes(barcodes: Sequence[str], path: str = "barcodes") -> tuple[np.ndarray, np.ndarray]:
+    """`s_002um_RRRRR_CCCCC-1`, any case -> array rows and columns, both (P,) int64."""
+    matches = [HD_BARCODE.fullmatch(barcode) for barcode in barcodes]
+    foreign = [barcode for barcode, match in zip(barcodes, matches, strict=True) if match is None]
+    if foreign:
+        raise InputError(path, "barcode", "Visium HD bins named s_002um_RRRRR_CCCCC-1", first_few(foreign))
+    return (np.array([int(match[2]) for match in matches], dtype=np.int64),
+            np.array([int(match[3]) for match in matches], dtype=np.int64))
+
+
+def format_hd_barcode(bin_um: int, array_row: int, array_col: int) -> str:
+    """The name Space Ranger gives a bin: `s_002um_00117_00403-1`."""
+    return f"s_{int(bin_um):03d}um_{array_row:05d}_{array_col:05d}-1"
+
+
+def bins_per_side(patch_um: float, bin_um: float) -> int:
+    """floor(patch_um / bin_um), which must be odd so that one bin is the centre."""
+    if not (math.isfinite(patch_um) and patch_um > 0):
+        raise OptionError("--patch-sz-um", "a positive number of µm", f"{patch_um:g}")
+    n = math.floor(patch_um / bin_um + 1e-6)     # 54 µm of 0.1 + 0.2 µm bins must not lose one to rounding
+    if n % 2 == 0:
+        valid = [k for k in (n - 1, n + 1) if k > 0]
+        raise OptionError(
+            "--patch-sz-um", f"an odd number of {bin_um:g} µm bins a side, nearest: "
+            + " or ".join(f"{k * bin_um:g} µm ({k} bin{'s' if k > 1 else ''})" for k in valid),
+            f"{patch_um:g} µm = {n} bins")
+    return n
+
+
+def group_bins(sample: Sample, patch_um: float = 55.0, stride_bins: int = 5) -> Spots:
+    """Every n × n window of bins, stepping by `stride_bins` over the array from bin (0, 0), whose bins are all in tissue.
+
+    Members of a pseudo-spot stand in the order of its bins, row by row, so member n * n // 2 is the centre bin.
+    """
+    if sample.bin_um is None:
+        raise InputError(sample.sample_id, "bin size", "a Visium HD sample, made of bins", sample.platform)
+    if stride_bins < 1:
+        raise OptionError("--stride", "at least 1 bin", str(stride_bins))
+    n = bins_per_side(patch_um, sample.bin_um)
+    row_of_bin = _index_grid(sample, margin=n)
+    top, left, n_incomplete = _complete_windows(row_of_bin >= 0, n, stride_bins)
+    members = _member_indicator(row_of_bin, top, left, n, len(sample.barcodes))
+    centre = row_of_bin[top + n // 2, left + n // 2]
+    return Spots(
+        barcodes=sample.barcodes[centre], centre_xy_px=sample.centre_xy_px[centre],
+        array_row=sample.array_row[centre], array_col=sample.array_col[centre], members=members, patch_um=patch_um,
+        dropped={"have a bin outside tissue": n_incomplete} if n_incomplete else {})
+
+
+def _index_grid(sample: Sample, margin: int) -> np.ndarray:
+    """(rows + margin, columns + margin) int32: array position -> row of the sample, -1 where no bin is in tissue."""
+    rows_in_tissue = np.flatnonzero(sample.in_tissue)
+    array_row, array_col = sample.array_row[rows_in_tissue], sample.array_col[rows_in_tissue]
+    if len(rows_in_tissue) == 0:
+        return np.full((margin, margin), -1, dtype=np.int32)
+    if min(array_row.min(), array_col.min()) < 0:
+        raise InputError(sample.sample_id, "array_row, array_col", "positions from 0 up", "a negative one")
+    grid = np.full((array_row.max() + 1 + margin, array_col.max() + 1 + margin), -1, dtype=np.int32)
+    grid[array_row, array_col] = rows_in_tissue
+    if np.count_nonzero(grid >= 0) != len(rows_in_tissue):
+        raise InputError(sample.sample_id, "array_row, array_col", "one bin at each position",
+                         f"{len(rows_in_tissue) - np.count_nonzero(grid >= 0):,} positions taken twice")
+    return grid
+
+
+def _complete_windows(in_tissue: np.ndarray, n: int, stride: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Top row and left column of each window full of tissue, and the number of others whose centre is in tissue."""
+    height, width = in_tissue.shape
+    integral = np.zeros((height + 1, width + 1), dtype=np.int32)     # integral[i, j] = bins in tissue above i, left of j
+    np.cumsum(np.cumsum(in_tissue, axis=0, dtype=np.int32), axis=1, out=integral[1:, 1:])
+    tops, lefts = np.arange(0, height - n + 1, stride), np.arange(0, width - n + 1, stride)
+    n_in_tissue = (integral[np.ix_(tops + n, lefts + n)] - integral[np.ix_(tops, lefts + n)]
+                   - integral[np.ix_(tops + n, lefts)] + integral[np.ix_(tops, lefts)])
+    complete = n_in_tissue == n * n
+    centre_in_tissue = in_tissue[np.ix_(tops + n // 2, lefts + n // 2)]
+    i, j = np.nonzero(complete)
+    return tops[i], lefts[j], int(np.count_nonzero(centre_in_tissue & ~complete))
+
+
+def _member_indicator(row_of_bin: np.ndarray, top: np.ndarray, left: np.ndarray, n: int, n_rows: int) -> sp.csr_matrix:
+    """(P, n_rows) int8 indicator of the n * n bins of each window; filled block by block, so only the result is large."""
+    n_windows, n_bins = len(top), n * n
+    indices = np.empty(n_windows * n_bins, dtype=np.int32)
+    step_row, step_col = (step.ravel() for step in np.indices((n, n)))
+    for start in range(0, n_windows, BLOCK_WINDOWS):
+        block = slice(start, min(start + BLOCK_WINDOWS, n_windows))
+        found = row_of_bin[top[block, None] + step_row, left[block, None] + step_col]         # (block, n * n)
+        indices[block.start * n_bins:block.stop * n_bins] = found.ravel()
+    index_pointer = np.arange(n_windows + 1, dtype=np.int64) * n_bins
+    return sp.csr_matrix((np.ones(len(indices), dtype=np.int8), indices, index_pointer), shape=(n_windows, n_rows))
+
+
+def as_spots(sample: Sample, patch_um: float) -> Spots:
+    """In-tissue spots of a Visium or Spatial Transcriptomics sample, in the sample's order; each its own only member."""
+    if not (math.isfinite(patch_um) and patch_um > 0):
+        raise OptionError("--patch-sz-um", "a positive number of µm", f"{patch_um:g}")
+    rows = np.flatnonzero(sample.in_tissue)
+    members = sp.csr_matrix((np.ones(len(rows), dtype=np.int8), rows.astype(np.int32), np.arange(len(rows) + 1)),
+                            shape=(len(rows), len(sample.barcodes)))
+    return Spots(
+        barcodes=sample.barcodes[rows], centre_xy_px=sample.centre_xy_px[rows], array_row=sample.array_row[rows],
+        array_col=sample.array_col[rows], members=members, patch_um=patch_um)
+
+
+def take_spots(spots: Spots, rows: np.ndarray, dropped: Mapping[str, int]) -> Spots:
+    """The spots of `rows` (indices or a mask), in that order; the reasons in `dropped` are added to those known."""
+    return Spots(
+        barcodes=spots.barcodes[rows], centre_xy_px=spots.centre_xy_px[rows], array_row=spots.array_row[rows],
+        array_col=spots.array_col[rows], members=spots.members[rows], patch_um=spots.patch_um,
+        dropped={**spots.dropped, **{reason: count for reason, count in dropped.items() if count}})
+
+
+def sum_members(spots: Spots, counts: sp.spmatrix) -> sp.csr_matrix:
+    """Counts (rows of the sample, G) -> (P, G) sums over each spot's members: exact integers, zeros not stored."""
+    blocks = list(sum_blocks(spots, counts))
+    return sp.csr_matrix(sp.vstack(blocks, format="csr")) if blocks else sp.csr_matrix((0, counts.shape[1]), dtype=np.int32)
+
+
+def sum_blocks(spots: Spots, counts: sp.spmatrix, block_spots: int = BLOCK_SPOTS) -> Iterator[sp.csr_matrix]:
+    """`sum_members` in blocks of rows, for writing a large sample as it is summed."""
+    whole = _as_integers(counts, int(spots.n_members.max(initial=1)))
+    for start in range(0, len(spots), block_spots):
+        block = spots.members[start:start + block_spots].astype(whole.dtype) @ whole
+        block.eliminate_zeros()
+        block.sort_indices()
+        yield block
+
+
+def _as_integers(counts: sp.spmatrix, n_members: int) -> sp.csr_matrix:
+    """CSR in an integer type that cannot overflow when `n_members` rows are added."""
+    counts = sp.csr_matrix(counts)
+    largest = counts.data.max(initial=0)
+    integer = np.int32 if float(largest) * n_members < np.iinfo(np.int32).max else np.int64
+    whole = counts.astype(integer)
+    if not np.array_equal(whole.data, counts.data):
+        raise InputError("counts", "X", "raw UMI counts, whole numbers", "fractions or values that are not finite")
+    return whole
