@@ -1,0 +1,47 @@
+"""Shared fixtures: the real data beside the repository, and one tiny simulated sample a platform.
+
+A simulated sample is `preprocessing.simulate_sample.SimulatedSample`: `.folder`, `.space_ranger_dir`, `.slide`,
+`.tissue_geojson`, `.truth`, `.sample_id`, `.mpp`. The folders are shared by the whole session: read them, never write
+into them (`shutil.copytree` to a `tmp_path` first).
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real public samples beside the repository (`../shared/data`)."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"real data not found at {SHARED_DATA}")
+    return SHARED_DATA
+
+
+def tiny_sample(folder: Path, platform: str, **options):
+    """Simulate a tiny sample of one platform into `folder`; `options` override the fields of `SimulateConfig`."""
+    from preprocessing.simulate_sample import SimulateConfig, simulate_sample
+
+    fields = {"sample_id": "TINY", "width_um": 800, "height_um": 700, "mpp": 0.5, "genes": 120, "seed": 1, **options}
+    return simulate_sample(SimulateConfig(out_dir=folder / "sample", platform=platform, **fields))
+
+
+@pytest.fixture(scope="session")
+def sim_v1(tmp_path_factory):
+    """Visium, Space Ranger 1.x layout, 800 x 700 µm at 0.5 mpp, 120 genes."""
+    return tiny_sample(tmp_path_factory.mktemp("sim_v1"), "visium-v1")
+
+
+@pytest.fixture(scope="session")
+def sim_v2(tmp_path_factory):
+    """The same tissue, slide and counts as `sim_v1` in the Space Ranger 2.x layout."""
+    return tiny_sample(tmp_path_factory.mktemp("sim_v2"), "visium-v2")
+
+
+@pytest.fixture(scope="session")
+def sim_hd(tmp_path_factory):
+    """Visium HD, 2 µm bins, 600 x 500 µm at 0.5 mpp, 120 genes."""
+    return tiny_sample(tmp_path_factory.mktemp("sim_hd"), "visium-hd", width_um=600, height_um=500)
