@@ -127,7 +127,7 @@ def decide_mpp(path: Path | str, *, override: float | None = None, declared: flo
     if slide_mpp is not None:
         sources.insert(0 if use_wsi_res else len(sources), (f"the slide {slide_path}", float(slide_mpp)))
     if not sources:
-        raise InputError(slide_path or path, "mpp", "a source for micrometres per pixel (positions on an array, scale factors or the slide)",
+        raise InputError(slide_path or path, "mpp", "a source for µm per pixel (positions on an array, scale factors or the slide)",
                          "none", "Give it with --mpp")
     _compare(path, sources)
     return MppDecision(sources[0][1], sources[0][0], tuple(notices))
