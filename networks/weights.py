@@ -1,0 +1,117 @@
+"""Read and write weights without running code from a file.
+
+A weights folder is `model.safetensors` + `config.json` (plain JSON) + `SHA256SUMS` (as `sha256sum -c` reads it).
+Single files are `.safetensors`, or `.pt .pth .bin .torch` read with `weights_only=True`. Everything else is a `WeightsError`.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from preprocessing.errors import InputError, WeightsError, first_few
+from preprocessing.outputs import file_sha256, finished_folder, program_versions
+
+MODEL_FILE, CONFIG_FILE, SUMS_FILE = "model.safetensors", "config.json", "SHA256SUMS"
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".torch", ".ckpt")
+WRAPPERS = ("state_dict", "model", "teacher")   # keys under which others' files keep their tensors
+
+
+def read_state_dict(path: Path | str) -> dict[str, Tensor]:
+    """Tensors by name, on the CPU. A single wrapping key (`state_dict`, `model`, `teacher`) is opened."""
+    content = read_plain_file(path)
+    for key in WRAPPERS:
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    strangers = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    if strangers or not content:
+        raise WeightsError(path, "contents", "tensors by name", f"{first_few(strangers)} that are not tensors" if strangers else "none")
+    return dict(content)
+
+
+def read_plain_file(path: Path | str) -> dict:
+    """The dictionary in a weights file: tensors and plain values only, no object is ever built from it."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(path, "file", "a weights file", "nothing there")
+    if path.suffix != ".safetensors" and path.suffix not in TORCH_SUFFIXES:
+        raise WeightsError(path, "suffix", f".safetensors or {' '.join(TORCH_SUFFIXES)}", path.suffix or "none")
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:   # the two loaders raise a dozen types for a damaged or hostile file
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise WeightsError(path, "contents", "tensors that load without running code", reason) from error
+    if not isinstance(content, Mapping):
+        raise WeightsError(path, "contents", "tensors by name", type(content).__name__)
+    return dict(content)
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str) -> None:
+    """Copy `tensors` into `module`; all of them or none. `path` is only named in the message.
+
+    Refuses missing, unexpected, misshapen and non-finite tensors, listing each kind.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in tensors]
+    unexpected = [name for name in tensors if name not in own]
+    misshapen = [f"{name} {tuple(tensors[name].shape)} for {tuple(own[name].shape)}"
+                 for name in own if name in tensors and tensors[name].shape != own[name].shape]
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen, "not finite": broken}
+    found = "; ".join(f"{kind}: {first_few(names)}" for kind, names in kinds.items() if names)
+    if found:
+        raise WeightsError(path, "tensors", f"the {len(own)} of {type(module).__name__}", found)
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def save_weights_folder(folder: Path | str, tensors: Mapping[str, Tensor], config: Mapping) -> Path:
+    """Write a weights folder; it appears under its name only when whole. Returns the folder."""
+    folder = Path(folder)
+    with finished_folder(folder, validate=load_weights_folder) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary / MODEL_FILE)
+        text = json.dumps({**config, "versions": program_versions()}, indent=2)
+        (temporary / CONFIG_FILE).write_text(text + "\n")
+        sums = "".join(f"{file_sha256(temporary / name)}  {name}\n" for name in (MODEL_FILE, CONFIG_FILE))
+        (temporary / SUMS_FILE).write_text(sums)
+    return folder
+
+
+def load_weights_folder(folder: Path | str) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, config) of a weights folder, after comparing every file with SHA256SUMS."""
+    folder = Path(folder)
+    _verify_sums(folder)
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeightsError(folder / CONFIG_FILE, "contents", "JSON", str(error)) from error
+    if not isinstance(config, dict):
+        raise WeightsError(folder / CONFIG_FILE, "contents", "a JSON object", type(config).__name__)
+    return read_state_dict(folder / MODEL_FILE), config
+
+
+def weights_sha256(folder: Path | str) -> str:
+    """SHA-256 of the tensors' file in a weights folder: names the weights in other files."""
+    return file_sha256(Path(folder) / MODEL_FILE)
+
+
+def _verify_sums(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(folder, "folder", f"a weights folder ({MODEL_FILE}, {CONFIG_FILE}, {SUMS_FILE})", "nothing there")
+    missing = [name for name in (MODEL_FILE, CONFIG_FILE, SUMS_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise WeightsError(folder, "files", f"{MODEL_FILE}, {CONFIG_FILE} and {SUMS_FILE}", f"missing {', '.join(missing)}")
+    expected = dict(line.split(maxsplit=1)[::-1] for line in (folder / SUMS_FILE).read_text().splitlines() if len(line.split()) == 2)
+    for name in (MODEL_FILE, CONFIG_FILE):
+        found = file_sha256(folder / name)
+        if expected.get(name) != found:
+            raise WeightsError(folder / name, "SHA-256", f"{expected.get(name, 'an entry in SHA256SUMS')}", found, "the file is damaged")
