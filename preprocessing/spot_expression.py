@@ -5,16 +5,15 @@ Touches no files but the slide's first and last MiB (its fingerprint). `uns['spa
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 
-from preprocessing.outputs import fingerprint, strings_sha256
+from preprocessing.expression import morphology_record
+from preprocessing.outputs import fingerprint
 from preprocessing.pseudo_spots import sum_members
 from preprocessing.sample import Sample, Spots
 
@@ -35,11 +34,9 @@ def spot_expression(sample: Sample, spots: Spots, *, patch_px: int, slide_path: 
     expression.uns["spatial"] = {sample.sample_id: {
         "images": dict(sample.images), "scalefactors": dict(sample.scalefactors),
         "metadata": {"platform": sample.platform, "mpp_source": str(sample.metadata.get("mpp_source", ""))}}}
-    expression.uns["morphology"] = {
-        "mpp": sample.mpp, "patch_um": spots.patch_um, "patch_px": patch_px, "slide": fingerprint(slide_path),
-        "settings": json.dumps(dict(settings), default=str), "barcode_sha256": strings_sha256(spots.barcodes),
-        "version": program_version(),
-        **({"bin_um": sample.bin_um} if sample.bin_um else {}), **({"stride_bins": stride_bins} if stride_bins else {})}
+    expression.uns["morphology"] = morphology_record(
+        barcodes=spots.barcodes, mpp=sample.mpp, patch_um=spots.patch_um, patch_px=patch_px, slide=fingerprint(slide_path),
+        settings=settings, stride_bins=stride_bins, bin_um=sample.bin_um)
     return expression
 
 
@@ -50,11 +47,3 @@ def cluster_labels(sample: Sample, spots: Spots) -> np.ndarray | None:
         return None
     row_of_barcode = pd.Index(sample.barcodes).get_indexer(spots.barcodes)      # a pseudo-spot carries its centre bin's barcode
     return np.array([str(label) if label else None for label in np.asarray(labels)[row_of_barcode]], dtype=object)
-
-
-def program_version() -> str:
-    """The installed version of this program."""
-    try:
-        return version("genes-to-morphology")
-    except PackageNotFoundError:
-        return "not installed"

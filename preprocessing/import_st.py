@@ -1,0 +1,130 @@
+"""Import a section of legacy Spatial Transcriptomics: the files of `st_sample.py` and the image their pixels refer to.
+
+Writes `imgs.h5` (one patch a spot), `gex.h5ad` (raw counts, same rows) and `dropped_spots.tsv`.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import numpy as np
+
+from preprocessing.errors import Command, InputError, OptionError
+from preprocessing.outputs import finished_file, is_done, locked, strings_sha256, write_done
+
+if TYPE_CHECKING:
+    from preprocessing.sample import Sample, Spots
+    from preprocessing.slide import Slide
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    sample_id: str
+    mpp: float | None = None       # µm per pixel; None: from the fit of the positions
+    patch_um: float = 100.0        # side of the square of tissue, µm
+    patch_px: int = 128            # side of the saved patch, px
+
+    def __post_init__(self):
+        if not self.sample_id or "/" in self.sample_id:
+            raise OptionError("--sample-id", "a name without a slash", repr(self.sample_id))
+        if not self.patch_um > 0:
+            raise OptionError("--patch-sz-um", "a positive number of µm", f"{self.patch_um:g}")
+        if self.patch_px < 1:
+            raise OptionError("--patch-sz-px", "at least 1 px", str(self.patch_px))
+
+
+def import_section(config: ImportConfig, counts: Path, spots: Path, image: Path, out_dir: Path, clusters: Path | None = None) -> list[str]:
+    """Write imgs.h5, gex.h5ad and dropped_spots.tsv into `out_dir`; returns what to say. Does nothing where all is done."""
+    inputs = {"counts": counts, "spots": spots, "image": image, **({"clusters": clusters} if clusters else {})}
+    for file in inputs.values():
+        if not file.is_file():
+            raise InputError(file, "file", "a file", "nothing at this path")
+    outputs = [out_dir / name for name in ("imgs.h5", "gex.h5ad", "dropped_spots.tsv")]
+    with locked(out_dir / "imgs.h5"):
+        if all(is_done(file, config=asdict(config), inputs=inputs) for file in outputs):
+            return [f"{config.sample_id}: already imported from these files with these settings; nothing to do", *map(str, outputs)]
+        said, rows = _write_outputs(config, inputs, *outputs)
+        for file in outputs:
+            write_done(file, config=asdict(config), inputs=inputs, rows=len(rows), barcode_sha256=strings_sha256(rows.barcodes))
+    return [*said, *map(str, outputs)]
+
+
+def _write_outputs(config: ImportConfig, inputs: Mapping[str, Path], patch_file: Path, gex_file: Path,
+                   dropped_file: Path) -> tuple[list[str], Spots]:
+    from preprocessing.expression import write_expression
+    from preprocessing.patches import write_patch_file
+    from preprocessing.pseudo_spots import as_spots, take_spots
+    from preprocessing.slide import open_slide
+    from preprocessing.spot_expression import spot_expression
+    from preprocessing.st_sample import read_st_sample
+    from preprocessing.windows import windows_inside
+
+    with open_slide(inputs["image"]) as slide:
+        sample = read_st_sample(inputs["counts"], inputs["spots"], slide, sample_id=config.sample_id,
+                                clusters_file=inputs.get("clusters"), mpp=config.mpp)
+        candidates = as_spots(sample, config.patch_um)
+        kept, top_left = windows_inside(slide, candidates.centre_xy_px, config.patch_um, sample.mpp)
+        if not kept.any():
+            raise InputError(inputs["image"], "patches", "at least one patch wholly on the image", f"none of {len(kept):,}")
+        dropped = {"not selected as tissue": sample.barcodes[~sample.in_tissue], "reach over the edge": candidates.barcodes[~kept]}
+        rows = take_spots(candidates, kept, {reason: len(barcodes) for reason, barcodes in dropped.items()})
+        write_patch_file(patch_file, _patches(slide, rows, sample.mpp, config.patch_px), count=len(rows), patch_px=config.patch_px,
+                         coords=top_left[kept], barcodes=rows.barcodes, patch_size_src=config.patch_um / sample.mpp,
+                         pixel_size=sample.mpp, name=config.sample_id)
+    write_expression(gex_file, spot_expression(sample, rows, patch_px=config.patch_px, slide_path=inputs["image"], settings=asdict(config)))
+    _write_dropped(dropped_file, dropped)
+    return [sample.summary(), *sample.notices, quality_line(sample, rows)], rows
+
+
+def _patches(slide: Slide, spots: Spots, mpp: float, patch_px: int) -> Iterator[np.ndarray]:
+    from tqdm import tqdm
+
+    from preprocessing.windows import cut_patches
+
+    cut = cut_patches(slide, spots.centre_xy_px, spots.patch_um, mpp, patch_px)
+    return (patch for _, patch in tqdm(cut, total=len(spots), desc="cutting", unit="patch"))
+
+
+def _write_dropped(path: Path, dropped: Mapping[str, np.ndarray]) -> None:
+    """One line a spot that has no patch: its barcode and why."""
+    lines = [f"{barcode}\t{reason}\n" for reason, barcodes in dropped.items() for barcode in barcodes]
+    with finished_file(path) as temporary:
+        temporary.write_text("barcode\treason\n" + "".join(lines))
+
+
+def quality_line(sample: Sample, spots: Spots) -> str:
+    """What a person checks first: spots kept and lost, and how deeply they were sequenced."""
+    from preprocessing.pseudo_spots import sum_members
+
+    counts = sum_members(spots, sample.counts)
+    umis, genes = np.asarray(counts.sum(axis=1)).ravel(), counts.getnnz(axis=1)
+    lost = "".join(f"; {count:,} {reason}" for reason, count in spots.dropped.items())
+    return (f"kept {len(spots):,} of {len(sample.barcodes):,} spots{lost}; median {np.median(umis):,.0f} UMIs and "
+            f"{np.median(genes):,.0f} genes a spot, {np.count_nonzero(umis == 0):,} without reads")
+
+
+@click.command(cls=Command)
+@click.option("--counts", type=click.Path(path_type=Path), required=True, help="Counts TSV (.gz too): rows XxY, columns gene symbols.")
+@click.option("--spots", type=click.Path(path_type=Path), required=True, help="Positions TSV: x, y, pixel_x, pixel_y[, selected].")
+@click.option("--image", type=click.Path(path_type=Path), required=True, help="The image that pixel_x and pixel_y refer to.")
+@click.option("--out-dir", type=click.Path(path_type=Path), required=True, help="Folder for imgs.h5 and gex.h5ad.")
+@click.option("--sample-id", required=True, help="Name of this section.")
+@click.option("--clusters", type=click.Path(path_type=Path), default=None, help="Labels TSV (.gz too): x, y, label.")
+@click.option("--mpp", type=float, default=None, help="µm per pixel; by default from the 200 µm pitch of the positions.")
+@click.option("--patch-sz-um", "patch_um", default=100.0, help="Side of a patch, µm.")
+@click.option("--patch-sz-px", "patch_px", default=128, help="Side of a patch, px.")
+def main(counts, spots, image, out_dir, clusters, **settings):
+    """Import a legacy Spatial Transcriptomics section: one patch and one row of counts a spot.
+
+    Example: python preprocessing/import_st.py --counts C2/counts.tsv.gz --spots C2/spots.tsv --image C2/image.jpg
+    --clusters C2/clusters.tsv.gz --sample-id C2 --out-dir runs/her2st/C2
+    """
+    for line in import_section(ImportConfig(**settings), counts, spots, image, out_dir, clusters):
+        click.echo(line)
+
+
+if __name__ == "__main__":
+    main()
