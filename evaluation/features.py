@@ -1,0 +1,193 @@
+"""Turn images into the features that distances compare: any image folder, any frozen encoder, in batches.
+
+Reads folders of images; writes only into a cache folder, if one is given. An encoder is a module that takes
+float (N, 3, H, W) in [-1, 1] and gives (N, D), with `name` and `source` (the hash of its weights).
+"""
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from networks.layers import images_to_float
+from preprocessing.errors import InputError, OptionError, first_few
+from preprocessing.outputs import file_sha256, finished_file
+from preprocessing.patches import read_patch, read_patch_folder
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+READERS = 2
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images of a folder in the order of their names, and how many other files lie beside them."""
+
+    folder: Path
+    paths: list[Path]
+    n_ignored: int
+
+
+def list_images(folder: Path | str) -> ImageFolder:
+    """What `samples.csv` or `metadata.jsonl` lists, else every image below the folder. Opens no image.
+
+    Hidden files and folders do not count at all; everything else that is not listed is counted as ignored.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(folder, "folder", "a folder of images", "a file" if folder.exists() else "nothing there")
+    files = sorted(path for path in folder.rglob("*")
+                   if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    if (folder / "samples.csv").is_file():
+        paths = [folder / row["file"] for row in read_samples_csv(folder)]
+    elif (folder / "metadata.jsonl").is_file():
+        paths = read_patch_folder(folder).paths
+    else:
+        paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not paths:
+        raise InputError(folder, "content", "images (png, jpg, tif, bmp, webp)", f"none among {len(files):,} files")
+    return ImageFolder(folder, paths, len(set(files) - set(paths)))
+
+
+def read_samples_csv(folder: Path | str) -> list[dict[str, str]]:
+    """Rows of a generated folder's `samples.csv`; every `file` must be there."""
+    source = Path(folder) / "samples.csv"
+    if not source.is_file():
+        raise InputError(source, "file", "the list that gen_images.py writes", "nothing there")
+    with open(source, newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    if not rows or "file" not in rows[0]:
+        raise InputError(source, "columns", "at least one row with `file`", ", ".join(rows[0]) if rows else "no rows")
+    outside = [row["file"] for row in rows if Path(row["file"]).is_absolute() or ".." in Path(row["file"]).parts]
+    if outside:
+        raise InputError(source, "file", "files inside the folder", first_few(outside))
+    missing = [row["file"] for row in rows if not (Path(folder) / row["file"]).is_file()]
+    if missing:
+        raise InputError(source, "file", f"the {len(rows):,} images it lists", f"missing {first_few(missing)}")
+    return rows
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """One feature set as the user names it: `inception`, `uni`, `efficientnet_lite0`, `timm:mobilenetv2_100=weights.safetensors`."""
+
+    name: str                      # inception, a key of networks.histo_models.ENCODERS, or timm:<model>
+    weights: Path | None = None    # local weight file; None = where the encoder looks by itself
+
+    @property
+    def label(self) -> str:
+        """How tables and results name it: without `timm:`."""
+        return self.name.removeprefix("timm:")
+
+
+def feature_specs(text: str) -> list[FeatureSpec]:
+    """`"inception,timm:mobilenetv2_100=PATH"` -> specs; a label may stand once."""
+    specs = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, weights = part.partition("=")
+        specs.append(FeatureSpec(name.strip(), Path(weights.strip()) if weights else None))
+    labels = [spec.label for spec in specs]
+    if not specs or len(set(labels)) < len(labels):
+        raise OptionError("--features", "names separated by commas, each once, e.g. inception,timm:mobilenetv2_100=weights.safetensors",
+                          text or "nothing")
+    return specs
+
+
+def build_features(spec: FeatureSpec) -> nn.Module:
+    """The encoder of a spec, frozen."""
+    if spec.name == "inception":
+        from evaluation.inception import build_inception
+        return build_inception(spec.weights)
+    from networks.histo_models import build_encoder
+    return build_encoder(spec.name, spec.weights)
+
+
+def image_features(images: Sequence[Path] | np.ndarray | Tensor, encoder: nn.Module, batch_size: int = 64,
+                   device: str | torch.device = "cpu", progress: bool = True) -> np.ndarray:
+    """Features float32 (N, D) of image files of any size, or of uint8 (N, H, W, 3) arrays or (N, 3, H, W) tensors.
+
+    Only one batch of images is in memory at a time. Row order is that of the images.
+    """
+    encoder = encoder.to(device).eval()
+    features: np.ndarray | None = None
+    bar = tqdm(total=len(images), unit="image", desc=getattr(encoder, "name", "features"), disable=not progress)
+    with torch.inference_mode(), bar:
+        for rows, batch in same_size_batches(images, batch_size):
+            block = encoder(images_to_float(batch.to(device))).float().cpu().numpy()
+            if features is None:
+                features = np.empty((len(images), block.shape[1]), dtype=np.float32)
+            features[rows] = block
+            bar.update(len(rows))
+    if features is None:
+        raise ValueError("no images")
+    return features
+
+
+def same_size_batches(images: Sequence[Path] | np.ndarray | Tensor, batch_size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """(rows, uint8 (n, 3, H, W)); a batch of mixed sizes comes in parts. Files are read one batch ahead."""
+    blocks = [np.arange(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
+    if isinstance(images, Tensor):
+        for rows in blocks:
+            yield rows, images[rows[0]:rows[-1] + 1]
+        return
+    if isinstance(images, np.ndarray):
+        for rows in blocks:
+            yield rows, torch.from_numpy(np.ascontiguousarray(images[rows[0]:rows[-1] + 1].transpose(0, 3, 1, 2)))
+        return
+    with ThreadPoolExecutor(READERS) as pool:
+        def submit(rows):
+            return [pool.submit(read_patch, images[row]) for row in rows]
+        ahead = submit(blocks[0]) if blocks else []
+        for number, rows in enumerate(blocks):
+            patches = [future.result() for future in ahead]
+            ahead = submit(blocks[number + 1]) if number + 1 < len(blocks) else []
+            for shape in dict.fromkeys(patch.shape for patch in patches):
+                same = [i for i, patch in enumerate(patches) if patch.shape == shape]
+                yield rows[same], torch.from_numpy(np.stack([patches[i] for i in same]).transpose(0, 3, 1, 2).copy())
+
+
+def cached_features(paths: Sequence[Path], encoder: nn.Module, cache_dir: Path | None, batch_size: int = 64,
+                    device: str | torch.device = "cpu", progress: bool = True) -> tuple[np.ndarray, bool]:
+    """`image_features`, or the same from `cache_dir` if these very contents went through these very weights before.
+
+    Returns the features and whether they came from the cache. Names, dates and places of the files do not matter.
+    """
+    if cache_dir is None:
+        return image_features(paths, encoder, batch_size, device, progress), False
+    cache_dir = Path(cache_dir)
+    with ThreadPoolExecutor(READERS) as pool:
+        contents = list(pool.map(file_sha256, paths))
+    key = hashlib.sha256(json.dumps([encoder.name, encoder.source, contents]).encode()).hexdigest()[:32]
+    target = cache_dir / f"{encoder.name.replace(':', '_')}_{key}.npy"
+    if target.is_file():
+        features = np.load(target, mmap_mode="r", allow_pickle=False)
+        if features.ndim == 2 and len(features) == len(paths):
+            return features, True
+        raise InputError(target, "shape", f"{len(paths)} rows", f"{features.shape}", "Delete this cache file")
+    features = image_features(paths, encoder, batch_size, device, progress)
+    with finished_file(target) as temporary, open(temporary, "wb") as stream:
+        np.save(stream, features, allow_pickle=False)
+    return features, False
+
+
+def pick_device(name: str) -> str:
+    """`auto` -> cuda where there is one, else cpu; checks a named one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise OptionError("--device", "cpu, as no GPU is visible", name)
+    return name
+
+
+def display_name(path: Path | str) -> str:
+    """The last two parts of a path: enough to recognise it, without the machine's folders."""
+    return os.path.join(*Path(path).parts[-2:])
