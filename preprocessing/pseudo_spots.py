@@ -7,33 +7,16 @@ pixel columns only: array columns may run against image x.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import scipy.sparse as sp
 
-from preprocessing.errors import InputError, OptionError, first_few
+from preprocessing.errors import InputError, OptionError
 from preprocessing.sample import Sample, Spots
 
 BLOCK_WINDOWS = 4096     # windows whose member bins are looked up at once: 12 MB at 27 × 27
 BLOCK_SPOTS = 512        # pseudo-spots summed at once
-HD_BARCODE = re.compile(r"s_(\d{3})um_(\d{5})_(\d{5})-1", re.IGNORECASE)
-
-
-def parse_hd_barcodes(barcodes: Sequence[str], path: str = "barcodes") -> tuple[np.ndarray, np.ndarray]:
-    """`s_002um_RRRRR_CCCCC-1`, any case -> array rows and columns, both (P,) int64."""
-    matches = [HD_BARCODE.fullmatch(barcode) for barcode in barcodes]
-    foreign = [barcode for barcode, match in zip(barcodes, matches, strict=True) if match is None]
-    if foreign:
-        raise InputError(path, "barcode", "Visium HD bins named s_002um_RRRRR_CCCCC-1", first_few(foreign))
-    return (np.array([int(match[2]) for match in matches], dtype=np.int64),
-            np.array([int(match[3]) for match in matches], dtype=np.int64))
-
-
-def format_hd_barcode(bin_um: int, array_row: int, array_col: int) -> str:
-    """The name Space Ranger gives a bin: `s_002um_00117_00403-1`."""
-    return f"s_{int(bin_um):03d}um_{array_row:05d}_{array_col:05d}-1"
 
 
 def bins_per_side(patch_um: float, bin_um: float) -> int:

@@ -4,15 +4,7 @@ import pytest
 import scipy.sparse as sp
 
 from preprocessing.errors import InputError, OptionError
-from preprocessing.pseudo_spots import (
-    as_spots,
-    bins_per_side,
-    format_hd_barcode,
-    group_bins,
-    parse_hd_barcodes,
-    sum_blocks,
-    sum_members,
-)
+from preprocessing.pseudo_spots import as_spots, bins_per_side, group_bins, sum_blocks, sum_members
 from preprocessing.sample import Sample
 
 BIN_UM, MPP = 2.0, 0.5
@@ -30,7 +22,7 @@ def hd_sample(in_tissue: np.ndarray, *, offset=(0, 0), columns_run_left=False, c
     counts = np.ones((in_tissue.size, 1), dtype=np.int32) if counts is None else counts(array_row, array_col)
     return Sample(
         sample_id="phantom", platform="Visium HD", counts=sp.csr_matrix(counts * inside[:, None]),
-        barcodes=np.array([format_hd_barcode(2, *pair) for pair in zip(array_row, array_col, strict=True)]),
+        barcodes=np.array([f"s_002um_{row:05d}_{col:05d}-1" for row, col in zip(array_row, array_col, strict=True)]),
         gene_names=np.array([f"gene{g}" for g in range(counts.shape[1])]), gene_ids=None, in_tissue=inside,
         array_row=array_row, array_col=array_col, centre_xy_px=np.stack([x, rows * BIN_PX + 60], axis=1), mpp=MPP, bin_um=BIN_UM)
 
@@ -66,8 +58,7 @@ def test_members_surround_the_centre_wherever_tissue_starts(offset, columns_run_
     sums = sum_members(spots, sample.counts).toarray()
     assert (sums[:, 0] == 81).all() and (spots.n_members == 81).all()
     assert np.array_equal(sums[:, 1] / 81, spots.array_row) and np.array_equal(sums[:, 2] / 81, spots.array_col)
-    named_row, named_col = parse_hd_barcodes(spots.barcodes)
-    assert np.array_equal(named_row, spots.array_row) and np.array_equal(named_col, spots.array_col)
+    assert spots.barcodes.tolist() == [f"s_002um_{row:05d}_{col:05d}-1" for row, col in zip(spots.array_row, spots.array_col, strict=True)]
     member_xy = np.stack([spots.members @ sample.centre_xy_px[:, axis] for axis in (0, 1)], axis=1) / 81
     assert np.allclose(member_xy, spots.centre_xy_px)
 
@@ -160,13 +151,3 @@ def test_visium_spots_pass_through_in_their_order_without_those_outside_tissue()
     kept = np.flatnonzero(sample.in_tissue)
     assert spots.barcodes.tolist() == sample.barcodes[kept].tolist() and spots.n_members.tolist() == [1] * 4
     assert np.array_equal(sum_members(spots, sample.counts).toarray(), sample.counts[kept].toarray())
-
-
-@pytest.mark.parametrize("barcode", ["s_002um_00117_00403-1", "S_002UM_00117_00403-1"])
-def test_hd_barcodes_name_row_then_column_in_any_case(barcode):
-    assert [index.tolist() for index in parse_hd_barcodes([barcode])] == [[117], [403]]
-
-
-def test_visium_barcodes_are_not_bins():
-    with pytest.raises(InputError, match=r"1 \(AAACAAGTATCTCCCA-1\)"):
-        parse_hd_barcodes(["s_002um_00000_00000-1", "AAACAAGTATCTCCCA-1"])

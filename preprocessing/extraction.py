@@ -1,0 +1,142 @@
+"""What an extraction is told, what it reads, and which spots get a patch. The command is `extract_patches.py`."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from preprocessing.errors import InputError, OptionError
+
+if TYPE_CHECKING:
+    from preprocessing.sample import Sample, Spots
+    from preprocessing.slide import Slide
+
+OFF_EDGE, THIN_TISSUE = "reach over the slide's edge", "have less tissue than --min-tissue"
+SPOT_FILES = ("imgs.h5", "gex.h5ad", "dropped_spots.tsv", "qc.png", "qc.html")
+SAMPLE_FILES = ("filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix/*", "spatial/tissue_positions*",
+                "spatial/scalefactors_json.json", "analysis/clustering/*/clusters.csv")
+SAMPLE_FOLDERS = ("", "outs", "binned_outputs/square_002um", "outs/binned_outputs/square_002um")
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    patch_um: float = 55.0          # side of the square of tissue, µm
+    patch_px: int = 128             # side of the saved patch, px
+    stride_bins: int = 5            # Visium HD: step between pseudo-spots, bins
+    edge: str = "drop"              # patches over the slide's edge: drop them, or pad them with white
+    min_tissue: float = 0.0         # least share of a patch that is tissue; 0 = not asked
+    mpp: float | None = None        # µm per level-0 px; None: found out
+    sample_id: str | None = None    # None: from the folder's name
+    use_wsi_res: bool = False       # take the mpp of the slide's metadata
+    is_hd: bool | None = None       # what the user says of the folder; None: found out
+    below_v2: bool | None = None
+    spot_um: float | None = None    # any .h5ad: diameter of a spot, µm
+    n_patches: int = 50_000         # random patches
+    seed: int = 0                   # of the random places
+
+    def __post_init__(self):
+        for option, value in (("--patch-sz-px", self.patch_px), ("--stride", self.stride_bins), ("--n-pts", self.n_patches)):
+            if value < 1:
+                raise OptionError(option, "at least 1", str(value))
+        if not (np.isfinite(self.patch_um) and self.patch_um > 0):
+            raise OptionError("--patch-sz-um", "a positive number of µm", f"{self.patch_um:g}")
+        if self.mpp is not None and not (np.isfinite(self.mpp) and self.mpp > 0):
+            raise OptionError("--mpp", "a positive number of µm per pixel", f"{self.mpp:g}")
+        if not 0 <= self.min_tissue <= 1:
+            raise OptionError("--min-tissue", "a share between 0 and 1", f"{self.min_tissue:g}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is read and where results go."""
+
+    wsi_file: Path
+    space_ranger_dir: Path | None = None
+    gex_file: Path | None = None
+    tissue_seg_file: str | None = None   # GeoJSON, or "auto"; asks for random patches
+    out_file: Path | None = None         # HDF5 of random patches
+    out_dir: Path | None = None          # everything else
+
+    def __post_init__(self):
+        if self.space_ranger_dir and self.gex_file:
+            raise OptionError("--gex-file", "either --space-ranger-dir or --gex-file", "both")
+        if not (self.space_ranger_dir or self.gex_file or self.tissue_seg_file):
+            raise OptionError("--space-ranger-dir", "a sample (--space-ranger-dir or --gex-file), or --tissue-seg-file for random patches",
+                              "neither")
+        if self.out_file and not self.tissue_seg_file:
+            raise OptionError("--tissue-seg-file", "a GeoJSON file or `auto` for the random patches of --out-file", "nothing")
+        if self.tissue_seg_file and not (self.sample_path or self.out_file or self.out_dir):
+            raise OptionError("--out-file", "a file for the random patches (or --out-dir)", "neither")
+        for path in (self.wsi_file, self.sample_path, None if self.tissue_seg_file == "auto" else self.tissue_seg_file):
+            if path and not Path(path).exists():
+                raise InputError(path, "path", "a file or folder to read", "nothing there")
+
+    @property
+    def sample_path(self) -> Path | None:
+        return self.space_ranger_dir or self.gex_file
+
+    @property
+    def folder(self) -> Path:
+        """Where files without a path of their own go."""
+        return self.out_dir or self.space_ranger_dir or (self.gex_file or self.out_file).parent
+
+    def spot_files(self) -> tuple[Path, ...]:
+        """What is written for the spots of a sample; nothing without one."""
+        return tuple(self.folder / name for name in SPOT_FILES) if self.sample_path else ()
+
+    def random_files(self) -> tuple[Path, ...]:
+        """What is written for random patches; nothing where none are asked for."""
+        if not self.tissue_seg_file:
+            return ()
+        patches = self.out_file or self.folder / "random_imgs.h5"
+        page = (self.out_dir or patches.parent) / f"{patches.stem}_qc"
+        outlines = (page.with_name(f"{patches.stem}_tissue.geojson"),) if self.tissue_seg_file == "auto" else ()
+        return (patches, page.with_name(f"{page.name}.png"), page.with_name(f"{page.name}.html"), *outlines)
+
+    def sample_inputs(self) -> dict[str, Path]:
+        """The files, of the sample too where there is one, that results depend on."""
+        if not self.sample_path:
+            return {"slide": self.wsi_file}
+        if self.gex_file:
+            return {"slide": self.wsi_file, "gex": self.gex_file}
+        base = self.space_ranger_dir
+        found = [file for folder in SAMPLE_FOLDERS for pattern in SAMPLE_FILES for file in (base / folder).glob(pattern) if file.is_file()]
+        return {"slide": self.wsi_file, **{str(file.relative_to(base)): file for file in sorted(found)}}
+
+
+def read_any_sample(config: ExtractConfig, request: Request, slide: Slide) -> Sample:
+    """The sample of a Space Ranger folder or an `.h5ad`."""
+    if request.gex_file:
+        from preprocessing.anndata_sample import read_anndata_sample
+
+        return read_anndata_sample(request.gex_file, sample_id=config.sample_id or request.gex_file.stem, slide=slide, mpp=config.mpp,
+                                   spot_um=config.spot_um, use_wsi_res=config.use_wsi_res)
+    from preprocessing.space_ranger import read_sample
+
+    return read_sample(request.space_ranger_dir, sample_id=config.sample_id, slide=slide, mpp=config.mpp, use_wsi_res=config.use_wsi_res,
+                       is_hd=config.is_hd, below_v2=config.below_v2)
+
+
+def choose_spots(config: ExtractConfig, slide: Slide, sample: Sample, candidates: Spots) -> tuple[Spots, np.ndarray, dict[str, np.ndarray]]:
+    """Spots that get a patch, the top-left corner of each patch (P, 2) int64, and reason -> rows of `candidates` that get none."""
+    from preprocessing.pseudo_spots import take_spots
+    from preprocessing.tissue import segment_tissue
+    from preprocessing.windows import windows_inside
+
+    on_slide, top_left = windows_inside(slide, candidates.centre_xy_px, config.patch_um, sample.mpp, config.edge)
+    enough = np.ones(len(candidates), dtype=bool)
+    if config.min_tissue > 0:
+        share = segment_tissue(slide).share(candidates.centre_xy_px, config.patch_um / sample.mpp)
+        enough = share >= config.min_tissue
+    lost = {OFF_EDGE: np.flatnonzero(~on_slide), THIN_TISSUE: np.flatnonzero(on_slide & ~enough)}
+    rows = np.flatnonzero(on_slide & enough)
+    kept = take_spots(candidates, rows, {reason: len(where) for reason, where in lost.items()})
+    return kept, top_left[rows], {reason: where for reason, where in lost.items() if len(where)}
+
+
+def kept_line(spots: Spots, unit: str) -> str:
+    """`kept 9,412 of 9,650 spots; 238 reach over the slide's edge`."""
+    lost = "".join(f"; {count:,} {reason}" for reason, count in spots.dropped.items())
+    return f"kept {len(spots):,} of {len(spots) + sum(spots.dropped.values()):,} {unit}{lost}"
