@@ -1,0 +1,225 @@
+"""Simulate a complete sample whose truth is known: Space Ranger folder, H&E slide, tissue outline, and the truth itself.
+
+Writes into one folder: `outs/` (Space Ranger 1.x, 2.x or Visium HD), `slide.tif` (pyramidal, with mpp), `tissue.geojson`
+(level-0 px), `truth/` (cells, genes, spots, stain vectors) and `sample.json`. The embedded default of demo, tests and
+benchmarks; the same seed gives the same sample.
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from preprocessing.errors import Command, InputError, OptionError
+from preprocessing.outputs import finished_folder, is_done, require_free_space, write_done
+
+if TYPE_CHECKING:
+    from preprocessing.simulated_expression import Genes
+    from preprocessing.simulated_slide import SlidePainter, Stains
+    from preprocessing.simulated_tissue import Cells, Tissue
+
+PLATFORMS = ("visium-v1", "visium-v2", "visium-hd")
+BIN_UM = 2.0                     # Visium HD
+
+
+@dataclass(frozen=True)
+class SimulateConfig:
+    """One simulated sample."""
+
+    out_dir: Path
+    platform: Literal["visium-v1", "visium-v2", "visium-hd"] = "visium-v2"
+    sample_id: str = "SIM1"
+    width_um: float = 2000.0          # of the slide; tissue leaves a rim of glass
+    height_um: float = 2000.0
+    mpp: float = 0.5                  # µm per level-0 pixel
+    genes: int = 500
+    seed: int = 0                     # tissue, counts and slide effect of this sample
+    biology_seed: int = 0             # which genes carry which morphology: the same for a cohort
+    stain_seed: int | None = None     # stain vectors; None: follows the seed
+    slide_effect: float = 0.15        # deviation of the log batch effect of a gene
+    umis: float | None = None         # mean UMIs of a spot or bin; None: 6000 a spot, 12 a bin
+    zero_read_fraction: float = 0.004  # spots in tissue that caught nothing; at least two unless 0
+    clusters: int = 6
+    region_um: float = 280.0          # scale at which tubules, stroma and lymphoid tissue alternate
+    jpeg_quality: int = 90
+
+    def __post_init__(self):
+        limits = {"width_um": (300, 50_000), "height_um": (300, 50_000), "mpp": (0.1, 2), "genes": (30, 40_000), "slide_effect": (0, 2),
+                  "zero_read_fraction": (0, 0.5), "clusters": (1, 50), "region_um": (50, 5000), "jpeg_quality": (30, 100)}
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise OptionError(f"--{name.replace('_', '-')}", f"{low:g} to {high:g}", str(getattr(self, name)))
+        if self.platform not in PLATFORMS:
+            raise OptionError("--platform", f"one of {', '.join(PLATFORMS)}", self.platform)
+        for name in ("seed", "biology_seed", "stain_seed"):
+            if (getattr(self, name) or 0) < 0:
+                raise OptionError(f"--{name.replace('_', '-')}", "0 or more", str(getattr(self, name)))
+        if self.umis is not None and self.umis <= 0:
+            raise OptionError("--umis", "more than 0", str(self.umis))
+
+    @property
+    def is_hd(self) -> bool:
+        return self.platform == "visium-hd"
+
+    @property
+    def mean_umis(self) -> float:
+        return self.umis if self.umis is not None else (12.0 if self.is_hd else 6000.0)
+
+
+@dataclass(frozen=True)
+class SimulatedSample:
+    """Where the parts of a simulated sample lie."""
+
+    folder: Path
+    sample_id: str
+    mpp: float
+    platform: str
+    facts: dict = field(default_factory=dict)     # what `sample.json` says: spots, cells, ...
+
+    @property
+    def space_ranger_dir(self) -> Path:
+        return self.folder / "outs"
+
+    @property
+    def slide(self) -> Path:
+        return self.folder / "slide.tif"
+
+    @property
+    def tissue_geojson(self) -> Path:
+        return self.folder / "tissue.geojson"
+
+    @property
+    def truth(self) -> Path:
+        """`cells.parquet`, `genes.csv`, `spots.parquet`, `stain.json`."""
+        return self.folder / "truth"
+
+
+def simulate_sample(config: SimulateConfig, progress: bool = False) -> SimulatedSample:
+    """Write the sample unless exactly this one stands finished; replaces only an older simulated sample."""
+    folder = Path(config.out_dir)
+    settings = {name: value for name, value in asdict(config).items() if name != "out_dir"}
+    if is_done(folder, config=settings, inputs={}):
+        facts = json.loads((folder / "sample.json").read_text())
+        return SimulatedSample(folder, config.sample_id, config.mpp, config.platform, facts)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "sample.json").is_file():
+        raise InputError(folder, "--out-dir", "a new folder, or a simulated sample to replace", "a folder with other content")
+    pixels = config.width_um * config.height_um / config.mpp**2
+    require_free_space(folder, int(3 * pixels))
+    with finished_folder(folder) as temporary:
+        facts = _write_parts(config, temporary, settings, progress)
+    write_done(folder, config=settings, inputs={}, **facts)
+    return SimulatedSample(folder, config.sample_id, config.mpp, config.platform, facts)
+
+
+def _write_parts(config: SimulateConfig, folder: Path, settings: dict, progress: bool) -> dict:
+    from preprocessing.simulated_array import write_expression
+    from preprocessing.simulated_expression import gene_programmes
+    from preprocessing.simulated_slide import SlidePainter, slide_stains
+    from preprocessing.simulated_tissue import Tissue
+    from preprocessing.write_space_ranger import HD_FOLDER
+
+    tissue = Tissue(config.width_um, config.height_um, config.seed, config.region_um)
+    cells = tissue.place_cells()
+    stains = slide_stains(config.seed if config.stain_seed is None else config.stain_seed)
+    genes = gene_programmes(config.genes, config.biology_seed)
+    space_ranger = folder / "outs" / HD_FOLDER if config.is_hd else folder / "outs"
+    (space_ranger / "spatial").mkdir(parents=True)
+    (folder / "truth").mkdir()
+
+    _write_slide(config, SlidePainter(tissue, cells, stains, config.mpp), folder, space_ranger / "spatial", progress)
+    _write_tissue_outline(tissue, config.mpp, folder / "tissue.geojson")
+    counted = write_expression(config, tissue, cells, genes, space_ranger, folder / "truth", progress)
+    _write_truth(cells, genes, stains, config.mpp, folder / "truth")
+    facts = {"simulated": True, "cells": len(cells), **counted}
+    (folder / "sample.json").write_text(json.dumps({**facts, "settings": settings}, indent=2) + "\n")
+    return facts
+
+
+def _write_slide(config: SimulateConfig, painter: SlidePainter, folder: Path, spatial: Path, progress: bool) -> None:
+    from tqdm import tqdm
+
+    from preprocessing.simulated_slide import write_slide
+    from preprocessing.write_space_ranger import HD_LIMIT, HIRES_LIMIT, write_images
+
+    with tqdm(total=painter.height_px, desc="slide", unit="px row", disable=not progress) as bar:
+        overview = write_slide(painter, folder / "slide.tif", overview_px=HD_LIMIT if config.is_hd else HIRES_LIMIT,
+                               jpeg_quality=config.jpeg_quality, rows_done=bar.update)
+    write_images(spatial, overview, painter.width_px, painter.height_px, config.mpp, bin_um=BIN_UM if config.is_hd else None)
+
+
+def _write_tissue_outline(tissue: Tissue, mpp: float, path: Path) -> None:
+    """GeoJSON of the outline in level-0 px, one feature a piece of tissue."""
+    from functools import reduce
+
+    import numpy as np
+    from shapely.geometry import Polygon, mapping
+    from skimage.measure import find_contours
+
+    step_um = max(4.0, max(tissue.width_um, tissue.height_um) / 1000)
+    y, x = np.arange(0, tissue.height_um, step_um), np.arange(0, tissue.width_um, step_um)
+    depth = tissue.edge_depth(x[None, :], y[:, None])
+    rings = [Polygon(ring[:, ::-1] * step_um / mpp).buffer(0) for ring in find_contours(depth, 0.0) if len(ring) > 3]
+    outline = reduce(lambda one, other: one.symmetric_difference(other), rings)     # a ring inside a ring is a hole
+    pieces = [piece for piece in getattr(outline, "geoms", [outline]) if piece.area > 0]
+    features = [{"type": "Feature", "properties": {"tissue_id": k, "name": "tissue"}, "geometry": mapping(piece)}
+                for k, piece in enumerate(pieces)]
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}) + "\n")
+
+
+def _write_truth(cells: Cells, genes: Genes, stains: Stains, mpp: float, truth: Path) -> None:
+    """`cells.parquet`, `genes.csv`, `profiles.npz` and `stain.json`."""
+    import numpy as np
+    import pandas as pd
+
+    from preprocessing.simulated_expression import COMPONENTS, MORPHOLOGY
+    from preprocessing.simulated_tissue import CELL_NAMES
+
+    pd.DataFrame({
+        "x_px": cells.x_um / mpp, "y_px": cells.y_um / mpp, "cell_type": np.array(CELL_NAMES)[cells.cell_type],
+        "has_nucleus": cells.darkness > 0, "half_major_um": cells.major_um, "half_minor_um": cells.minor_um, "angle_rad": cells.angle,
+    }).to_parquet(truth / "cells.parquet", index=False)
+    pd.DataFrame({"gene": genes.names, "gene_id": genes.ids, "programme": genes.programme,
+                  "morphology": [MORPHOLOGY[name] for name in genes.programme]}).to_csv(truth / "genes.csv", index=False)
+    np.savez(truth / "profiles.npz", profiles=genes.profiles, components=np.array(COMPONENTS), genes=genes.names)
+    (truth / "stain.json").write_text(json.dumps(asdict(stains), indent=2) + "\n")
+
+
+def describe(sample: SimulatedSample) -> str:
+    """What was simulated and where it lies, for the last lines of the command."""
+    facts, unit = sample.facts, "bins" if sample.platform == "visium-hd" else "spots"
+    return (f"{sample.sample_id}: {sample.platform}, {sample.mpp:g} mpp, {facts['cells']:,} cells, {facts['in_tissue']:,} {unit} in tissue "
+            f"({facts['zero_read']:,} without a read), {facts['umis']:,} UMIs\n"
+            f"wrote {sample.space_ranger_dir}, {sample.slide}, {sample.tissue_geojson}, {sample.truth}")
+
+
+@click.command(cls=Command)
+@click.option("--out-dir", type=click.Path(path_type=Path), required=True, help="Folder of the sample; an older simulated one is replaced.")
+@click.option("--platform", type=click.Choice(PLATFORMS), default="visium-v2", help="Which Space Ranger layout to write.")
+@click.option("--sample-id", default="SIM1", help="Name of the sample.")
+@click.option("--width-um", default=2000.0, help="Width of the slide, µm.")
+@click.option("--height-um", default=2000.0, help="Height of the slide, µm.")
+@click.option("--mpp", default=0.5, help="µm per level-0 pixel.")
+@click.option("--genes", default=500, help="Number of genes.")
+@click.option("--seed", default=0, help="Tissue, counts and slide effect of this sample.")
+@click.option("--biology-seed", default=0, help="Which genes carry which morphology; the same for all samples of a cohort.")
+@click.option("--stain-seed", type=int, help="The slide's stain vectors.  [default: as --seed]")
+@click.option("--slide-effect", default=0.15, help="Deviation of every gene's log batch effect on this slide; 0 is none.")
+@click.option("--umis", type=float, help="Mean UMIs of a spot or bin.  [default: 6000 a spot, 12 a bin]")
+@click.option("--zero-read-fraction", default=0.004, help="Share of spots in tissue that caught nothing; at least two unless 0.")
+@click.option("--clusters", default=6, help="Clusters in clusters.csv.")
+@click.option("--region-um", default=280.0, help="Scale at which tubules, stroma and lymphoid tissue alternate, µm.")
+@click.option("--jpeg-quality", default=90, help="Of the slide's tiles.")
+def main(**options):
+    """Simulate a complete sample in 10x's formats, with an H&E slide and its known truth.
+
+    \b
+    python -m preprocessing.simulate_sample --out-dir demo_run/sample --platform visium-hd --width-um 2000 --height-um 2000
+    """
+    click.echo(describe(simulate_sample(SimulateConfig(**options), progress=True)))
+
+
+if __name__ == "__main__":
+    main()
