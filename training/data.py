@@ -278,6 +278,7 @@ def _pair_sample(sample: SampleFiles, adata: ad.AnnData) -> tuple[list[Path], np
     with read_patch_file(sample.images) as file:
         if file.barcodes is None:
             raise InputError(sample.images, "barcode", "one a patch", "none: patches at random places have no expression")
+        _require_same_sample(sample, recorded_sample_id(adata), {str(file.attrs["name"])} if file.attrs.get("name") else set())
         order = match_barcodes(file.barcodes, sample.images, barcodes, sample.gex, recorded)
         return [sample.images] * len(order), order, file.centre_xy_px[order]
 

@@ -1,0 +1,162 @@
+"""Turn `imgs.h5` into a patch folder of stain-normalised PNG files with `metadata.jsonl` and `stain.json`.
+
+Row order is that of the `gex.h5ad` beside the `imgs.h5` where there is one (joined by barcode), else of the `imgs.h5`.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+
+from preprocessing.errors import Command, InputError, OptionError, first_few
+
+SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".bif", ".btf", ".jpg", ".jpeg", ".png")
+BLOCK = 64                        # patches normalised together
+
+
+def dump_patches_to_folder_single(images_path: Path | str, wsi_path: Path | str | None, out_dir: Path | str, normalize: bool = True, *,
+                                  stain_file: Path | str | None = None, on_stain_failure: str = "error", progress: bool = False) -> int:
+    """Write every patch of `images_path` into the folder `out_dir`; returns how many.
+
+    Stain vectors are estimated on the tissue of `wsi_path`, or read from `stain_file` (a `stain.json`). A slide without two
+    stains is an InputError, or keeps its colours with `on_stain_failure="skip"`. The slide is not needed without `normalize`.
+    """
+    from preprocessing.outputs import write_done
+    from preprocessing.patches import read_patch_file, write_patch_folder
+
+    images_path, out_dir, gex_path = Path(images_path), Path(out_dir), Path(images_path).parent / "gex.h5ad"
+    stain, record = None, {"normalised": False}
+    with read_patch_file(images_path) as file:
+        order, centre_xy_px, sample_id = _rows_of_expression(file, gex_path)
+        if normalize:
+            stain, record = _stain(wsi_path, stain_file, on_stain_failure)
+        patches = _patches(file, order, stain, progress)
+        write_patch_folder(out_dir, patches, barcodes=[file.barcodes[i] for i in order] if file.barcodes else None,
+                           sample_id=sample_id, xy=centre_xy_px, stain=record)
+    inputs = {"images": images_path, "wsi": wsi_path, "gex": gex_path if gex_path.is_file() else None, "stain_file": stain_file}
+    write_done(out_dir, config={"normalize": normalize, "on_stain_failure": on_stain_failure, "stain": record}, rows=len(order),
+               inputs={name: path for name, path in inputs.items() if path is not None})
+    return len(order)
+
+
+dump_patches_to_folder = dump_patches_to_folder_single          # the original's README uses both names
+
+
+def _rows_of_expression(file, gex_path: Path) -> tuple[np.ndarray, np.ndarray, str]:
+    """Order in which to write, centres in that order, and the sample id: the expression's, else the patches' own, else the folder's."""
+    name = str(file.attrs.get("name", "") or "") or file.path.absolute().parent.name
+    if file.barcodes is None or not gex_path.is_file():
+        return np.arange(len(file)), file.centre_xy_px, name
+    from preprocessing.expression import read_expression, recorded_barcode_sha256, recorded_sample_id
+    from preprocessing.patches import match_barcodes
+
+    adata = read_expression(gex_path, backed=True)
+    try:
+        order = match_barcodes(file.barcodes, file.path, adata.obs_names.tolist(), gex_path, recorded_barcode_sha256(adata))
+        centre_xy_px = np.asarray(adata.obsm["spatial"])[:, :2] if "spatial" in adata.obsm else file.centre_xy_px[order]
+        return order, centre_xy_px, recorded_sample_id(adata) or name
+    finally:
+        adata.file.close()
+
+
+def _stain(wsi_path, stain_file, on_stain_failure: str) -> tuple[object, dict]:
+    """(stain vectors or None, content of stain.json)."""
+    from preprocessing.outputs import fingerprint
+    from preprocessing.slide import open_slide
+    from preprocessing.stain import NoStainError, read_stain_file, slide_stain
+
+    if stain_file is not None:
+        stain = read_stain_file(stain_file)
+        return stain, stain.to_json() | {"from_stain_file": Path(stain_file).name}
+    if wsi_path is None:
+        raise OptionError("--wsi", "the slide, to estimate its stain on (or --stain-file, or --no-normalize)", "nothing")
+    try:
+        with open_slide(wsi_path) as slide:
+            stain = slide_stain(slide)
+    except NoStainError as error:
+        if on_stain_failure != "skip":
+            raise
+        return None, {"normalised": False, "reason": str(error)}
+    return stain, stain.to_json() | {"slide": fingerprint(wsi_path)}
+
+
+def _patches(file, order: np.ndarray, stain, progress: bool) -> Iterator[np.ndarray]:
+    from tqdm import tqdm
+
+    from preprocessing.stain import normalise_stain
+
+    with tqdm(total=len(order), desc="patches", unit="patch", disable=not progress) as bar:
+        for start in range(0, len(order), BLOCK):
+            rows = order[start:start + BLOCK]
+            in_a_row = (np.diff(rows) == 1).all()
+            block = file.images(slice(rows[0], rows[-1] + 1)) if in_a_row else np.stack([file.images(int(row)) for row in rows])
+            yield from block if stain is None else normalise_stain(block, stain)
+            bar.update(len(rows))
+
+
+def find_sample(sample_id: str, root_dir: Path, wsi_dir: Path | None) -> tuple[Path, Path | None]:
+    """`ROOT/ID/imgs.h5` (or HEST's `ROOT/ID.h5`) and the one slide named `WSI/ID.*` (or `WSI/ID/` with one slide in it)."""
+    candidates = [root_dir / sample_id / "imgs.h5", root_dir / f"{sample_id}.h5"]
+    images = next((path for path in candidates if path.is_file()), None)
+    if images is None:
+        raise InputError(root_dir, sample_id, " or ".join(str(path.relative_to(root_dir)) for path in candidates), "neither")
+    if wsi_dir is None:
+        return images, None
+    named = [path for path in sorted(wsi_dir.glob("*")) if path.stem == sample_id] + sorted((wsi_dir / sample_id).glob("*"))
+    slides = [path for path in named if path.is_file() and path.suffix.lower() in SLIDE_SUFFIXES]
+    if len(slides) != 1:
+        raise InputError(wsi_dir, sample_id, f"one slide {sample_id}.* ({' '.join(SLIDE_SUFFIXES)})", first_few(slides))
+    return images, slides[0]
+
+
+def _jobs(options: dict) -> list[tuple[Path, Path | None, Path]]:
+    """(imgs.h5, slide, folder) of every sample that the options name."""
+    by_ids = {"--ids": options["ids"], "--root-dir": options["root_dir"]}
+    if options["images"] is not None:
+        clash = [name for name, value in by_ids.items() if value is not None]
+        if clash or options["wsi_dir"] is not None:
+            raise OptionError("--images", "one file, or --ids with --root-dir", f"both: {', '.join(clash or ['--wsi-dir'])} as well")
+        return [(options["images"], options["wsi"], options["out_dir"])]
+    absent = [name for name, value in by_ids.items() if value is None]
+    if absent or options["wsi"] is not None:
+        raise OptionError("samples", "--images F.h5 --wsi F, or --ids A,B --root-dir D --wsi-dir D",
+                          f"no {' and no '.join(absent)}" if absent else "--wsi beside --ids (the slides' folder is --wsi-dir)")
+    ids = [part.strip() for part in options["ids"].split(",") if part.strip()]
+    return [(*find_sample(sample_id, options["root_dir"], options["wsi_dir"]), options["out_dir"] / sample_id) for sample_id in ids]
+
+
+def dump_all(**options) -> Iterator[str]:
+    """Dump every sample the options name; yields a line a sample."""
+    for images, wsi, out_dir in _jobs(options):
+        count = dump_patches_to_folder_single(images, wsi, out_dir, options["normalize"], stain_file=options["stain_file"],
+                                              on_stain_failure=options["on_stain_failure"], progress=True)
+        yield f"wrote {count:,} patches to {out_dir}"
+
+
+PATH = click.Path(path_type=Path)
+
+
+@click.command(cls=Command)
+@click.option("--images", type=PATH, help="One imgs.h5.")
+@click.option("--wsi", type=PATH, help="Its slide; the stain is estimated on its tissue.")
+@click.option("--ids", help="Samples, comma-separated: reads ROOT/ID/imgs.h5 (or ROOT/ID.h5) and WSI/ID.*, writes OUT/ID/.")
+@click.option("--root-dir", type=PATH, help="Folder with one folder (or HEST .h5 file) a sample.")
+@click.option("--wsi-dir", type=PATH, help="Folder of the slides: ID.svs, ID.tif, ..., or ID/ with one slide.")
+@click.option("--out-dir", type=PATH, required=True, help="Patch folder to write (with --ids: parent of one folder a sample).")
+@click.option("--normalize/--no-normalize", default=True, help="Macenko stain normalisation, or colours as they are.")
+@click.option("--stain-file", type=PATH, help="stain.json of an earlier run: use its vectors instead of estimating.")
+@click.option("--on-stain-failure", type=click.Choice(["error", "skip"]), default="error",
+              help="A slide without two stains: stop, or keep its colours.")
+def main(**options):
+    """Write the patches of imgs.h5 as a folder of stain-normalised PNG files with metadata.jsonl and stain.json.
+
+    Example: python preprocessing/dump_patches.py --images S1/imgs.h5 --wsi S1/slide.tif --out-dir S1/patches
+    """
+    for line in dump_all(**options):
+        click.echo(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Write a gene vocabulary: the symbols that every given sample has, in the order of the first, one a line."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from preprocessing.errors import Command, InputError, OptionError
+
+
+def make_vocabulary(gex_files: Sequence[Path | str], min_counts: int = 0, gene_map: Path | str | None = None) -> list[str]:
+    """Genes found in all files whose counts, summed over all spots of all files, reach `min_counts`."""
+    from preprocessing.expression import read_expression, read_gene_map, rename_genes
+
+    renamed = read_gene_map(gene_map) if gene_map is not None else None
+    totals: dict[str, int] = {}
+    for number, path in enumerate(gex_files):
+        adata = read_expression(path)
+        if renamed is not None:
+            adata = rename_genes(adata, renamed)
+        counts = dict(zip(adata.var_names, adata.X.sum(axis=0).A1.tolist(), strict=True))
+        totals = counts if number == 0 else {gene: total + counts[gene] for gene, total in totals.items() if gene in counts}
+    genes = [gene for gene, total in totals.items() if total >= min_counts]
+    if not genes:
+        found = "none" if not totals else f"none of the {len(totals):,} common genes has as many"
+        raise InputError(", ".join(str(path) for path in gex_files), "var_names", f"common genes with at least {min_counts} counts", found)
+    return genes
+
+
+def write_sample_vocabulary(gex: str, out: Path, min_counts: int, gene_map: Path | None) -> int:
+    """Write the vocabulary of a comma-separated list of files; returns its length."""
+    from preprocessing.expression import write_vocabulary
+
+    files = [Path(part.strip()) for part in gex.split(",") if part.strip()]
+    if not files:
+        raise OptionError("--gex", "at least one .h5ad", "none")
+    genes = make_vocabulary(files, min_counts, gene_map)
+    write_vocabulary(out, genes)
+    return len(genes)
+
+
+PATH = click.Path(path_type=Path)
+
+
+@click.command(cls=Command)
+@click.option("--gex", required=True, help="gex.h5ad files, comma-separated.")
+@click.option("--out", type=PATH, required=True, help="Text file to write, one symbol a line.")
+@click.option("--min-counts", type=click.IntRange(min=0), default=0, help="Least counts of a gene over all spots of all samples.")
+@click.option("--gene-map", type=PATH, default=None, help="TSV to rename genes by first: symbol in the data, new symbol.")
+def main(**options):
+    """Write the genes that all samples share: the fixed, ordered list a model is trained on.
+
+    Example: python preprocessing/gene_vocab.py --gex S1/gex.h5ad,S2/gex.h5ad --out vocab.txt --min-counts 10
+    """
+    click.echo(f"wrote {write_sample_vocabulary(**options):,} genes to {options['out']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# One sample through preprocessing: patches and expression, gene filter, stain-normalised patch folder.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+Usage: bash preprocessing/preprocessing.sh SAMPLE_DIR SLIDE VOCAB OUT_DIR [options]
+
+Runs one sample through preprocessing and stops at the first step that fails, with that step's exit code:
+  1. extract_patches.py     OUT_DIR/imgs.h5, OUT_DIR/gex.h5ad   one patch per (pseudo-)spot, with its raw counts
+  2. gex_preprocessing.py   OUT_DIR/gex_filt.h5ad               exactly the genes of VOCAB, in its order
+  3. dump_patches.py        OUT_DIR/patches/                    stain-normalised PNG files with metadata.jsonl
+
+  SAMPLE_DIR  Space Ranger folder (Visium v1, v2 and later, Visium HD), or an .h5ad with obsm['spatial']
+  SLIDE       the whole-slide image that the positions refer to
+  VOCAB       gene vocabulary, one symbol a line (preprocessing/gene_vocab.py writes one)
+  OUT_DIR     folder for the results
+
+Options of gex_preprocessing.py (--missing-genes, --gene-map) and of dump_patches.py (--no-normalize, --stain-file,
+--on-stain-failure) go to those steps; all others go to extract_patches.py (see its --help).
+
+Example: bash preprocessing/preprocessing.sh S1/outs S1/slide.tif vocab.txt prepared/S1 --patch-sz-px 128
+TEXT
+}
+
+if [[ " $* " == *" --help "* ]]; then usage; exit 0; fi
+if [[ $# -lt 4 ]]; then usage >&2; exit 2; fi
+sample=$1 slide=$2 vocab=$3 out=$4
+shift 4
+
+extract=() gex=() dump=()
+while [[ $# -gt 0 ]]; do
+    case $1 in
+        --missing-genes|--gene-map)       gex+=("$1" "${2?$1 needs a value}"); shift 2 ;;
+        --missing-genes=*|--gene-map=*)   gex+=("$1"); shift ;;
+        --stain-file|--on-stain-failure)  dump+=("$1" "${2?$1 needs a value}"); shift 2 ;;
+        --stain-file=*|--on-stain-failure=*|--normalize|--no-normalize)  dump+=("$1"); shift ;;
+        *)                                extract+=("$1"); shift ;;
+    esac
+done
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=${PYTHON:-python3}
+if [[ -z ${PYTHON:-} && -x $here/../.venv/bin/python ]]; then python=$here/../.venv/bin/python; fi
+kind=--space-ranger-dir
+if [[ $sample == *.h5ad ]]; then kind=--gex-file; fi
+
+step() {
+    echo "== $1"
+    "$python" "$here/$1" "${@:2}"
+}
+
+step extract_patches.py "$kind" "$sample" --wsi-file "$slide" --out-dir "$out" ${extract[@]+"${extract[@]}"}
+step gex_preprocessing.py --raw-file "$out/gex.h5ad" --vocab-file "$vocab" ${gex[@]+"${gex[@]}"}
+step dump_patches.py --images "$out/imgs.h5" --wsi "$slide" --out-dir "$out/patches" ${dump[@]+"${dump[@]}"}
+echo "prepared $out: patches/, gex_filt.h5ad"
