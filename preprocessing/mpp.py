@@ -134,26 +134,9 @@ def decide_mpp(path: Path | str, *, override: float | None = None, declared: flo
 
 
 def _compare(path: Path | str, sources: list[tuple[str, float]]) -> None:
-    (low_name, low), *_, (high_name, high) = sorted(sources, key=lambda source: source[1]) if len(sources) > 1 else sources * 2
+    ordered = sorted(sources, key=lambda source: source[1])
+    (low_name, low), (high_name, high) = ordered[0], ordered[-1]
     if high > low * (1 + TOLERANCE):
         raise InputError(path, "mpp", f"sources that agree within {TOLERANCE:.0%}",
                          f"{low:.4g} from {low_name} and {high:.4g} from {high_name}",
                          "Usually the slide is another one or a downsampled copy; --mpp overrides all sources")
-
-
-def check_on_image(path: Path | str, centre_xy_px: np.ndarray, width_px: float, height_px: float, image: Path | str) -> str:
-    """Refuse positions most of which lie off the slide; returns a notice about single ones that do, or ''.
-
-    `centre_xy_px` (P, 2) of the spots in tissue. Says so where swapping the pixel columns would bring them back.
-    """
-    size = np.array([width_px, height_px], dtype=float)
-    inside = ((centre_xy_px >= 0) & (centre_xy_px <= size)).all(axis=1)
-    if len(inside) == 0 or inside.all():
-        return ""
-    outside = f"{np.count_nonzero(~inside):,} of {len(inside):,} positions in tissue lie off it"
-    if inside.mean() >= 0.5:
-        return f"{image}: {outside}"
-    swapped = ((centre_xy_px[:, ::-1] >= 0) & (centre_xy_px[:, ::-1] <= size)).all(axis=1)
-    hint = ("With x and y swapped they lie on it: the pixel columns of the positions are exchanged"
-            if swapped.mean() > 0.9 else "Is it the image these positions were measured on, at full resolution?")
-    raise InputError(path, "pixel positions", f"positions on {image}, {width_px:g} x {height_px:g} px", outside, hint)

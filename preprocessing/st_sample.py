@@ -15,7 +15,8 @@ import pandas as pd
 import scipy.sparse as sp
 
 from preprocessing.errors import InputError, first_few
-from preprocessing.mpp import ST_PITCH_UM, check_axes, check_on_image, decide_mpp, fit_grid
+from preprocessing.mpp import ST_PITCH_UM, check_axes, decide_mpp, fit_grid
+from preprocessing.position_checks import check_on_image
 from preprocessing.sample import Sample
 from preprocessing.slide import Slide
 

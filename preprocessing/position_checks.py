@@ -1,0 +1,62 @@
+"""Check that positions lie where the tissue is: on the image at all, and not transposed.
+
+Positions are (x, y) pixels of the image at hand. Exchanged pixel columns cannot be seen in the numbers alone, as scans may be
+rotated and mirrored; the image can tell. Touches no files.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from preprocessing.errors import InputError
+
+ENOUGH = 20               # positions in and out of tissue below which contrast says nothing
+MIN_CONTRAST = 10.0       # grey levels between tissue and glass that exchanged columns must win by
+SWAPPED = "With x and y exchanged they lie {where}: the two pixel columns of the positions are swapped"
+
+
+def check_on_image(path: Path | str, centre_xy_px: np.ndarray, width_px: float, height_px: float, image: Path | str,
+                   may_be_cropped: bool = False) -> str:
+    """Refuse positions most of which lie off the image; returns a notice about single ones that do, or ''.
+
+    `centre_xy_px` (P, 2) are the positions in tissue. With `may_be_cropped` the image is a thumbnail that need not
+    show everything: then only exchanged pixel columns are refused.
+    """
+    inside = _inside(centre_xy_px, width_px, height_px)
+    if len(inside) == 0 or inside.all():
+        return ""
+    outside = f"{np.count_nonzero(~inside):,} of {len(inside):,} positions in tissue lie off it"
+    swapped = _inside(centre_xy_px[:, ::-1], width_px, height_px).mean() > 0.9
+    if inside.mean() < 0.5 and (swapped or not may_be_cropped):
+        hint = SWAPPED.format(where="on it") if swapped else "Is it the image these positions were measured on, at full resolution?"
+        raise InputError(path, "pixel positions", f"positions on {image}, {width_px:.0f} x {height_px:.0f} px", outside, hint)
+    return f"{image}: {outside}{' (was it cropped?)' if may_be_cropped else ''}"
+
+
+def _inside(xy: np.ndarray, width: float, height: float) -> np.ndarray:
+    return ((xy >= 0) & (xy <= np.array([width, height], dtype=float))).all(axis=1)
+
+
+def check_over_tissue(path: Path | str, xy: np.ndarray, in_tissue: np.ndarray, image: np.ndarray, image_path: Path | str) -> None:
+    """Refuse pixel columns that are exchanged: tissue is darker than glass, and only the exchanged positions show it.
+
+    `xy` (P, 2) in pixels of `image` uint8 (H, W, 3). Says nothing about images without contrast, or positions all in tissue.
+    """
+    grey = image.mean(axis=2)
+    given, exchanged = _contrast(xy, in_tissue, grey), _contrast(xy[:, ::-1], in_tissue, grey)
+    if given is not None and exchanged is not None and exchanged > MIN_CONTRAST + max(2 * given, 0):
+        raise InputError(path, "pixel positions", f"positions in tissue where {image_path} is dark",
+                         f"a contrast to the other positions of {given:.0f} grey levels, and of {exchanged:.0f} with x and y exchanged",
+                         SWAPPED.format(where="over tissue"))
+
+
+def _contrast(xy: np.ndarray, in_tissue: np.ndarray, grey: np.ndarray) -> float | None:
+    """How much darker the image is under positions in tissue than under the others; None where too few lie on it."""
+    usable = np.isfinite(xy).all(axis=1)
+    usable[usable] = _inside(xy[usable], grey.shape[1] - 1, grey.shape[0] - 1)
+    if min(np.count_nonzero(usable & in_tissue), np.count_nonzero(usable & ~in_tissue)) < ENOUGH:
+        return None
+    columns, rows = np.rint(xy[usable]).astype(int).T
+    under = grey[rows, columns]
+    return float(under[~in_tissue[usable]].mean() - under[in_tissue[usable]].mean())

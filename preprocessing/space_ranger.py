@@ -1,0 +1,188 @@
+"""Read a Space Ranger folder - Visium 1.x, Visium 2.x and later, Visium HD - into a Sample.
+
+Counts and positions are joined by barcode. Rows of the sample: first the barcodes of the matrix in its order, then the
+positions without counts by array row and column, as zero rows. So the order of rows in the table of positions is of no account.
+"""
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from PIL import Image, UnidentifiedImageError
+
+from preprocessing.errors import InputError, first_few
+from preprocessing.hd_barcodes import HdBarcodes, as_bytes, as_text, check_agreement, parse_hd_barcodes
+from preprocessing.mpp import VISIUM_COL_UM, VISIUM_ROW_UM, check_axes, decide_mpp, fit_grid
+from preprocessing.position_checks import check_on_image, check_over_tissue
+from preprocessing.sample import Sample
+from preprocessing.space_ranger_folder import BIN_FOLDER, SpaceRangerFolder, find_folder
+from preprocessing.tenx_matrix import TenxMatrix, read_matrix
+from preprocessing.tissue_positions import Positions, read_positions, require_unique
+
+if TYPE_CHECKING:
+    from preprocessing.slide import Slide
+
+
+def read_sample(space_ranger_dir: Path | str, *, sample_id: str | None = None, slide: Slide | None = None, mpp: float | None = None,
+                use_wsi_res: bool = False, is_hd: bool | None = None, below_v2: bool | None = None) -> Sample:
+    """Read the folder; the platform is found out, and `is_hd` and `below_v2` only must not contradict it.
+
+    With a slide its mpp is compared, and positions must lie on it. `mpp` overrides every source.
+    `metadata` holds `mpp_source`, `software` and, where Space Ranger clustered, `cluster` (P,) str, '' in gaps.
+    """
+    found = find_folder(space_ranger_dir, is_hd, below_v2)
+    positions = read_positions(found.positions)
+    matrix = read_matrix(found.matrix)
+    require_unique(found.matrix, "barcodes", matrix.barcodes)
+    factors = _read_scalefactors(found)
+    position_of_row, n_counted = _join(found, positions, matrix)
+    bin_um = _bin_side(found, factors) if found.is_hd else None
+    if found.is_hd:
+        check_agreement(found.positions, parse_hd_barcodes(positions.barcodes, found.positions), positions.array_row,
+                        positions.array_col, positions.barcodes, bin_um)
+    in_tissue, centres = positions.in_tissue[position_of_row], positions.centre_xy_px[position_of_row]
+    grid = fit_grid(positions.array_row, positions.array_col, positions.centre_xy_px,
+                    row_um=bin_um or VISIUM_ROW_UM, col_um=bin_um or VISIUM_COL_UM)
+    check_axes(found.positions, grid)
+    images = {kind: _read_image(path) for kind, path in found.images.items()}
+    decision = decide_mpp(found.positions, override=mpp, declared=factors.get("microns_per_pixel"), grid=grid,
+                          spot_diameter_px=None if found.is_hd else factors.get("spot_diameter_fullres"),
+                          slide_mpp=slide.declared_mpp if slide else None, slide_path=slide.path if slide else None,
+                          use_wsi_res=use_wsi_res)
+    notices = [*found.notices, *decision.notices, *_count_notices(in_tissue, n_counted),
+               _check_places(found, positions, slide, images, factors)]
+    metadata = {"mpp_source": decision.source, "software": matrix.software}
+    barcodes = as_text(positions.barcodes)[position_of_row]
+    if found.clusters:
+        metadata["cluster"], notice = _read_clusters(found, barcodes[:n_counted], len(barcodes))
+        notices.append(notice)
+    return Sample(
+        sample_id=sample_id or found.default_sample_id, platform=found.platform, counts=_with_zero_rows(matrix.counts, len(barcodes)),
+        barcodes=barcodes, gene_names=matrix.gene_names, gene_ids=matrix.gene_ids, in_tissue=in_tissue,
+        array_row=positions.array_row[position_of_row], array_col=positions.array_col[position_of_row], centre_xy_px=centres,
+        mpp=decision.mpp, bin_um=bin_um, images=images, scalefactors=factors, metadata=metadata,
+        notices=tuple(notice for notice in notices if notice))
+
+
+def _join(found: SpaceRangerFolder, positions: Positions, matrix: TenxMatrix) -> tuple[np.ndarray, int]:
+    """Row of `positions` for every row of the sample, and how many rows of the sample have counts."""
+    by_bin = found.is_hd and positions.barcodes[0][:2].lower() == b"s_"
+    if by_bin:
+        keys, wanted = parse_hd_barcodes(positions.barcodes, found.positions).key, parse_hd_barcodes(matrix.barcodes, found.matrix).key
+    else:
+        keys, wanted = positions.barcodes, as_bytes(matrix.barcodes)
+    place = match(keys, wanted)
+    missing = place < 0
+    if missing.any():
+        raise InputError(found.positions, "barcodes", f"a position for each of the {len(wanted):,} barcodes of {found.matrix.name}",
+                         f"none for {int(missing.sum()):,}, first {first_few(as_text(matrix.barcodes[missing][:5]))}")
+    if by_bin:
+        require_unique(found.positions, "barcode", keys)                   # the same bin in two spellings
+    uncounted = np.ones(len(keys), dtype=bool)
+    uncounted[place] = False
+    rest = np.flatnonzero(uncounted)
+    rest = rest[np.lexsort((positions.array_col[rest], positions.array_row[rest]))]
+    return np.concatenate([place, rest]), len(place)
+
+
+def match(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Index in `keys` of each of `wanted`, -1 where absent; both integers or bytes, `keys` unique."""
+    if keys.dtype.kind == "S":
+        width = max(keys.dtype.itemsize, wanted.dtype.itemsize)
+        keys, wanted = keys.astype(f"S{width}"), wanted.astype(f"S{width}")
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    slot = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
+    return np.where(ordered[slot] == wanted, order[slot], -1)
+
+
+def _with_zero_rows(counts: sp.csr_matrix, n_rows: int) -> sp.csr_matrix:
+    """Append rows without counts; data and indices are shared, not copied."""
+    indptr = np.concatenate([counts.indptr, np.full(n_rows - counts.shape[0], counts.indptr[-1], dtype=counts.indptr.dtype)])
+    padded = sp.csr_matrix((counts.data, counts.indices, indptr), shape=(n_rows, counts.shape[1]), copy=False)
+    padded.has_sorted_indices = True
+    return padded
+
+
+def _read_scalefactors(found: SpaceRangerFolder) -> dict[str, float]:
+    if found.scalefactors is None:
+        if found.is_hd:
+            raise InputError(found.positions.parent, "scalefactors_json.json", "the scale factors of Visium HD", "no such file")
+        return {}
+    try:
+        factors = json.loads(found.scalefactors.read_text())
+        factors = {str(name): float(value) for name, value in factors.items() if value is not None}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(found.scalefactors, "file", "a JSON object of numbers", f"one that cannot be read ({error})") from error
+    wrong = [name for name, value in factors.items() if not (math.isfinite(value) and value > 0)]
+    if wrong:
+        raise InputError(found.scalefactors, first_few(wrong), "a positive number", f"{factors[wrong[0]]:g}")
+    return factors
+
+
+def _bin_side(found: SpaceRangerFolder, factors: dict[str, float]) -> float:
+    """Side of a bin in µm: of the scale factors, else of the folder's name."""
+    name = BIN_FOLDER.fullmatch(found.folder.name)
+    if "bin_size_um" not in factors and name is None:
+        raise InputError(found.scalefactors, "bin_size_um", "the side of a bin in µm", f"only {', '.join(factors) or 'nothing'}")
+    return factors.get("bin_size_um") or float(name[1])
+
+
+def _read_image(path: Path) -> np.ndarray:
+    """uint8 (H, W, 3) RGB of a hires or lowres image."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(path, "image", "an image that can be decoded (or no such file)", str(error)) from error
+
+
+def _count_notices(in_tissue: np.ndarray, n_counted: int) -> list[str]:
+    unread, outside = int(np.count_nonzero(in_tissue[n_counted:])), int(np.count_nonzero(~in_tissue[:n_counted]))
+    notices = [f"{unread:,} of {int(in_tissue.sum()):,} positions in tissue have no counts: zero rows"] if unread else []
+    return notices + ([f"{outside:,} of {n_counted:,} barcodes with counts are outside tissue"] if outside else [])
+
+
+def _check_places(found: SpaceRangerFolder, positions: Positions, slide: Slide | None, images: dict[str, np.ndarray],
+                  factors: dict[str, float]) -> str:
+    """Refuse positions that lie off the slide, or that lie over tissue only with their pixel columns exchanged."""
+    centres = positions.centre_xy_px[positions.in_tissue]
+    notice = check_on_image(found.positions, centres, slide.width_px, slide.height_px, slide.path) if slide else ""
+    for kind in ("lowres", "hires"):
+        scale = factors.get(f"tissue_{kind}_scalef")
+        if kind in images and scale:
+            check_over_tissue(found.positions, positions.centre_xy_px * scale, positions.in_tissue, images[kind], found.images[kind])
+            if slide is None:
+                height, width = images[kind].shape[:2]
+                notice = check_on_image(found.positions, centres, width / scale, height / scale, found.images[kind], may_be_cropped=True)
+            break
+    return notice
+
+
+def _read_clusters(found: SpaceRangerFolder, counted: np.ndarray, n_rows: int) -> tuple[np.ndarray, str]:
+    """Labels (n_rows,) of Space Ranger's graph-based clusters, '' in gaps; rows beyond `counted` have no counts, hence no label.
+
+    Visium HD clusters larger bins: each small bin takes the label of the one it lies in."""
+    try:
+        table = pd.read_csv(found.clusters, dtype=str, keep_default_na=False)
+        names, labels = as_bytes(table["Barcode"].to_numpy(object)), table["Cluster"].to_numpy(str)
+    except (OSError, KeyError, ValueError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise InputError(found.clusters, "file", "a table with the columns Barcode and Cluster", f"another ({error})") from error
+    require_unique(found.clusters, "Barcode", names)
+    keys, wanted = names, as_bytes(counted)
+    if found.is_hd and len(names):
+        cluster_bins, bins = parse_hd_barcodes(names, found.clusters), parse_hd_barcodes(counted, found.positions)
+        ratio = cluster_bins.bin_um[0] // bins.bin_um[0]
+        keys = cluster_bins.key
+        wanted = HdBarcodes(bins.bin_um * ratio, bins.array_row // ratio, bins.array_col // ratio).key
+    aligned = np.full(n_rows, "", dtype=labels.dtype if len(labels) else "U1")
+    if len(keys):
+        place = match(keys, wanted)
+        aligned[:len(place)] = np.where(place >= 0, labels[place], "")
+    gaps = int(np.count_nonzero(aligned[:len(counted)] == ""))
+    return aligned, f"{found.clusters}: {gaps:,} of {len(counted):,} barcodes with counts have no cluster label" if gaps else ""
