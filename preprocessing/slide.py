@@ -7,6 +7,7 @@ Pixels are taken as stored: an orientation tag is not applied, as positions were
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,7 @@ def open_slide(path: Path | str) -> Slide:
     return PyramidSlide(path)
 
 
-class Slide:
+class Slide(ABC):
     """A slide of `width_px` x `height_px` level-0 pixels; a context manager. `mpp` is None unless stated and plausible."""
 
     def __init__(self, path: Path, width_px: int, height_px: int, declared_mpp: float | None):
@@ -82,6 +83,7 @@ class Slide:
             bands.append(np.asarray(Image.fromarray(band).resize((width, last - first), Image.Resampling.BOX, box=box)))
         return np.concatenate(bands)
 
+    @abstractmethod
     def close(self) -> None:
         """Free the handle; reading afterwards is an error."""
 
@@ -95,8 +97,9 @@ class Slide:
         if width < 1 or height < 1 or x < 0 or y < 0 or x + width > self.width_px or y + height > self.height_px:
             raise ValueError(f"{self.path}: region x={x} y={y} {width} x {height} is not inside {self.width_px} x {self.height_px}")
 
+    @abstractmethod
     def _read(self, x: int, y: int, width: int, height: int) -> np.ndarray:
-        raise TypeError("open slides with open_slide")
+        """Level-0 pixels of a rectangle known to be inside."""
 
     def _level_for(self, shrink: float) -> tuple[int, int, int]:
         return 0, self.width_px, self.height_px
