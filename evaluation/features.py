@@ -89,12 +89,16 @@ class FeatureSpec:
         return self.name.removeprefix("timm:")
 
 
-def feature_specs(text: str) -> list[FeatureSpec]:
-    """`"inception,timm:mobilenetv2_100=PATH"` -> specs; a label may stand once."""
+def feature_specs(text: str, inception_weights: Path | None = None) -> list[FeatureSpec]:
+    """`"inception,timm:mobilenetv2_100=PATH"` -> specs; a label may stand once. `inception_weights` as if behind `inception=`."""
     specs = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, weights = part.partition("=")
         specs.append(FeatureSpec(name.strip(), Path(weights.strip()) if weights else None))
+    if inception_weights is not None:
+        if FeatureSpec("inception") not in specs:
+            raise OptionError("--weights", "inception among --features, as this is its weight file", text)
+        specs = [FeatureSpec("inception", Path(inception_weights)) if spec.name == "inception" else spec for spec in specs]
     labels = [spec.label for spec in specs]
     if not specs or len(set(labels)) < len(labels):
         raise OptionError("--features", "names separated by commas, each once, e.g. inception,timm:mobilenetv2_100=weights.safetensors",

@@ -12,11 +12,6 @@ from evaluation.distances import (
 )
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(7)
-
-
 def test_frechet_distance_of_gaussians_is_the_closed_form(rng):
     # diagonal covariances: |shift|^2 + sum (s_a - s_b)^2
     scale_a, scale_b, shift = np.array([1.0, 2.0, 0.5]), np.array([1.5, 1.0, 0.5]), np.array([3.0, 0.0, 1.0])

@@ -4,11 +4,6 @@ import pytest
 from evaluation.diversity import mean_group_deviation, within_prompt_diversity
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def test_a_generator_that_ignores_z_has_no_diversity(rng):
     one_per_prompt = rng.integers(0, 256, size=(5, 1, 8, 8, 3), dtype=np.uint8)
     assert within_prompt_diversity(np.repeat(one_per_prompt, 4, axis=1)) == 0

@@ -4,11 +4,6 @@ import pytest
 from evaluation.retrieval import places, retrieval_metrics, summarise_places
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(3)
-
-
 def test_planted_pairs_are_always_first(rng):
     embeddings = rng.normal(size=(60, 16))
     found = retrieval_metrics(embeddings, 3 * embeddings + 1e-3 * rng.normal(size=(60, 16)))

@@ -1,0 +1,68 @@
+"""Append FID and KID of generated patches, with intervals and the real-vs-real floor, to image_quality_metrics.csv."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from preprocessing.errors import Command
+
+
+def calculate_image_quality(out_dir: Path, report: Path | None = None, progress: bool = True, **settings) -> list[dict[str, object]]:
+    """Measure, append to the CSV in `out_dir`, write the page if one is asked for; returns the rows."""
+    from evaluation import features, image_quality, image_quality_page
+    chosen = features.feature_specs(settings.pop("features"), inception_weights=settings.pop("weights"))
+    config = image_quality.QualityConfig(features=tuple(chosen), **settings)
+    reference, generated = image_quality.collect_both(config)
+    for line in image_quality.notices(config, reference, generated):
+        tqdm.write(line)
+    rows = list(image_quality.measure(config, reference, generated, progress))
+    image_quality.append_rows(out_dir / image_quality.CSV_NAME, rows)
+    if report is not None:
+        image_quality_page.write_quality_report(report, config, reference, generated, rows)
+    return rows
+
+
+def describe(row: dict[str, object]) -> str:
+    """The row in one line."""
+    return (f"{row['experiment']}, {row['features']}: FID {row['FID']:.4g} ({row['FID_low']:.4g} to {row['FID_high']:.4g}), "
+            f"at n = {row['n_floor']:,}: {row['FID_at_floor_n']:.4g}, real vs real {row['FID_floor']:.4g}; "
+            f"KID {row['KID_mean']:.4g} +- {row['KID_std']:.2g}, real vs real {row['KID_floor']:.2g}"
+            + (f"  [{row['flags']}]" if row["flags"] else ""))
+
+
+def folders(_context, _parameter, value: str) -> tuple[Path, ...]:
+    return tuple(Path(part.strip()) for part in value.split(",") if part.strip())
+
+
+@click.command(cls=Command)
+@click.option("--experiment", required=True, help="Name of the row.")
+@click.option("--ref-img-path", "reference", required=True, callback=folders, help="Folder(s) of real patches, separated by commas.")
+@click.option("--gen-img-path", "generated", required=True, callback=folders, help="Folder(s) of generated patches, separated by commas.")
+@click.option("--out-dir", type=click.Path(path_type=Path), default=".", help="Where image_quality_metrics.csv lies or will lie.")
+@click.option("--features", default="inception",
+              help="Encoders, separated by commas, one row each: inception (FID proper), efficientnet_lite0, uni, ..., each with "
+                   "=WEIGHT_FILE where needed, e.g. timm:mobilenetv2_100=mobilenet.safetensors.")
+@click.option("--weights", type=click.Path(path_type=Path), help="Inception weight file; default: torch hub cache, then the hub.")
+@click.option("--num", type=int, help="Random number of images a side; default all.")
+@click.option("--seed", default=0, help="Seed of the choice of images, the KID subsets and the splits.")
+@click.option("--batch-size", default=64, help="Images encoded at once.")
+@click.option("--device", default="auto", help="auto, cpu or cuda.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Keep the reference's features here, by content.")
+@click.option("--splits", "n_splits", default=20, help="Random halves behind floors and intervals.")
+@click.option("--report", type=click.Path(path_type=Path), help="Also write this HTML page, and the same as JSON beside it.")
+def main(**options):
+    """Append one row a feature set to image_quality_metrics.csv: FID and KID of generated patches against real ones.
+
+    Example: python calculate_image_quality_metrics.py --experiment C4 --ref-img-path C4/patches --gen-img-path runs/C4
+    --features efficientnet_lite0 --report runs/C4.html
+    """
+    for row in calculate_image_quality(**options):
+        click.echo(describe(row))
+    for path in filter(None, (options["out_dir"] / "image_quality_metrics.csv", options["report"])):
+        click.echo(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

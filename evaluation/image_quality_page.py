@@ -1,0 +1,115 @@
+"""The page of `calculate_image_quality_metrics.py --report`: numbers with n, floors and intervals, and patches to look at."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from evaluation import page
+from evaluation.contact_sheet import contact_sheet
+from evaluation.features import read_samples_csv
+from evaluation.image_quality import ImageSet, QualityConfig
+from preprocessing.outputs import program_versions, write_json
+from preprocessing.patches import read_patch, read_patch_folder
+
+ROWS, COLUMNS = 8, 8
+CELL_PX = 96
+
+
+def write_quality_report(path: Path, config: QualityConfig, reference: ImageSet, generated: ImageSet,
+                         rows: Sequence[dict[str, object]]) -> None:
+    """Write the page, and the same numbers and settings as JSON beside it."""
+    settings = {"experiment": config.experiment, "reference": reference.name, "generated": generated.name, "seed": config.seed,
+                "images a side at most": config.num, "splits": config.n_splits,
+                **{f"weights of {row['features']} (SHA-256)": row["weights_sha256"] for row in rows}}
+    sheet, caption = patches_side_by_side(reference, generated, np.random.default_rng(config.seed))
+    parts = [page.paragraph(lead(rows), "lead"), *number_tables(rows), page.heading("Real and generated"), page.picture(sheet, caption),
+             page.heading("How to read this"), page.paragraph(
+                 "Both distances grow as n shrinks, so compare the generated patches with the real-vs-real floor at the same n, never with "
+                 "a number from elsewhere. Neither sees whether a patch follows its genes. Intervals are 95 %: of the whole by "
+                 "delete-half jackknife, at the floor's n over random halves."),
+             page.heading("Settings, weights, versions"), page.facts({**settings, **program_versions()})]
+    page.write_page(path, page.page(f"Image quality: {config.experiment}", parts))
+    write_json(path.with_suffix(".json"), {"rows": list(rows), "settings": settings, "versions": program_versions()})
+
+
+def lead(rows: Sequence[dict[str, object]]) -> str:
+    """What the first feature set says, in a sentence."""
+    row = rows[0]
+    times = row["FID_at_floor_n"] / row["FID_floor"] if row["FID_floor"] > 0 else float("inf")
+    n = f"n = {row['n_floor']:,}"
+    apart = row["FID_at_floor_n_low"] > row["FID_floor_high"]
+    verdict = (f"{page.number(times)} times the distance between two halves of the real patches at {n}" if apart
+               else f"not told apart from real patches at {n}: the intervals overlap")
+    caution = f" Caution: {row['flags']}." if row["flags"] else ""
+    return f"In {row['features']} features the generated patches are {verdict}.{caution}"
+
+
+def number_tables(rows: Sequence[dict[str, object]]) -> list[str]:
+    """All images, and equal n beside the floor."""
+    whole = [[row["features"], row["n_reference"], row["n_generated"], interval(row, "FID"),
+              page.with_interval(row["KID_mean"], row["KID_low"], row["KID_high"]), page.number(row["KID_std"]), row["flags"] or "-"]
+             for row in rows]
+    equal = [[f"{name}, {row['features']}", row["n_floor"], interval(row, f"{name}_at_floor_n"), interval(row, f"{name}_floor")]
+             for row in rows for name in ("FID", "KID")]
+    return [page.heading("Distances"),
+            page.table(["features", "n real", "n generated", "FID", "KID", "KID deviation", "flags"], whole,
+                       "All images; in brackets the 95 % interval. FID proper is the row of the Inception features."),
+            page.table(["distance", "n a side", "generated to real", "real to real (floor)"], equal,
+                       "At equal n, over random halves of the real patches")]
+
+
+def interval(row: dict[str, object], name: str) -> str:
+    return page.with_interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
+
+
+def patches_side_by_side(reference: ImageSet, generated: ImageSet, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    """Where the folders say what belongs together, one row a prompt or cluster, real patch first; else random rows of each."""
+    groups = grouped(generated)
+    if groups:
+        real = {barcode: path for folder in reference.folders for barcode, path in patches_by_barcode(folder).items()}
+        shown = [groups[i] for i in np.sort(rng.choice(len(groups), min(ROWS, len(groups)), replace=False))]
+        known = any(barcode in real for _, barcode, _ in shown)
+        cells = [([read_patch(real[barcode])] if barcode in real else [blank()] if known else [])
+                 + [read_patch(path) for path in paths[:COLUMNS]] for _, barcode, paths in shown]
+        columns = (["real"] if known else []) + ["generated"] * max(len(paths[:COLUMNS]) for _, _, paths in shown)
+        labels = [label for label, _, _ in shown]
+        caption = f"{len(shown)} of {len(groups)} prompts or clusters{', the real patch of the same spot first' if known else ''}."
+        return contact_sheet(cells, labels, columns, cell_px=CELL_PX), caption
+    rows = [draw(reference, rng), draw(reference, rng), draw(generated, rng), draw(generated, rng)]
+    return contact_sheet(rows, ["real", "real", "generated", "generated"], cell_px=CELL_PX), "Random patches of both sides."
+
+
+def draw(images: ImageSet, rng: np.random.Generator) -> list[np.ndarray]:
+    return [read_patch(images.paths[i]) for i in rng.choice(len(images.paths), min(COLUMNS, len(images.paths)), replace=False)]
+
+
+def blank() -> np.ndarray:
+    return np.full((CELL_PX, CELL_PX, 3), 235, np.uint8)
+
+
+def grouped(generated: ImageSet) -> list[tuple[str, str | None, list[Path]]]:
+    """(label, barcode if all images of the group share one, paths) by cluster where `samples.csv` has one for all, else by prompt."""
+    chosen, groups = set(generated.paths), {}
+    for folder in generated.folders:
+        if not (folder / "samples.csv").is_file():
+            return []
+        rows = read_samples_csv(folder)
+        by = "cluster" if all(row.get("cluster") for row in rows) else "prompt"
+        for row in rows:
+            if folder / row["file"] in chosen and row.get(by):
+                groups.setdefault((str(folder), f"{by} {row[by]}"), []).append((row.get("barcode"), folder / row["file"]))
+    result = []
+    for (_, label), members in groups.items():
+        barcodes = {barcode for barcode, _ in members}
+        result.append((label, barcodes.pop() if len(barcodes) == 1 else None, [path for _, path in members]))
+    return result
+
+
+def patches_by_barcode(folder: Path) -> dict[str, Path]:
+    """Empty for a folder that does not say which patch belongs to which spot."""
+    if not (folder / "metadata.jsonl").is_file():
+        return {}
+    listed = read_patch_folder(folder)
+    return dict(zip(listed.barcodes, listed.paths, strict=True)) if listed.barcodes else {}
