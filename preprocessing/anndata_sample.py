@@ -42,8 +42,9 @@ def read_anndata_sample(gex_file: Path | str, *, sample_id: str | None = None, s
     in_tissue = adata.obs["in_tissue"].to_numpy(bool) if "in_tissue" in adata.obs else np.ones(adata.n_obs, dtype=bool)
     array_row, array_col, bin_um = _array_places(gex_file, adata)
     decision = decide_mpp(gex_file, override=mpp, declared=_declared(adata, factors, spot_um),
-                          grid=_grid(array_row, array_col, pixels, bin_um), spot_diameter_px=factors.get("spot_diameter_fullres"), slide_mpp=slide.declared_mpp if slide else None,
-                          slide_path=slide.path if slide else None, use_wsi_res=use_wsi_res)
+                          grid=_grid(array_row, array_col, pixels, bin_um), spot_diameter_px=factors.get("spot_diameter_fullres"),
+                          slide_mpp=slide.declared_mpp if slide else None, slide_path=slide.path if slide else None,
+                          use_wsi_res=use_wsi_res)
     notice = check_on_image(gex_file, pixels[in_tissue], slide.width_px, slide.height_px, slide.path) if slide else ""
     metadata = {"mpp_source": decision.source}
     if "cluster" in adata.obs:

@@ -220,7 +220,7 @@ def _decode_tiff(path: Path) -> tuple[np.ndarray, float | None]:
 
 def _decode_with_pillow(path: Path) -> np.ndarray:
     try:
-        with _pillow_limit(MAX_FLAT_PX), Image.open(path) as image:
+        with _pillow_unlimited(), Image.open(path) as image:
             _require_flat_size(path, *image.size)
             if image.mode.startswith(("I", "F")):
                 raise InputError(path, "slide", "8 bits a channel", f"mode {image.mode}")
@@ -236,10 +236,11 @@ def _require_flat_size(path: Path, width: int, height: int) -> None:
 
 
 @contextmanager
-def _pillow_limit(max_px: int) -> Iterator[None]:
-    """Lift Pillow's guard against decompression bombs for one slide that the user named; everybody else keeps it."""
+def _pillow_unlimited() -> Iterator[None]:
+    """Lift Pillow's guard against decompression bombs for one slide that the user named, whose size is checked before it is
+    decoded; everybody else keeps the guard."""
     with _pillow_lock:
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_px
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             yield
         finally:
