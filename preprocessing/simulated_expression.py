@@ -149,5 +149,6 @@ def cluster_by_expression(counts: sp.csr_matrix, clusters: int, seed: int) -> np
     expression.data = np.log1p(expression.data)
     width = min(10, min(expression.shape) - 1)
     scores = TruncatedSVD(width, random_state=seed).fit_transform(expression)
-    label = KMeans(min(clusters, len(scores)), n_init=4, random_state=seed).fit_predict(scores)
+    trust = np.minimum(library / np.median(library[library > 0]), 1)     # nearly empty spots do not make a cluster of their own
+    label = KMeans(min(clusters, int((library > 0).sum())), n_init=4, random_state=seed).fit(scores, sample_weight=trust).labels_
     return np.argsort(np.argsort(-np.bincount(label), kind="stable"), kind="stable")[label] + 1

@@ -21,7 +21,7 @@ from preprocessing.simulated_tissue import Cells, Layout, Tissue
 TILE_PX = 256
 STRIP_PX = 2048          # widest rectangle drawn at once
 STEP_UM = 2.0            # the layout is laid out on this grid and interpolated
-FOCUS_UM = 0.35          # blur of the scanner
+FOCUS_UM = 0.42          # blur of the scanner
 NOISE_GREY = 2.2         # deviation of the sensor's noise, grey levels
 REFERENCE_STAINS = ((0.5626, 0.7201, 0.4062), (0.2159, 0.8012, 0.5581))   # H and E of Macenko's reference slide
 
@@ -41,7 +41,7 @@ def slide_stains(seed: int) -> Stains:
     rng = np.random.default_rng([seed, 0x57A1])
     vectors = np.array(REFERENCE_STAINS) + rng.normal(0, (0.035, 0.03, 0.045), (2, 3)) * np.array([[1.0], [0.9]])
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    light = 244 + rng.normal(0, 1.5) + rng.normal(0, 1.0, 3)
+    light = 243 + rng.normal(0, 1.5) + rng.normal(0, 0.6, 3)
     strength = np.exp(rng.normal(0, 0.09, 2))
     return Stains(*(tuple(map(float, row)) for row in (*vectors, strength, light)))
 
@@ -104,7 +104,7 @@ class SlidePainter:
         near = first + np.flatnonzero((cells.x_um[first:end] > x_um[0] - reach) & (cells.x_um[first:end] < x_um[-1] + reach))
         nucleated = cells.cell_type[near] != st.T_ERYTHROCYTE
         stain, cover = _stamps(cells, near[nucleated], x_um, y_um, self.mpp)
-        texture = 1 + 0.13 * noise[0.9] + 0.10 * noise[2.2]
+        texture = 1 + 0.16 * noise[0.9] + 0.12 * noise[2.2]
         haematoxylin *= 1 - cover
         haematoxylin += stain * texture
         eosin *= 1 - 0.62 * cover
@@ -116,6 +116,7 @@ class SlidePainter:
 def _ground(at: Layout, fine, noise: dict[float, np.ndarray], fibres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Everything but the nuclei: cytoplasm, lumina, matrix. `fine` takes a field of the layout to the pixels."""
     tubule, epithelium = fine(at.tubule), fine(at.epithelium)
+    fibrosis = fine(at.fibrosis)
     share = {region: fine(at.site == region) for region in (st.PROXIMAL, st.DISTAL, st.DUCT, st.STROMA, st.LYMPHOID)}
     grain = 1 + 0.10 * noise[0.9] + 0.10 * noise[2.2] + 0.07 * noise[5.5]
 
@@ -127,13 +128,13 @@ def _ground(at: Layout, fine, noise: dict[float, np.ndarray], fibres: np.ndarray
     cytoplasm_e = 0.84 * share[st.PROXIMAL] + 0.56 * share[st.DISTAL] + 0.42 * share[st.DUCT]
     cytoplasm_h = 0.24 * share[st.PROXIMAL] + 0.20 * share[st.DISTAL] + 0.24 * share[st.DUCT]
     in_tubule = _step(tubule, 0.6)
-    matrix_e = np.clip(0.50 + 0.16 * fine(at.fibrosis) + 0.20 * fibres, 0.06, 1.3)
+    matrix_e = np.clip(0.50 + 0.16 * fibrosis + 0.20 * fibres, 0.06, 1.3)
     tubules_e = wall * cytoplasm_e * grain + (in_tubule - wall).clip(0) * flock + (1 - in_tubule) * matrix_e + 0.22 * membrane
     tubules_h = wall * cytoplasm_h * grain + (1 - in_tubule) * 0.10
 
     # stroma: collagen in wavy bundles with clefts between; lymphoid: a fine mesh
-    bundle = _step(fibres + 0.45 * noise[13.0] + 0.85 * fine(at.fibrosis) + 0.35, 0.55)
-    stroma_e = bundle * np.clip(0.72 + 0.25 * fine(at.fibrosis) + 0.16 * fibres, 0.2, 1.4) * (1 + 0.05 * noise[2.2]) + 0.05
+    bundle = _step(fibres + 0.6 * noise[13.0] + 0.3 * noise[5.5] + 1.0 * fibrosis + 0.65, 0.75)
+    stroma_e = bundle * np.clip(0.55 + 0.28 * fibrosis + 0.15 * fibres, 0.15, 1.4) * (1 + 0.06 * noise[2.2]) + 0.09 * (1 - bundle)
     lymphoid_e = np.clip(0.30 + 0.12 * noise[2.2] + 0.10 * noise[5.5], 0.03, 1)
     tubular = share[st.PROXIMAL] + share[st.DISTAL] + share[st.DUCT]
     eosin = tubular * tubules_e + share[st.STROMA] * stroma_e + share[st.LYMPHOID] * lymphoid_e
@@ -149,6 +150,10 @@ def _ground(at: Layout, fine, noise: dict[float, np.ndarray], fibres: np.ndarray
         haematoxylin = haematoxylin * (1 - inside) + inside * tuft * (1 - 0.8 * capillary) * 0.30
     if (at.vessel > -12).any():
         eosin, haematoxylin = _add_vessel(eosin, haematoxylin, fine(at.vessel), fine(at.wall), noise, fibres)
+    if (at.edge < 14).any():                                       # a thin capsule of collagen about the organ
+        capsule = 0.85 * (1 - _step(fine(at.edge) - 4.5 - 1.5 * noise[13.0], 1.5))
+        eosin = eosin * (1 - capsule) + capsule * np.clip(0.62 + 0.12 * noise[2.2] + 0.12 * noise[5.5], 0.2, 1.2)
+        haematoxylin = haematoxylin * (1 - capsule) + capsule * 0.10
     return haematoxylin.clip(0), eosin.clip(0)
 
 
@@ -197,7 +202,7 @@ def _nucleus(cells: Cells, part: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> 
     u, v = (dx * cos + dy * sin) / each(cells.major_um), (dy * cos - dx * sin) / each(cells.minor_um)
     radius = np.sqrt(u * u + v * v)
     turn = np.arctan2(v, u)
-    radius = radius * (1 + 0.09 * np.cos(2 * turn + phase) + 0.06 * np.cos(3 * turn + 7 * phase) + 0.04 * np.cos(5 * turn + 3 * phase))
+    radius = radius * (1 + 0.09 * np.cos(2 * turn + phase) + 0.06 * np.cos(3 * turn + 7 * phase) + 0.025 * np.cos(5 * turn + 3 * phase))
     cover = _step(1 - radius, 0.30 / each(cells.minor_um))
     clumped = np.array([cell.clumped for cell in st.CELL_TYPES], np.float32)[cells.cell_type[part]][:, None, None]
     pale = (1 - clumped) * (0.60 * (1 - np.minimum(radius, 1) ** 3))
@@ -240,27 +245,24 @@ def _table_noise(table: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def write_slide(painter: SlidePainter, path: Path, *, overview_px: int, jpeg_quality: int = 90, rows_done=lambda _: None) -> np.ndarray:
     """Write the pyramidal TIFF: 256 px JPEG tiles, halved levels, mpp in the resolution tags. Holds one row of tiles.
 
-    Returns an overview of the slide, uint8 (H, W, 3): the smallest level whose longer side is at least `overview_px`
-    (level 0 where the slide itself is not larger than twice that). `rows_done` is called with each row's height.
+    Returns an overview of the slide, uint8 (H, W, 3): the smallest reduced level whose longer side is at least `overview_px`,
+    or level 1. `rows_done` is called with the height of each row of tiles.
     """
     import tifffile
 
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         levels = [_level_file(Path(scratch), painter.height_px >> k, painter.width_px >> k, k) for k in range(1, _level_count(painter))]
-        keep_whole = max(painter.width_px, painter.height_px) < 2 * overview_px
-        whole = _level_file(Path(scratch), painter.height_px, painter.width_px, 0) if keep_whole else None
         options = {"tile": (TILE_PX, TILE_PX), "photometric": "rgb", "compression": "jpeg", "compressionargs": {"level": jpeg_quality},
                    "dtype": np.uint8, "metadata": None, "software": "genes-to-morphology simulate_sample", "resolutionunit": "CENTIMETER"}
         with tifffile.TiffWriter(path, bigtiff=painter.width_px * painter.height_px > 1 << 30) as tiff:
-            rows = _painted_rows(painter, levels[0] if levels else None, whole, rows_done)
+            rows = _painted_rows(painter, levels[0], rows_done)
             tiff.write(_tiles(rows), shape=(painter.height_px, painter.width_px, 3), resolution=(1e4 / painter.mpp,) * 2, **options)
             for k, level in enumerate(levels):
                 if k:
                     _halve(levels[k - 1], level)
                 rows = (level[y:y + TILE_PX] for y in range(0, len(level), TILE_PX))
                 tiff.write(_tiles(rows), shape=level.shape, subfiletype=1, resolution=(1e4 / painter.mpp / 2 ** (k + 1),) * 2, **options)
-        pyramid = ([whole] if keep_whole else []) + levels
-        return np.array([level for level in pyramid if max(level.shape) >= overview_px or level is pyramid[0]][-1])
+        return np.array([level for k, level in enumerate(levels) if k == 0 or max(level.shape) >= overview_px][-1])
 
 
 def _level_count(painter: SlidePainter) -> int:
@@ -272,17 +274,13 @@ def _level_file(folder: Path, height: int, width: int, level: int) -> np.ndarray
     return np.memmap(folder / f"level{level}", np.uint8, "w+", shape=(height, width, 3))
 
 
-def _painted_rows(painter: SlidePainter, half: np.ndarray | None, whole: np.ndarray | None, rows_done) -> Iterator[np.ndarray]:
-    """Level 0, one row of tiles at a time; fills level 1 (and a copy of level 0) on the way."""
+def _painted_rows(painter: SlidePainter, half: np.ndarray, rows_done) -> Iterator[np.ndarray]:
+    """Level 0, one row of tiles at a time; fills level 1 on the way."""
     for y in range(0, painter.height_px, TILE_PX):
         height = min(TILE_PX, painter.height_px - y)
         strips = [painter.paint(x, y, min(STRIP_PX, painter.width_px - x), height) for x in range(0, painter.width_px, STRIP_PX)]
         row = np.concatenate(strips, axis=1)
-        if half is not None:
-            target = half[y // 2:y // 2 + height // 2]
-            _halve(row, target)
-        if whole is not None:
-            whole[y:y + height] = row
+        _halve(row, half[y // 2:y // 2 + height // 2])
         yield row
         rows_done(height)
 

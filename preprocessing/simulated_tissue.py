@@ -32,9 +32,9 @@ class CellType:
 
 
 CELL_TYPES = (
-    CellType("proximal", 4.1, 3.2, 2.9, 1.30, 0.35, 1.6),
-    CellType("distal", 3.3, 2.9, 2.5, 1.45, 0.5, 1.2),
-    CellType("collecting_duct", 3.3, 3.1, 2.5, 1.40, 0.4, 1.0),
+    CellType("proximal", 4.1, 3.2, 2.9, 1.45, 0.35, 1.6),
+    CellType("distal", 3.3, 2.9, 2.5, 1.55, 0.5, 1.2),
+    CellType("collecting_duct", 3.3, 3.1, 2.5, 1.50, 0.4, 1.0),
     CellType("glomerular", 2.8, 2.9, 2.1, 1.60, 0.6, 0.9),
     CellType("fibroblast", 3.6, 5.6, 1.35, 1.60, 0.8, 0.7),
     CellType("smooth_muscle", 3.6, 6.2, 1.3, 1.45, 0.7, 0.8),
@@ -115,7 +115,7 @@ class Tissue:
     def mosaic_region(self, x_um: np.ndarray, y_um: np.ndarray) -> np.ndarray:
         """Which tissue the mosaic holds about the points: tubules (PROXIMAL), DUCT, STROMA or LYMPHOID."""
         choice = np.stack([noise_at(self.seed, 40 + k, x_um, y_um, self.region_um) + bias
-                           for k, bias in enumerate((0.75, 0.25, 0.2, -0.1))])
+                           for k, bias in enumerate((0.60, 0.20, 0.25, 0.10))])
         return np.array([PROXIMAL, DUCT, STROMA, LYMPHOID], np.int8)[choice.argmax(axis=0)]
 
     def fibre_coordinates(self, x_um: np.ndarray, y_um: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

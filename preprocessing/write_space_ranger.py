@@ -18,6 +18,7 @@ from PIL import Image
 POSITION_COLUMNS = ("barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")
 SPOT_DIAMETER_UM, FIDUCIAL_UM, HD_FIDUCIAL_UM = 65.0, 105.0, 330.0     # as measured on 10x's scale factors
 HD_LIMIT, HIRES_LIMIT, LOWRES_LIMIT = 6000, 2000, 600                  # longest side of the PNGs, px
+HIRES_SCALE = 0.5                                                      # of small slides, which would fit whole
 HD_FOLDER = Path("binned_outputs") / "square_002um"
 
 
@@ -83,12 +84,12 @@ def write_positions(spatial: Path, table: pd.DataFrame, platform: str) -> Path:
 def write_images(spatial: Path, overview: np.ndarray, width_px: int, height_px: int, mpp: float, *, bin_um: float | None) -> dict:
     """Write hires and lowres PNG from an overview of the slide, and the scale factors; returns those.
 
-    `overview` is uint8 (H, W, 3) and at least as large as the hires image, or the slide itself.
+    `overview` is uint8 (H, W, 3), the whole slide at least as large as the hires image.
     """
     longest = max(width_px, height_px)
     scales = {}
     for name, limit in (("hires", HD_LIMIT if bin_um else HIRES_LIMIT), ("lowres", LOWRES_LIMIT)):
-        scales[name] = min(1.0, limit / longest)
+        scales[name] = min(HIRES_SCALE, limit / longest)
         size = max(1, round(width_px * scales[name])), max(1, round(height_px * scales[name]))
         Image.fromarray(overview).resize(size, Image.Resampling.BOX).save(spatial / f"tissue_{name}_image.png")
     factors = {"tissue_hires_scalef": scales["hires"], "tissue_lowres_scalef": scales["lowres"]}
