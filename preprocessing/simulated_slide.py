@@ -39,7 +39,7 @@ class Stains:
 def slide_stains(seed: int) -> Stains:
     """Stain vectors scattered about the reference by a few degrees, staining strength by a tenth."""
     rng = np.random.default_rng([seed, 0x57A1])
-    vectors = np.array(REFERENCE_STAINS) + rng.normal(0, (0.035, 0.03, 0.045), (2, 3)) * np.array([[1.0], [0.9]])
+    vectors = np.array(REFERENCE_STAINS) + rng.normal(0, 0.026, (2, 3))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     light = 243 + rng.normal(0, 1.5) + rng.normal(0, 0.6, 3)
     strength = np.exp(rng.normal(0, 0.09, 2))
@@ -128,7 +128,7 @@ def _ground(at: Layout, fine, noise: dict[float, np.ndarray], fibres: np.ndarray
     cytoplasm_e = 0.84 * share[st.PROXIMAL] + 0.56 * share[st.DISTAL] + 0.42 * share[st.DUCT]
     cytoplasm_h = 0.24 * share[st.PROXIMAL] + 0.20 * share[st.DISTAL] + 0.24 * share[st.DUCT]
     in_tubule = _step(tubule, 0.6)
-    matrix_e = np.clip(0.50 + 0.16 * fibrosis + 0.20 * fibres, 0.06, 1.3)
+    matrix_e = np.clip(0.50 + 0.16 * fibrosis + 0.11 * fibres + 0.05 * noise[5.5], 0.06, 1.3)
     tubules_e = wall * cytoplasm_e * grain + (in_tubule - wall).clip(0) * flock + (1 - in_tubule) * matrix_e + 0.22 * membrane
     tubules_h = wall * cytoplasm_h * grain + (1 - in_tubule) * 0.10
 

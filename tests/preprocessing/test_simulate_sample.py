@@ -95,7 +95,8 @@ def test_images_and_scale_factors_agree_with_the_slide(sim_hd, sim_v1):
         for name in ("hires", "lowres"):
             image = Image.open(spatial / f"tissue_{name}_image.png")
             assert image.mode == "RGB" and image.width == pytest.approx(slide.width * factors[f"tissue_{name}_scalef"], abs=1)
-            assert np.abs(np.asarray(slide.resize(image.size, Image.Resampling.BOX), float) - np.asarray(image)).mean() < 3
+            small = [np.asarray(picture.resize((100, 90), Image.Resampling.BOX), float) for picture in (slide, image)]
+            assert np.abs(small[0] - small[1]).mean() < 2 < np.abs(small[0] - small[1][::-1]).mean()
     assert json.loads((sim_hd.folder / HD / "spatial/scalefactors_json.json").read_text())["microns_per_pixel"] == 0.5
 
 
