@@ -269,8 +269,8 @@ def _pair_sample(sample: SampleFiles, adata: ad.AnnData) -> tuple[list[Path], np
     barcodes, recorded = adata.obs_names.tolist(), recorded_barcode_sha256(adata)
     if sample.images.is_dir():
         folder = read_patch_folder(sample.images)
-        _require_same_sample(sample, recorded_sample_id(adata), set(folder.sample_ids or ()))
         paths = pair(folder, barcodes, sample.gex, recorded)
+        _require_same_sample(sample, recorded_sample_id(adata), set(folder.sample_ids or ()))
         if folder.centre_xy_px is None:
             return paths, np.full(len(paths), -1), None
         place = {path: i for i, path in enumerate(folder.paths)}
@@ -278,8 +278,8 @@ def _pair_sample(sample: SampleFiles, adata: ad.AnnData) -> tuple[list[Path], np
     with read_patch_file(sample.images) as file:
         if file.barcodes is None:
             raise InputError(sample.images, "barcode", "one a patch", "none: patches at random places have no expression")
-        _require_same_sample(sample, recorded_sample_id(adata), {str(file.attrs["name"])} if file.attrs.get("name") else set())
         order = match_barcodes(file.barcodes, sample.images, barcodes, sample.gex, recorded)
+        _require_same_sample(sample, recorded_sample_id(adata), {str(file.attrs["name"])} if file.attrs.get("name") else set())
         return [sample.images] * len(order), order, file.centre_xy_px[order]
 
 

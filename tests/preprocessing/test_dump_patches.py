@@ -1,0 +1,186 @@
+"""imgs.h5 -> patch folder: the command, its function, and the run of one sample."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from preprocessing.dump_patches import dump_patches_to_folder, dump_patches_to_folder_single, main
+from preprocessing.expression import read_expression, write_expression, write_vocabulary
+from preprocessing.patches import pair, read_patch, read_patch_file, read_patch_folder, write_patch_file
+from preprocessing.stain import normalise_stain, read_stain_file
+
+ROOT = Path(__file__).resolve().parents[2]
+BARCODES = ["D-1", "B-1", "C-1", "A-1"]
+
+
+def stained_image(height, width, seed=0):
+    """Two stains on tissue everywhere."""
+    generator = np.random.default_rng(seed)
+    mostly = np.where(generator.random((height, width, 1)) < 0.5, (1, 0.02), (0.02, 1))
+    amounts = generator.gamma(2.0, 0.4, (height, width, 2)) * mostly
+    return np.clip(240 * np.exp(-amounts @ np.array([[0.65, 0.07], [0.70, 0.99], [0.29, 0.11]]).T) - 1, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def sample(tmp_path):
+    """A folder S1 with slide.png, imgs.h5 (four 16 px patches) and the gex.h5ad beside it."""
+    import anndata as ad
+    import scipy.sparse as sp
+    folder = tmp_path / "S1"
+    folder.mkdir()
+    slide = stained_image(200, 300)
+    Image.fromarray(slide).save(folder / "slide.png")
+    coords = np.array([[0, 0], [20, 40], [100, 60], [200, 150]])
+    write_patch_file(folder / "imgs.h5", (slide[y:y + 16, x:x + 16] for x, y in coords), count=4, patch_px=16, coords=coords,
+                     barcodes=BARCODES, patch_size_src=16, pixel_size=0.5, name="S1")
+    adata = ad.AnnData(sp.csr_matrix(np.arange(8).reshape(4, 2)))
+    adata.obs_names, adata.var_names = BARCODES, ["Umod", "Actb"]
+    adata.obs["sample_id"], adata.obsm["spatial"] = "S1", coords + 8.0
+    adata.uns["morphology"] = {"mpp": 0.5}
+    write_expression(folder / "gex.h5ad", adata)
+    return folder
+
+
+def metadata(folder):
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_both_names_of_the_original_call_one_function():
+    assert dump_patches_to_folder is dump_patches_to_folder_single
+
+
+def test_raw_patches_come_out_bit_for_bit_with_their_barcodes(sample):
+    assert dump_patches_to_folder_single(sample / "imgs.h5", None, sample / "patches", normalize=False) == 4
+    folder = read_patch_folder(sample / "patches")
+    assert folder.barcodes == BARCODES and folder.sample_ids == ["S1"] * 4 and folder.rows == [0, 1, 2, 3]
+    with read_patch_file(sample / "imgs.h5") as file:
+        assert all((read_patch(path) == file.images(row)).all() for row, path in enumerate(folder.paths))
+        assert (folder.centre_xy_px == file.coords + 8).all()
+    assert json.loads((sample / "patches" / "stain.json").read_text()) == {"normalised": False}
+
+
+def test_normalised_patches_follow_the_vectors_in_stain_json(sample):
+    dump_patches_to_folder(sample / "imgs.h5", sample / "slide.png", sample / "patches")
+    record = json.loads((sample / "patches" / "stain.json").read_text())
+    assert record["normalised"] is True and record["slide"]["name"] == "slide.png" and record["settings"]["method"] == "macenko"
+    stain, folder = read_stain_file(sample / "patches" / "stain.json"), read_patch_folder(sample / "patches")
+    with read_patch_file(sample / "imgs.h5") as file:
+        assert all((read_patch(path) == normalise_stain(file.images(row), stain)).all() for row, path in enumerate(folder.paths))
+
+
+def test_a_stain_file_replaces_the_estimate(sample):
+    run("--images", sample / "imgs.h5", "--wsi", sample / "slide.png", "--out-dir", sample / "a")
+    result = run("--images", sample / "imgs.h5", "--out-dir", sample / "b", "--stain-file", sample / "a" / "stain.json")
+    assert result.exit_code == 0 and f"wrote 4 patches to {sample / 'b'}" in result.output
+    assert (read_patch(sample / "a" / "patch_2.png") == read_patch(sample / "b" / "patch_2.png")).all()
+    assert json.loads((sample / "b" / "stain.json").read_text())["from_stain_file"] == "stain.json"
+
+
+def test_rows_follow_the_h5ad_beside_even_when_it_was_resorted(sample):
+    adata = read_expression(sample / "gex.h5ad")[["A-1", "B-1", "C-1", "D-1"]].copy()
+    write_expression(sample / "gex.h5ad", adata)
+    dump_patches_to_folder(sample / "imgs.h5", None, sample / "patches", normalize=False)
+    lines = metadata(sample / "patches")
+    assert [(line["barcode"], line["gex_emb"]) for line in lines] == [("A-1", 0), ("B-1", 1), ("C-1", 2), ("D-1", 3)]
+    assert lines[3]["x"] == 8 and lines[3]["y"] == 8
+    with read_patch_file(sample / "imgs.h5") as file:
+        paths = pair(read_patch_folder(sample / "patches"), adata.obs_names.tolist(), "gex.h5ad", adata.uns["morphology"]["barcode_sha256"])
+        assert all((read_patch(path) == file.images(row)).all() for path, row in zip(paths, [3, 1, 2, 0], strict=True))
+
+
+def test_an_h5ad_of_another_sample_beside_is_refused(sample):
+    adata = read_expression(sample / "gex.h5ad")
+    adata.obs_names = ["W-1", "X-1", "Y-1", "Z-1"]
+    write_expression(sample / "gex.h5ad", adata)
+    result = run("--images", sample / "imgs.h5", "--out-dir", sample / "patches", "--no-normalize")
+    assert result.exit_code == 3 and "no patch for 4 (W-1, X-1, Y-1, Z-1)" in result.output and not (sample / "patches").exists()
+
+
+@pytest.mark.parametrize("colour", [(255, 255, 255), (190, 90, 150)], ids=["white", "single colour"])
+def test_a_slide_without_two_stains_is_an_error_or_keeps_its_colours(sample, colour):
+    Image.fromarray(np.full((200, 300, 3), colour, np.uint8)).save(sample / "slide.png")
+    arguments = ["--images", sample / "imgs.h5", "--wsi", sample / "slide.png", "--out-dir", sample / "patches"]
+    refused = run(*arguments)
+    assert refused.exit_code == 3 and "slide.png: stain: expected tissue in two stains" in refused.output
+    assert not (sample / "patches").exists() and "Traceback" not in refused.output
+    kept = run(*arguments, "--on-stain-failure", "skip")
+    assert kept.exit_code == 0 and json.loads((sample / "patches" / "stain.json").read_text())["normalised"] is False
+    with read_patch_file(sample / "imgs.h5") as file:
+        assert (read_patch(sample / "patches" / "patch_1.png") == file.images(1)).all()
+
+
+def test_random_patches_without_barcodes_are_dumped_without_a_pairing(sample):
+    with read_patch_file(sample / "imgs.h5") as file:
+        images, coords = file.images(slice(0, 4)), file.coords
+    write_patch_file(sample / "random.h5", iter(images), count=4, patch_px=16, coords=coords, barcodes=None, patch_size_src=16,
+                     pixel_size=0.5, name="S1")
+    dump_patches_to_folder(sample / "random.h5", None, sample / "random", normalize=False)
+    assert metadata(sample / "random")[1] == {"file_name": "patch_1.png", "sample_id": "S1", "x": 28.0, "y": 48.0}
+
+
+def test_the_ids_form_finds_every_sample_and_its_slide(sample, tmp_path):
+    (tmp_path / "wsi").mkdir()
+    (sample / "slide.png").rename(tmp_path / "wsi" / "S1.png")
+    (tmp_path / "S2.h5").write_bytes((sample / "imgs.h5").read_bytes())
+    (tmp_path / "wsi" / "S2").mkdir()
+    (tmp_path / "wsi" / "S2" / "anything.png").write_bytes((tmp_path / "wsi" / "S1.png").read_bytes())
+    result = run("--ids", "S1,S2", "--root-dir", tmp_path, "--wsi-dir", tmp_path / "wsi", "--out-dir", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert read_patch_folder(tmp_path / "out" / "S1").barcodes == read_patch_folder(tmp_path / "out" / "S2").barcodes == BARCODES
+
+
+@pytest.mark.parametrize("arguments, code, message", [
+    (["--ids", "S9", "--root-dir", "."], 3, "S9: expected S9/imgs.h5 or S9.h5; found neither"),
+    (["--ids", "S1"], 2, "no --root-dir"),
+    ([], 2, "no --ids and no --root-dir"),
+    (["--images", "S1/imgs.h5", "--ids", "S1"], 2, "both: --ids as well"),
+    (["--images", "S1/imgs.h5"], 2, "--wsi: expected the slide"),
+    (["--ids", "S1", "--root-dir", ".", "--wsi-dir", "S1"], 3, r"expected one slide S1.\*"),
+    (["--images", "nothing.h5"], 3, "nothing.h5: file: expected an HDF5 file of patches; found nothing there"),
+], ids=["unknown sample", "no root", "nothing", "two forms", "no slide", "no slide of that name", "no file"])
+def test_options_that_cannot_hold_end_in_one_line(sample, monkeypatch, arguments, code, message):
+    import re
+    monkeypatch.chdir(sample.parent)
+    result = run(*arguments, "--out-dir", "out")
+    assert result.exit_code == code and re.search(message, result.output), result.output
+    assert "Traceback" not in result.output and not Path("out").exists()
+
+
+def preprocessing_sh(*arguments):
+    import os
+    environment = os.environ | {"PYTHON": sys.executable}
+    return subprocess.run(["bash", str(ROOT / "preprocessing" / "preprocessing.sh"), *map(str, arguments)], capture_output=True,
+                          text=True, env=environment)
+
+
+def test_the_script_teaches_itself():
+    helped, bare = preprocessing_sh("--help"), preprocessing_sh("only", "two")
+    assert helped.returncode == 0 and "Usage: bash preprocessing/preprocessing.sh SAMPLE_DIR SLIDE VOCAB OUT_DIR" in helped.stdout
+    assert bare.returncode == 2 and "Usage:" in bare.stderr
+
+
+def test_the_script_takes_real_tissue_from_the_space_ranger_folder_to_a_paired_folder(shared_data, tmp_path):
+    brain = shared_data / "mouse-brain-crop"
+    vocabulary = tmp_path / "vocab.txt"
+    with h5py.File(brain / "derived_spaceranger_v2" / "filtered_feature_bc_matrix.h5") as file:
+        write_vocabulary(vocabulary, [*file["matrix/features/name"].asstr()[:2], "not_a_gene"])
+    out = tmp_path / "brain"
+    arguments = [brain / "derived_spaceranger_v2", brain / "fullres.tif", vocabulary, out]
+    stopped = preprocessing_sh(*arguments)
+    assert stopped.returncode == 3 and "missing" in stopped.stderr and "dump_patches" not in stopped.stdout
+    assert not (out / "gex_filt.h5ad").exists() and not (out / "patches").exists()
+    done = preprocessing_sh(*arguments, "--missing-genes", "zero", "--sample-id", "BRAIN")
+    assert done.returncode == 0, done.stderr
+    expression, folder = read_expression(out / "gex_filt.h5ad"), read_patch_folder(out / "patches")
+    assert expression.n_vars == 3 and set(folder.sample_ids) == {"BRAIN"}
+    assert len(pair(folder, expression.obs_names.tolist(), "gex_filt.h5ad", expression.uns["morphology"]["barcode_sha256"])) == 49
