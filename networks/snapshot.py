@@ -1,0 +1,86 @@
+"""Snapshots: a generator for use. A weights folder (averaged generator) that names its gene encoder by path and hash.
+
+config.json holds the generator's shapes, what was trained on, and under `gene_encoder` where the CLIP weights lie
+(relative to the snapshot where possible), their hash, and the library size that expression is normalised to.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from networks.generator import Generator, GeneratorConfig
+from networks.weights import load_into, load_weights_folder, save_weights_folder, weights_sha256
+from preprocessing.errors import InputError, WeightsError
+
+KIND = "generator snapshot"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A loaded snapshot, in evaluation mode."""
+
+    generator: Generator
+    clip: nn.Module | None     # the gene encoder (networks.clip.CLIP without image tower), if asked for and known
+    config: dict               # config.json
+    weights_sha256: str
+
+
+def save_snapshot(folder: Path | str, generator: Generator, *, gene_encoder: Mapping | None = None, **facts: object) -> Path:
+    """Write a snapshot. `gene_encoder`: {"path", "sha256", "target_sum"} of the CLIP weights that made the prompts, or None."""
+    folder = Path(folder)
+    if gene_encoder is not None:
+        relative = os.path.relpath(Path(gene_encoder["path"]).absolute(), folder.absolute())
+        gene_encoder = {**gene_encoder, "path": relative}
+    config = {"kind": KIND, "generator": asdict(generator.config), "gene_encoder": gene_encoder, **facts}
+    return save_weights_folder(folder, generator.state_dict(), config)
+
+
+def load_snapshot(folder: Path | str, *, gene_encoder: bool = True, gene_encoder_path: Path | str | None = None) -> Snapshot:
+    """Read a snapshot; with `gene_encoder` also the CLIP weights it names, refused if their hash is another.
+
+    `gene_encoder_path` says where those weights lie now, if they were moved.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise WeightsError(folder, "snapshot", "a snapshot folder (model.safetensors, config.json, SHA256SUMS)",
+                           "a single file; pickled networks are never read")
+    tensors, config = load_weights_folder(folder)
+    if config.get("kind") != KIND or not isinstance(config.get("generator"), dict):
+        raise WeightsError(folder / "config.json", "kind", KIND, str(config.get("kind")))
+    try:
+        generator = Generator(GeneratorConfig(**config["generator"]))
+    except (TypeError, ValueError) as error:
+        raise WeightsError(folder / "config.json", "generator", "the shapes of a generator", str(error)) from error
+    load_into(generator, tensors, folder)
+    reference = config.get("gene_encoder")
+    clip = None
+    if gene_encoder and reference is not None:
+        clip = _load_gene_encoder(folder, reference, gene_encoder_path)
+    return Snapshot(generator.eval().requires_grad_(False), clip, config, weights_sha256(folder))
+
+
+def _load_gene_encoder(folder: Path, reference: Mapping, moved_to: Path | str | None) -> nn.Module:
+    from networks.clip import CLIP, clip_weights_sha256
+
+    path = Path(moved_to) if moved_to else Path(os.path.normpath(folder.absolute() / str(reference["path"])))
+    if not path.exists():
+        raise InputError(path, "gene encoder", "the CLIP weights this snapshot was trained with", "nothing there",
+                         "Name where they lie now with --clip, or give prompt embeddings with --encoded")
+    found = clip_weights_sha256(path)
+    if found != reference["sha256"]:
+        raise WeightsError(path, "SHA-256", f"{reference['sha256']}, the gene encoder of {folder}", found)
+    return CLIP.from_pretrained(path, image_encoder=False)
+
+
+def move_fourier_input(generator: Generator, translate: tuple[float, float] = (0.0, 0.0), rotate_deg: float = 0.0) -> None:
+    """Translate (in shares of the image's side, x to the right, y down) and rotate what is drawn, through the Fourier input."""
+    angle = torch.deg2rad(torch.tensor(float(rotate_deg), dtype=torch.float64))
+    cos, sin = torch.cos(angle).item(), torch.sin(angle).item()
+    matrix = torch.tensor([[cos, -sin, translate[0]], [sin, cos, translate[1]], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    buffer = generator.blocks[0].input.user_transform
+    buffer.copy_(torch.linalg.inv(matrix).to(buffer))    # the wave is sampled where the moved picture came from

@@ -1,0 +1,162 @@
+"""Train StyleGAN-G: paired patches and expression -> run folder of generator snapshots. Options are resolved here, work is below."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from preprocessing.errors import Command, InputError, OptionError
+
+PRESETS, SIZES = ("reference", "best"), ("small", "lite", "full", "custom")   # the tables of training/gan_config.py, without torch
+SCHEDULES, LR_SCHEDULES = ("const", "step", "linear", "exp"), ("const", "step")
+
+
+def option(name: str, **kwargs) -> Callable:
+    """A click option that answers to dashes and to underscores."""
+    spellings = dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}"))
+    return click.option(*spellings, name.replace("-", "_"), **kwargs)
+
+
+def train_gan(*, outdir: Path, data: str | None, gex: str | None, samples: Path | None, val_data: str | None, val_gex: str | None,
+              network: Path, preset: str, cfg: str, n_train: int | None, resume: str | None, suffix: str | None, device: str | None,
+              dry_run: bool, tensorboard: bool, **said: object) -> Path | None:
+    """Resolve options, read data, train; returns the run folder (None on a dry run)."""
+    import torch
+
+    from networks.clip import CLIP
+    from networks.histo_models import build_encoder
+    from training.gan_config import resolve
+    from training.gan_data import load_gan_data
+    from training.gan_loop import GanRun, start_folder
+    from training.run_folder import next_run_folder
+
+    config = resolve(preset, cfg, **said)
+    train_files, val_files = _samples(data, gex, samples, val_data, val_gex)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = build_encoder(config.backbone, config.backbone_weights)
+    gan_data = load_gan_data(train_files, val_files, network, config.img_resolution, max_size=n_train, seed=config.seed, progress=not dry_run)
+    click.echo(f"{gan_data.name}: {len(gan_data.training.images):,} patches at {config.img_resolution} px, prompts {gan_data.training.prompts.shape[1]} wide, "
+               f"backbone {encoder.name}, {device}")
+    click.echo(f"config: {config}")
+    if dry_run:
+        return None
+    name = "-".join(filter(None, (f"{gan_data.name}@{config.img_resolution}", cfg, f"gpus1-b{config.batch}", suffix)))
+    checkpoint = _checkpoint(outdir, name, resume)
+    folder = checkpoint.folder.parent if checkpoint else next_run_folder(outdir, name)
+    clip = CLIP.from_pretrained(network) if config.clip_weight else None
+    run = GanRun(config, gan_data, encoder, folder, clip=clip, tensorboard=tensorboard, device=device)
+    if checkpoint:
+        run.load(checkpoint)
+        click.echo(f"resuming at kimg {run.kimg:.2f} from {checkpoint.folder}")
+    else:
+        start_folder(folder, run)
+    show_progress(run)
+    return folder
+
+
+def show_progress(run) -> None:
+    """Train with one progress bar in kimg."""
+    from tqdm import tqdm
+
+    with tqdm(total=run.config.kimg, initial=run.kimg, unit="kimg", bar_format="{desc}{percentage:3.0f}%|{bar}| {n:.2f}/{total:g} kimg {elapsed}") as bar:
+        for _ in run.train():
+            bar.update(run.kimg - bar.n)
+
+
+def _samples(data, gex, samples, val_data, val_gex):
+    from training.data import read_sample_sheet, sample_files
+
+    if samples is not None:
+        if data or gex or val_data or val_gex:
+            raise OptionError("--samples", "without --data, --gex, --val-data and --val-gex", "both")
+        sheet = read_sample_sheet(samples)
+        train = [sample for sample in sheet if sample.split == "train"]
+        if not train:
+            raise InputError(samples, "split", "at least one sample of split train", "none")
+        return train, [sample for sample in sheet if sample.split == "val"]
+    if not data or not gex:
+        raise OptionError("--data and --gex", "both, or --samples", "one or none of them")
+    if bool(val_data) != bool(val_gex):
+        raise OptionError("--val-data and --val-gex", "both or none", "one of them")
+    return sample_files(data, gex), sample_files(val_data, val_gex) if val_data else []
+
+
+def _checkpoint(outdir: Path, name: str, resume: str | None):
+    """None (a new run), the newest whole checkpoint of this name (`auto`), or the one at a path (a checkpoint or a run folder)."""
+    from training.run_folder import COMMIT, latest_checkpoint, latest_run, read_checkpoint
+
+    if resume is None:
+        return None
+    if resume == "auto":
+        run = latest_run(outdir, name) if Path(outdir).is_dir() else None
+        return latest_checkpoint(run) if run else None
+    path = Path(resume)
+    if (path / COMMIT).exists() or path.name.startswith("checkpoint-"):
+        return read_checkpoint(path)
+    checkpoint = latest_checkpoint(path) if path.is_dir() else None
+    if checkpoint is None:
+        raise InputError(path, "--resume", "auto, a checkpoint folder, or a run folder with a checkpoint", "none there")
+    return checkpoint
+
+
+@click.command(cls=Command)
+@option("outdir", type=click.Path(path_type=Path), required=True, help="Where run folders are made: OUTDIR/00000-<data>@64-lite-...")
+@option("data", help="Patch folder or imgs.h5; a comma-separated list for several samples.")
+@option("gex", help="gex_filt.h5ad of each of them, in the same order.")
+@option("samples", type=click.Path(path_type=Path), help="Instead: a CSV with sample_id, images, gex, split (train, val).")
+@option("val-data", help="Held-out patches, shown in the pictures.")
+@option("val-gex", help="Their expression.")
+@option("network", type=click.Path(path_type=Path), required=True, help="CLIP weights (folder or single file) that embed the expression.")
+@option("img-resolution", type=int, required=True, help="Side of a generated patch, px; a power of two.")
+@option("batch", type=int, required=True, help="Images a step.")
+@option("batch-gpu", type=int, default=8, help="Images of a micro-batch; a multiple of 8.")
+@option("preset", type=click.Choice(PRESETS), default="best", help="reference: the published method. best: ours.")
+@option("cfg", type=click.Choice(SIZES), default="lite", help="Size of the generator; custom: --cbase, --cmax, --res-blocks.")
+@option("cbase", type=int, help="Channels at resolution r are min(cbase // r, cmax).")
+@option("cmax", type=int, help="Most channels of a layer.")
+@option("res-blocks", type=int, help="Residual pairs a resolution.")
+@option("backbone", help="Encoder in front of the discriminator: a name of networks/histo_models.py or timm:<model>. Default: the preset's.")
+@option("backbone-weights", type=click.Path(), help="Its local weight file.")
+@option("backbone-px", type=int, help="Side at which it sees patches; default: its own (ViT), the patch's (convolutional).")
+@option("statistics", type=click.Choice(["own", "imagenet"]), help="Mean and deviation in front of the backbone. Default: the preset's.")
+@option("cond-norm", type=click.Choice(["l2", "scaled", "standardize"]), help="Scaling of prompt embeddings. Default: the preset's.")
+@option("cond-noise", type=float, help="Noise on prompts in training, in deviations between prompts. Default: the preset's.")
+@click.option("--flips/--no-flips", default=None, help="Show real patches in eight flips and turns. Default: the preset's.")
+@option("max-shift-px", type=int, help="Move real patches by up to this many px. Default: the preset's.")
+@option("diversity-weight", type=float, help="Pressure on two patches of one prompt to differ as real neighbours do. Default: the preset's.")
+@option("g-lr", type=float, help="Learning rate of the generator. Default: the preset's.")
+@option("d-lr", type=float, help="Learning rate of the discriminator. Default: the preset's.")
+@option("g-lr-schedule", type=click.Choice(LR_SCHEDULES), default="const", help="step: a tenth from half of the run on.")
+@option("d-lr-schedule", type=click.Choice(LR_SCHEDULES), default="const", help="step: a tenth from half of the run on.")
+@option("clip-weight", type=float, default=0.0, help="Guidance by the CLIP image tower; 0 is off.")
+@option("clip-schedule", type=click.Choice(SCHEDULES), default="const", help="Its weight over the run.")
+@option("rec-weight", type=float, default=0.0, help="Mean squared error to the paired patch; 0 is off.")
+@option("blur-init", type=float, default=32.0, help="Blur in front of the discriminator at the start, px.")
+@option("blur-fade-kimg", type=float, help="When it has faded to 0. Default: after a tenth of the run.")
+@option("kimg", type=float, default=25000.0, help="Length of the run: thousands of real images shown.")
+@option("budget-minutes", type=float, help="Stop cleanly after this wall time, if that comes first.")
+@option("tick", type=float, default=4.0, help="kimg between status lines (at least 20 lines a run).")
+@option("snap", type=int, default=100, help="Ticks between snapshots (at least 5 snapshots a run).")
+@option("n-train", type=int, help="Use a random subset of this many patches.")
+@option("seed", type=int, default=0, help="Of everything random.")
+@option("max-bad-steps", type=int, default=10, help="Steps with NaN or infinite losses in a row that end the run.")
+@option("resume", help="auto: the newest run of this name under OUTDIR, if any; or a run folder or checkpoint folder.")
+@option("suffix", help="Added to the run folder's name.")
+@option("device", help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")
+@click.option("--tensorboard/--no-tensorboard", default=True, help="Mirror stats.jsonl for TensorBoard.")
+@option("dry-run", is_flag=True, help="Check options and data, print the config, train nothing.")
+def main(**options):
+    """Train a generator of patches, conditioned on gene expression embedded by frozen CLIP weights.
+
+    \b
+    python train_gan.py --outdir runs/gan --data runs/C2/patches,runs/C3/patches --gex runs/C2/gex_filt.h5ad,runs/C3/gex_filt.h5ad \\
+        --network runs/clip/clip --img-resolution 64 --batch 16 --cfg small --kimg 12
+    """
+    folder = train_gan(**options)
+    if folder is not None:
+        click.echo(f"wrote {folder} (newest snapshot: {max(folder.glob('snapshot-*'), key=lambda path: int(path.name[9:]))})")
+
+
+if __name__ == "__main__":
+    main()

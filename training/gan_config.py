@@ -1,0 +1,104 @@
+"""Everything one GAN run was told, as one table; sizes and presets are tables of the same fields.
+
+kimg = thousands of real images shown to the discriminator: the run's clock.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from networks.discriminator import GROUP
+from networks.generator import GeneratorConfig
+from networks.layers import CondNormKind
+from preprocessing.errors import OptionError
+from training.gan_losses import Schedule
+
+#            channels at resolution r: min(cbase // r, cmax); residual pairs; GroupNorm groups
+SIZES = {
+    "small": {"cbase": 1536, "cmax": 96, "res_blocks": 1, "norm_groups": 8},      # demo, tests, small machines
+    "lite": {"cbase": 32768, "cmax": 512, "res_blocks": 2, "norm_groups": 32},
+    "full": {"cbase": 65536, "cmax": 2048, "res_blocks": 3, "norm_groups": 32},
+}
+# `reference` is the published method with its accidents; `best` is ours
+PRESETS = {
+    "reference": {
+        "cond_norm": "l2", "statistics": "imagenet", "backbone": "lunit_dino_vits16", "g_lr": 0.002, "d_lr": 0.002, "noise_init": 0.0,
+        "flips": False, "max_shift_px": 0, "diversity_weight": 0.0, "cond_noise": 0.0, "shared_pass": False, "colour_strength": 1.0,
+        "clip_weight_factor": 8.0, "prompt_bias": 0.0, "colour_start": False,
+    },
+    "best": {
+        "cond_norm": "standardize", "statistics": "own", "backbone": "efficientnet_lite0", "g_lr": 0.004, "d_lr": 0.002, "noise_init": 0.2,
+        "flips": True, "max_shift_px": 4, "diversity_weight": 0.0, "cond_noise": 0.1, "shared_pass": True, "colour_strength": 0.5,
+        "clip_weight_factor": 1.0, "prompt_bias": 1.0, "colour_start": True,
+    },
+}
+
+
+@dataclass(frozen=True)
+class GanConfig:
+    """One run. Built by `resolve`, which lays the preset and the size under what the user said."""
+
+    img_resolution: int                       # px
+    batch: int                                # images per step over all micro-batches
+    batch_gpu: int = 8                        # images per micro-batch
+    cbase: int = 32768                        # generator's channels at resolution r: min(cbase // r, cmax)
+    cmax: int = 512
+    res_blocks: int = 2
+    norm_groups: int = 32
+    noise_init: float = 0.0                   # generator's noise strength at the start
+    cond_norm: CondNormKind = "l2"            # scaling of prompt embeddings, in both networks
+    backbone: str = "efficientnet_lite0"      # discriminator's encoder, of networks/histo_models.py
+    backbone_weights: str | None = None       # its weight file
+    backbone_px: int = 0                      # side the backbone sees; 0 = its own (ViT) or the image's (convolutional)
+    statistics: Literal["own", "imagenet"] = "own"   # mean and deviation in front of the backbone
+    prompt_bias: float = 0.0                  # start of the heads' prompt bias: 1 = judge realism whatever the prompt, from the start
+    colour_start: bool = False                # the generator begins at the mean colour of the real patches
+    g_lr: float = 0.002                       # Adam (0, .99), eps 1e-8
+    d_lr: float = 0.002
+    g_lr_schedule: Literal["const", "step"] = "const"
+    d_lr_schedule: Literal["const", "step"] = "const"
+    clip_weight: float = 0.0                  # guidance by the CLIP image tower
+    clip_weight_factor: float = 1.0           # the original multiplies guidance by its micro-batch of 8
+    clip_schedule: Schedule = "const"
+    rec_weight: float = 0.0                   # mean squared error to the paired patch
+    diversity_weight: float = 0.0             # pressure on two images of one prompt to differ as two real neighbours do
+    cond_noise: float = 0.0                   # noise on prompt embeddings in training, in deviations between prompts
+    flips: bool = True                        # real patches in their eight flips and quarter turns
+    max_shift_px: int = 0                     # real patches moved by up to this many px, edges mirrored
+    colour_strength: float = 1.0              # of DiffAugment's colour part
+    shared_pass: bool = True                  # one generator pass a step serves both losses
+    blur_init: float = 32.0                   # px at the start
+    blur_fade_kimg: float | None = None       # None: a tenth of the run
+    kimg: float = 25000.0                     # length of the run
+    budget_minutes: float | None = None       # stop at this wall time, whichever comes first
+    tick: float = 4.0                         # kimg between status lines
+    snap: int = 100                           # ticks between snapshots
+    seed: int = 0
+    max_bad_steps: int = 10                   # steps with NaN or infinite numbers in a row that end the run
+
+    def __post_init__(self):
+        self.generator(c_dim=1)               # checks resolution and channels
+        if self.batch_gpu % GROUP or self.batch_gpu < GROUP:
+            raise OptionError("--batch-gpu", f"a multiple of {GROUP} (batch norm works in groups of {GROUP})", str(self.batch_gpu))
+        if self.batch % self.batch_gpu or self.batch < 1:
+            raise OptionError("--batch", f"a multiple of --batch-gpu {self.batch_gpu}", str(self.batch))
+        for name in ("kimg", "tick", "snap", "g_lr", "d_lr", "max_bad_steps"):
+            if not getattr(self, name) > 0:
+                raise OptionError(f"--{name.replace('_', '-')}", "more than 0", str(getattr(self, name)))
+        if self.budget_minutes is not None and not self.budget_minutes > 0:
+            raise OptionError("--budget-minutes", "more than 0", str(self.budget_minutes))
+
+    def generator(self, c_dim: int) -> GeneratorConfig:
+        """The generator of this run for prompts of width `c_dim`."""
+        return GeneratorConfig(img_resolution=self.img_resolution, c_dim=c_dim, cbase=self.cbase, cmax=self.cmax, res_blocks=self.res_blocks,
+                               norm_groups=self.norm_groups, noise_init=self.noise_init, cond_norm=self.cond_norm)
+
+
+def resolve(preset: str, size: str, **said: object) -> GanConfig:
+    """Lay preset and size (`custom`: none) under what the user said; None means not said."""
+    if preset not in PRESETS:
+        raise OptionError("--preset", f"one of {', '.join(PRESETS)}", preset)
+    if size != "custom" and size not in SIZES:
+        raise OptionError("--cfg", f"one of {', '.join([*SIZES, 'custom'])}", size)
+    spoken = {name: value for name, value in said.items() if value is not None}
+    return GanConfig(**{**PRESETS[preset], **SIZES.get(size, {}), **spoken})

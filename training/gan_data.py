@@ -1,0 +1,77 @@
+"""What a GAN run reads: patches in memory as uint8 and prompt embeddings, computed once by the frozen gene encoder."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from networks.clip import CLIP, clip_weights_sha256
+from networks.layers import images_to_float
+from preprocessing.errors import InputError
+from preprocessing.outputs import strings_sha256
+from training.data import ImageGeneDataset, SampleFiles
+from training.gan_losses import pair_deviations
+from training.gan_step import TrainingData
+
+
+@dataclass(frozen=True)
+class GanData:
+    """Training patches with their prompts, validation ones for the pictures, and where they came from."""
+
+    name: str                         # of the run folder and of messages
+    training: TrainingData
+    barcodes: np.ndarray              # (N,) str
+    clusters: np.ndarray | None       # (N,) str, where every spot has one
+    validation: TrainingData | None
+    validation_barcodes: np.ndarray | None
+    gene_encoder: dict | None         # {"path", "sha256", "target_sum"}
+    record: dict                      # samples, numbers of spots, hashes: plain JSON
+
+    @property
+    def sha256(self) -> str:
+        return self.record["sha256"]
+
+
+def load_gan_data(samples: Sequence[SampleFiles], validation: Sequence[SampleFiles], network: Path, img_resolution: int, *,
+                  max_size: int | None = None, seed: int = 0, progress: bool = True) -> GanData:
+    """Read samples, embed their expression with the CLIP weights `network`, and bring the patches to `img_resolution`."""
+    clip = CLIP.from_pretrained(network, image_encoder=False)
+
+    def read(files: Sequence[SampleFiles], size: int | None) -> tuple[ImageGeneDataset, TrainingData]:
+        spots = ImageGeneDataset(files, target_sum=clip.target_sum, vocabulary=clip.gene_names, max_size=size, seed=seed)
+        return spots, TrainingData(spots.load_images(img_resolution, progress=progress), clip.embed_expression(spots.expression))
+
+    spots, training = read(samples, max_size)
+    held_out, validation_data = read(validation, None) if validation else (None, None)
+    labels = spots.obs["cluster"] if "cluster" in spots.obs else None
+    clusters = None if labels is None or labels.isna().any() else labels.astype(str).to_numpy()
+    gene_encoder = {"path": str(network), "sha256": clip_weights_sha256(network), "target_sum": clip.target_sum}
+    return gan_data("-".join(dict.fromkeys(spots.sample_ids)), training, spots.barcodes, clusters=clusters, validation=validation_data,
+                    validation_barcodes=None if held_out is None else held_out.barcodes, gene_encoder=gene_encoder)
+
+
+def gan_data(name: str, training: TrainingData, barcodes: np.ndarray, *, clusters: np.ndarray | None = None,
+             validation: TrainingData | None = None, validation_barcodes: np.ndarray | None = None,
+             gene_encoder: dict | None = None) -> GanData:
+    """Check prompts and put a run's data together."""
+    bad = int((~torch.isfinite(training.prompts)).any(dim=1).sum())
+    if bad:
+        raise InputError(name, "prompt embeddings", "finite numbers", f"NaN or infinite ones in {bad:,} of {len(training.prompts):,} rows")
+    prompts_hash = strings_sha256([*map(str, barcodes), training.prompts.numpy().tobytes().hex()])
+    record = {"name": name, "n_spots": len(training.images), "barcode_sha256": strings_sha256(map(str, barcodes)), "sha256": prompts_hash}
+    training = replace(training, pair_deviations=neighbour_deviations(training.images, training.prompts))
+    return GanData(name, training, np.asarray(barcodes), clusters, validation, validation_barcodes, gene_encoder, record)
+
+
+def neighbour_deviations(images: Tensor, prompts: Tensor, n_pairs: int = 512) -> Tensor:
+    """How much real patches with the most alike prompts differ: (4,) of `pair_deviations`, over at most `n_pairs` spots."""
+    unit = F.normalize(prompts, dim=1)
+    rows = torch.linspace(0, len(unit) - 1, min(n_pairs, len(unit))).long()
+    likeness = unit[rows] @ unit.T
+    likeness[torch.arange(len(rows)), rows] = -torch.inf
+    return pair_deviations(images_to_float(images[rows]), images_to_float(images[likeness.argmax(dim=1)]))

@@ -1,0 +1,98 @@
+"""What a run shows of itself at every snapshot: a picture of patches beside real ones, and how much patches of one prompt differ.
+
+Uses the averaged generator, its own random numbers, and nothing of the training state.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluation.contact_sheet import contact_sheet, save_png
+from evaluation.diversity import mean_group_deviation, within_prompt_diversity
+from networks.generator import Generator
+from networks.layers import images_to_uint8
+from training.gan_data import GanData
+from training.gan_draws import seeded_draws
+
+N_PROMPTS, PICTURE_SEEDS, DIVERSITY_SEEDS = 8, 4, 8
+TRUNCATIONS = (1.0, 0.5)
+BATCH = 16
+
+
+@torch.no_grad()
+def generate(generator: Generator, prompts: Tensor, seeds: list[int], truncation_psi: float = 1.0, noise_mode: str = "random",
+             batch: int = BATCH) -> Tensor:
+    """One image a row of prompts (N, c_dim), row i from seed `seeds[i]` alone: uint8 (N, 3, r, r) on the CPU, at any batch size."""
+    images, device = [], next(generator.parameters()).device
+    for start in range(0, len(prompts), batch):
+        z, noise = (x.to(device) for x in seeded_draws(seeds[start:start + batch], generator.config.z_dim, generator.noise_size))
+        made = generator(z, prompts[start:start + batch].to(device), truncation_psi, noise_mode, noise)
+        images.append(images_to_uint8(made).cpu())
+    return torch.cat(images)
+
+
+def as_pictures(images: Tensor) -> list[np.ndarray]:
+    """uint8 (N, 3, H, W) -> N arrays (H, W, 3)."""
+    return list(images.permute(0, 2, 3, 1).numpy())
+
+
+@dataclass
+class Showcase:
+    """The prompts a run is watched with: half training, half validation where there is one."""
+
+    data: GanData
+    seed: int = 0
+    prompts: Tensor = field(init=False)        # (8, c_dim)
+    real: Tensor = field(init=False)           # (8, 3, H, W) uint8
+    labels: list[str] = field(init=False)
+
+    def __post_init__(self):
+        data, order = self.data, np.random.default_rng(self.seed)
+        n_train = N_PROMPTS if data.validation is None else N_PROMPTS // 2
+        parts = [("train", data.training, n_train)] + ([("val", data.validation, N_PROMPTS - n_train)] if data.validation else [])
+        prompts, real, labels = [], [], []
+        for name, part, n in parts:
+            rows = order.choice(len(part.images), min(n, len(part.images)), replace=False)
+            prompts.append(part.prompts[rows])
+            real.append(part.images[rows])
+            labels += [f"{name} {row}" for row in rows]
+        self.prompts, self.real, self.labels = torch.cat(prompts), torch.cat(real), labels
+        self._real_diversity = self._deviation_of_real_groups()
+
+    def save_grid(self, path: Path, generator: Generator) -> None:
+        """Real patches first, then four seeds at truncation 1.0 and four at 0.5; a column is a prompt."""
+        rows, names = [as_pictures(self.real)], ["real"]
+        for psi in TRUNCATIONS:
+            for seed in range(PICTURE_SEEDS):
+                made = generate(generator, self.prompts, [seed] * len(self.prompts), psi)
+                rows.append(as_pictures(made))
+                names.append(f"psi {psi} seed {seed}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(path, contact_sheet(rows, row_labels=names, column_labels=self.labels))
+
+    def diversity(self, generator: Generator) -> dict[str, float | str]:
+        """Mean pixel deviation over z within one prompt, grey levels, beside that of real patches of like spots.
+
+        `generated_z`: with the per-pixel noise held still, so that z alone speaks.
+        """
+        prompts = self.prompts.repeat_interleave(DIVERSITY_SEEDS, dim=0)
+        seeds = list(range(DIVERSITY_SEEDS)) * len(self.prompts)
+        found: dict[str, float | str] = {}
+        for name, noise_mode in (("generated", "random"), ("generated_z", "const")):
+            images = generate(generator, prompts, seeds, noise_mode=noise_mode).unflatten(0, (-1, DIVERSITY_SEEDS))
+            found[name] = within_prompt_diversity(images.numpy())
+        return {**found, **self._real_diversity}
+
+    def _deviation_of_real_groups(self) -> dict[str, float | str]:
+        """Real patches of one cluster; without clusters, of the 8 spots whose prompts are nearest to a shown one."""
+        images, clusters = self.data.training.images.numpy(), self.data.clusters
+        if clusters is not None:
+            groups, name = [images[clusters == label] for label in np.unique(clusters)], "one cluster"
+        else:
+            nearest = torch.cdist(self.prompts, self.data.training.prompts).topk(min(8, len(images)), largest=False).indices
+            groups, name = [images[rows] for rows in nearest.numpy()], "like spots"
+        return {"real": mean_group_deviation(groups), "real_groups": name}

@@ -1,0 +1,273 @@
+"""Train the GAN in one process, from data in memory to a run folder of snapshots and checkpoints.
+
+The clock is kimg: thousands of real images shown. A run of k + m steps equals a run of k steps that was resumed for m,
+bit for bit on a CPU, as every random number is a function of (seed, step, position in the batch). A wall-time budget is the
+exception: there the share of the run that has passed, and with it the blur, follows the clock on the wall.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from networks.discriminator import Discriminator
+from networks.generator import Generator
+from networks.histo_models import Encoder
+from networks.layers import images_to_float
+from networks.snapshot import save_snapshot
+from networks.weights import load_into
+from preprocessing.errors import InputError, WeightsError
+from preprocessing.outputs import config_sha256, write_json
+from training.ema import ema_beta, frozen_copy, half_life_kimg, update_average
+from training.gan_config import GanConfig
+from training.gan_data import GanData
+from training.gan_grids import Showcase
+from training.gan_losses import blur_sigma, scheduled_weight
+from training.gan_step import GanStep
+from training.run_folder import Checkpoint, StatsLog, save_checkpoint
+
+log = logging.getLogger(__name__)
+SHORT_RUN_FADE = 0.1        # share of the run over which the blur fades, unless said in kimg
+MIN_TICKS, MIN_SNAPSHOTS = 20, 5
+MAY_CHANGE = ("kimg", "budget_minutes", "tick", "snap", "max_bad_steps")   # between a run and its continuation
+
+
+class DivergedError(InputError):
+    """The losses stayed NaN or infinite."""
+
+    exit_code = 1
+
+
+@dataclass
+class Progress:
+    """Counters of a run; what a checkpoint's state.json keeps."""
+
+    step: int = 0
+    elapsed_s: float = 0.0            # wall time over all parts of the run
+    bad_steps: int = 0                # steps skipped because of NaN or infinite numbers, in all
+    bad_in_a_row: int = 0
+    last_tick: tuple[float, float] = (0.0, 0.0)    # (kimg, share of the run) of the last status line
+    last_snap: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass
+class GanRun:
+    """A run in its folder. `train` yields after every step, so that a test or a command decides what else happens."""
+
+    config: GanConfig
+    data: GanData
+    encoder: Encoder                  # the discriminator's backbone
+    folder: Path
+    clip: nn.Module | None = None     # with image tower, for guidance
+    tensorboard: bool = True
+    device: str = "cpu"
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self):
+        config = self.config
+        if len(self.data.training.images) < config.batch:
+            raise InputError(self.data.name, "patches", f"at least one batch of {config.batch}", str(len(self.data.training.images)),
+                             "Lower --batch or give more patches")
+        self.training = self.data.training.to(self.device)
+        c_dim = self.training.prompts.shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            generator = Generator(config.generator(c_dim))
+            discriminator = Discriminator(self.encoder, c_dim, config.img_resolution, cond_norm=config.cond_norm,
+                                          input_px=config.backbone_px, statistics=config.statistics, prompt_bias=config.prompt_bias)
+        if config.colour_start:
+            generator.start_at_colour(images_to_float(self.data.training.images).mean(dim=(0, 2, 3)))
+        for network in (generator, discriminator):
+            network.condition.fit(self.data.training.prompts)
+        generator.to(self.device)
+        discriminator.to(self.device).train()
+        self.gan = GanStep(config, generator, discriminator, self.training, None if self.clip is None else self.clip.to(self.device))
+        self.average = frozen_copy(generator)
+        self.showcase = Showcase(self.data, config.seed)
+
+    @property
+    def kimg(self) -> float:
+        return self.progress.step * self.config.batch / 1000
+
+    @property
+    def share(self) -> float:
+        """Share of the run that has passed, 0..1: by images, or by wall time if that is further."""
+        budget = self.config.budget_minutes
+        by_time = self.progress.elapsed_s / (budget * 60) if budget else 0.0
+        return min(max(self.kimg / self.config.kimg, by_time), 1.0)
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def train(self) -> Iterator[dict[str, float]]:
+        """Train to the end of the run or its budget; yields the losses of every step. Saves, also when stopped by a signal."""
+        stats = StatsLog(self.folder, self.tensorboard)
+        stats.forget_after(self.progress.step)
+        if self.progress.step == 0:
+            self._snapshot(stats)
+        clock = time.monotonic() - self.progress.elapsed_s
+        totals: dict[str, float] = {}
+        n_steps, tick_start = 0, self.progress.elapsed_s
+        with _stop_signals() as stopped:
+            while self.share < 1:
+                losses = self.one_step()
+                self.progress.elapsed_s = time.monotonic() - clock
+                if losses is not None:
+                    totals, n_steps = {name: totals.get(name, 0.0) + value for name, value in losses.items()}, n_steps + 1
+                    yield losses
+                if self._due("last_tick", self.config.tick, MIN_TICKS) or self.share >= 1:
+                    self._tick(stats, {name: value / max(n_steps, 1) for name, value in totals.items()}, tick_start)
+                    totals, n_steps, tick_start = {}, 0, self.progress.elapsed_s
+                if self._due("last_snap", self.config.tick * self.config.snap, MIN_SNAPSHOTS) or self.share >= 1:
+                    self._snapshot(stats)
+                    self.save()
+                if stopped:
+                    self._stop(stopped[0], stats)
+        stats.close()
+
+    def one_step(self) -> dict[str, float] | None:
+        """One optimiser step of both networks; None if it was skipped because of NaN or infinite numbers."""
+        config, progress = self.config, self.progress
+        fade = config.blur_fade_kimg
+        sigma = blur_sigma(self.share, config.blur_init, SHORT_RUN_FADE) if fade is None else blur_sigma(self.kimg, config.blur_init, fade)
+        clip_weight = scheduled_weight(config.clip_weight * config.clip_weight_factor, config.clip_schedule, self.kimg, config.kimg)
+        losses = self.gan.gradients(progress.step, sigma=sigma, clip_weight=clip_weight)
+        progress.step += 1
+        if not self.gan.finite(losses):
+            self._skip(losses)
+            return None
+        progress.bad_in_a_row = 0
+        self.gan.move(*(scheduled_weight(lr, schedule, self.kimg, config.kimg) for lr, schedule in
+                        ((config.g_lr, config.g_lr_schedule), (config.d_lr, config.d_lr_schedule))))
+        beta = ema_beta(progress.step * config.batch, config.batch, half_life_kimg(config.batch))
+        update_average(self.average, self.gan.generator, beta)
+        return losses
+
+    def _skip(self, losses: Mapping[str, float]) -> None:
+        progress = self.progress
+        progress.bad_steps, progress.bad_in_a_row = progress.bad_steps + 1, progress.bad_in_a_row + 1
+        log.warning("step %d skipped: NaN or infinite numbers (%s)", progress.step, json.dumps(losses))
+        if progress.bad_in_a_row >= self.config.max_bad_steps:
+            raise DivergedError(self.folder, "losses and gradients", "finite numbers",
+                                f"NaN or infinite ones in {progress.bad_in_a_row} steps in a row; stopped at step {progress.step}, "
+                                "the last checkpoint is as it was", "Lower --g-lr and --d-lr, then --resume auto")
+
+    def _due(self, last: str, every_kimg: float, at_least: int) -> bool:
+        """True every `every_kimg`, and at least `at_least` times in a run."""
+        kimg, share = getattr(self.progress, last)
+        due = self.kimg - kimg >= every_kimg - 1e-9 or self.share - share >= 1 / at_least - 1e-9
+        if due:
+            setattr(self.progress, last, (self.kimg, self.share))
+        return due
+
+    def _tick(self, stats: StatsLog, losses: Mapping[str, float], tick_start: float) -> None:
+        shown = max(self.kimg - getattr(self, "_tick_kimg", 0.0), 1e-9)
+        self._tick_kimg = self.kimg
+        values = {"kimg": self.kimg, "elapsed_s": self.progress.elapsed_s,
+                  "sec_per_kimg": (self.progress.elapsed_s - tick_start) / shown, "bad_steps": self.progress.bad_steps, **losses}
+        stats.write(self.progress.step, values, line := status_line(values))
+        tqdm.write(line)
+
+    def _stop(self, number: int, stats: StatsLog) -> None:
+        self.save()
+        stats.close()
+        raise SystemExit(128 + number)
+
+    # ---- what a run leaves behind -----------------------------------------------------------------------------------
+
+    def _snapshot(self, stats: StatsLog) -> None:
+        """Averaged generator for use, picture, and how much patches of one prompt differ."""
+        n_images = self.progress.step * self.config.batch
+        name = f"snapshot-{n_images:06d}"
+        diversity = self.showcase.diversity(self.average)
+        save_snapshot(self.folder / name, self.average, gene_encoder=self.data.gene_encoder, kimg=self.kimg,
+                      training=self.data.record, backbone={"name": self.encoder.name, "source": self.encoder.source},
+                      config=asdict(self.config), diversity=diversity)
+        self.showcase.save_grid(self.folder / "samples" / f"{name}.png", self.average)
+        line = (f"kimg {self.kimg:<8.2f} {name}   diversity within a prompt {diversity['generated']:.1f} grey levels "
+                f"(real patches of {diversity['real_groups']}: {diversity['real']:.1f})")
+        stats.write(self.progress.step, {"kimg": self.kimg, "diversity/generated": diversity["generated"],
+                                         "diversity/real": diversity["real"]}, line)
+        tqdm.write(line)
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment."""
+        gan = self.gan
+        state = {**asdict(self.progress), "config": asdict(self.config), "config_sha256": self._config_hash(),
+                 "data_sha256": self.data.sha256, "backbone": self.encoder.source}
+        return save_checkpoint(self.folder, self.progress.step, state=state, tensors={
+            "generator": gan.generator.state_dict(), "discriminator": gan.discriminator.trainable_state(),
+            "average": self.average.state_dict(),
+        }, optimisers={"g_optimiser": gan.g_optimiser.state_dict(), "d_optimiser": gan.d_optimiser.state_dict()})
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint; refused (exit 5) if it belongs to another config, data set or backbone."""
+        state, gan = checkpoint.state, self.gan
+        ours, theirs = asdict(self.config), state.get("config", {})
+        changed = [name for name in ours if name not in MAY_CHANGE and ours[name] != theirs.get(name)]
+        for what, expected, found in (
+                ("config", "the options it was started with", ", ".join(f"{name} {theirs.get(name)} -> {ours[name]}" for name in changed)),
+                ("data", "the patches and prompts it was started with", "" if state["data_sha256"] == self.data.sha256 else "others"),
+                ("backbone", state["backbone"], "" if state["backbone"] == self.encoder.source else self.encoder.source)):
+            if found:
+                raise WeightsError(checkpoint.folder, what, expected, found)
+        for part in ("generator", "discriminator", "average"):
+            if part not in checkpoint.tensors:
+                raise WeightsError(checkpoint.folder, "parts", "generator, discriminator, average", f"no {part}")
+        load_into(gan.generator, checkpoint.tensors["generator"], checkpoint.folder)
+        frozen = {name: tensor for name, tensor in gan.discriminator.state_dict().items() if name.startswith("taps.")}
+        load_into(gan.discriminator, {**checkpoint.tensors["discriminator"], **frozen}, checkpoint.folder)
+        load_into(self.average, checkpoint.tensors["average"], checkpoint.folder)
+        gan.g_optimiser.load_state_dict(checkpoint.optimisers["g_optimiser"])
+        gan.d_optimiser.load_state_dict(checkpoint.optimisers["d_optimiser"])
+        names = Progress.__dataclass_fields__
+        self.progress = replace(Progress(), **{name: tuple(value) if isinstance(value, list) else value
+                                               for name, value in state.items() if name in names})
+        self._tick_kimg = self.kimg
+
+    def _config_hash(self) -> str:
+        return config_sha256({name: value for name, value in asdict(self.config).items() if name not in MAY_CHANGE})
+
+
+def status_line(values: Mapping[str, float]) -> str:
+    """One aligned line: always the same fields in the same order."""
+    minutes, seconds = divmod(int(values["elapsed_s"]), 60)
+    fields = [f"kimg {values['kimg']:<8.2f}", f"time {f'{minutes}m {seconds:02d}s':<9}", f"sec/kimg {values['sec_per_kimg']:<7.1f}"]
+    fields += [f"{name} {values.get(name, float('nan')):<8.3f}" for name in ("loss/D", "loss/G", "logits/real", "logits/fake")]
+    fields += [f"{name} {values[name]:<8.3f}" for name in ("loss/diversity", "loss/rec", "loss/clip") if name in values]
+    return "  ".join(fields).rstrip()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and Ctrl-C instead of dying in the middle of a step; a second Ctrl-C ends at once."""
+    received: list[int] = []
+
+    def note(number, _frame):
+        if number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:               # not in the main thread (a test, a notebook): signals are not ours
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def start_folder(folder: Path, run: GanRun) -> None:
+    """Write config.json of a new run."""
+    write_json(folder / "config.json", {"config": asdict(run.config), "data": run.data.record, "gene_encoder": run.data.gene_encoder,
+                                        "backbone": {"name": run.encoder.name, "source": run.encoder.source}})

@@ -1,0 +1,161 @@
+"""One step of the GAN: gradients of the generator and of the discriminator's heads over one global batch.
+
+`best` runs the generator and the frozen backbone once for both losses; `reference` runs them once per network, as published.
+Gradients are means over the global batch, whatever the micro-batch.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks.discriminator import Discriminator
+from networks.generator import Generator
+from networks.layers import images_to_float
+from training.diff_augment import diff_augment
+from training.gan_config import GanConfig
+from training.gan_draws import D_PHASE, Draws, batch_rows, draw, real_views
+from training.gan_losses import blur, discriminator_loss, diversity_loss, generator_loss, guidance_loss
+
+GUIDANCE_PX = 64
+ADAM = {"betas": (0.0, 0.99), "eps": 1e-8}
+
+
+@dataclass
+class TrainingData:
+    """What the discriminator may see, held on the device: patches in memory as uint8, prompts embedded once."""
+
+    images: Tensor                    # (N, 3, H, H) uint8
+    prompts: Tensor                   # (N, c_dim) float32, row i belongs to patch i
+    pair_deviations: Tensor | None = None   # (4,) how much two real patches of like prompts differ; with diversity_weight
+
+    def to(self, device: torch.device | str) -> TrainingData:
+        deviations = None if self.pair_deviations is None else self.pair_deviations.to(device)
+        return TrainingData(self.images.to(device), self.prompts.to(device), deviations)
+
+    @property
+    def prompt_deviation(self) -> Tensor:
+        """Root mean square distance of a prompt's entries from the mean prompt."""
+        return (self.prompts - self.prompts.mean(dim=0)).square().mean().sqrt()
+
+
+@dataclass
+class GanStep:
+    """The two networks, their optimisers and the gradients of one step."""
+
+    config: GanConfig
+    generator: Generator
+    discriminator: Discriminator
+    data: TrainingData
+    clip: nn.Module | None = None     # image tower for guidance
+    g_optimiser: torch.optim.Optimizer = field(init=False)
+    d_optimiser: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self):
+        self.g_optimiser = torch.optim.Adam(self.generator.parameters(), lr=self.config.g_lr, **ADAM)
+        self.d_optimiser = torch.optim.Adam(self.discriminator.heads.parameters(), lr=self.config.d_lr, **ADAM)
+        self.noise_scale = self.config.cond_noise * self.data.prompt_deviation
+
+    def gradients(self, step: int, *, sigma: float, clip_weight: float) -> dict[str, float]:
+        """Fill both networks' gradients for step `step`; returns the losses. Does not move any weight."""
+        rows = batch_rows(self.config.seed, step, self.config.batch, len(self.data.images))
+        draws = self._draw(step)
+        self.generator.train()
+        self.g_optimiser.zero_grad()
+        self.d_optimiser.zero_grad()
+        totals: dict[str, float] = {}
+        d_draws = draws if self.config.shared_pass else self._draw(step, phase=D_PHASE)
+        for start in range(0, self.config.batch, self.config.batch_gpu):
+            part = slice(start, start + self.config.batch_gpu)
+            c, real = self.data.prompts[rows[part]], images_to_float(self.data.images[rows[part]])
+            features = self._generator_part(c, real, draws.part(part.start, part.stop), sigma, clip_weight, totals)
+            self._discriminator_part(c, real, d_draws.part(part.start, part.stop), sigma, features, totals)
+        return totals
+
+    def _draw(self, step: int, **phase: int) -> Draws:
+        generator = self.generator.config
+        draws = draw(self.config.seed, step, self.config.batch, z_dim=generator.z_dim, noise_size=self.generator.noise_size,
+                     c_dim=generator.c_dim, **phase)
+        return draws.to(self.data.images.device)
+
+    def _share(self) -> float:
+        return self.config.batch_gpu / self.config.batch
+
+    def _seen(self, images: Tensor, augment: Tensor, crops: Tensor, sigma: float) -> list[Tensor]:
+        images = diff_augment(blur(images, sigma), augment, self.config.colour_strength)
+        return self.discriminator.features(images, crops)
+
+    def _fake_prompts(self, c: Tensor, draws: Draws) -> Tensor:
+        """Prompts of the generated half: with diversity pressure neighbours share one; noise widens each into a small cloud."""
+        noise = draws.cond_noise
+        if self.config.diversity_weight:
+            c, noise = c[::2].repeat_interleave(2, dim=0), noise[::2].repeat_interleave(2, dim=0)
+        return c + noise * self.noise_scale
+
+    def _generator_part(self, c: Tensor, real: Tensor, draws: Draws, sigma: float, clip_weight: float, totals: dict) -> list[Tensor]:
+        prompts = self._fake_prompts(c, draws)
+        self.discriminator.heads.requires_grad_(False)
+        fake = self.generator(draws.z, prompts, noise=draws.noise)
+        features = self._seen(fake, draws.augment_fake, draws.crop_fake, sigma)
+        terms = {"loss/G": generator_loss(self.discriminator.logits(features, prompts))}
+        total = terms["loss/G"]
+        if self.config.diversity_weight:
+            terms["loss/diversity"] = diversity_loss(fake[::2], fake[1::2], self.data.pair_deviations)
+            total = total + self.config.diversity_weight * terms["loss/diversity"]
+        if self.config.rec_weight:
+            terms["loss/rec"] = F.mse_loss(fake, real)
+            total = total + self.config.rec_weight * terms["loss/rec"]
+        if clip_weight:
+            terms["loss/clip"] = guidance_loss(self._clip_embeds(fake, draws.crop_fake), F.normalize(c, dim=1))
+            total = total + clip_weight * terms["loss/clip"]
+        (total * self._share()).backward()
+        self._add(totals, terms)
+        return [x.detach() for x in features]
+
+    def _clip_embeds(self, images: Tensor, crops: Tensor) -> Tensor:
+        """Embeddings of images with a gradient to them, which `CLIP.encode_images` does not give."""
+        return self.clip.project_image_features(self.clip.image_encoder(_guidance_crops(images, crops)))
+
+    def _discriminator_part(self, c: Tensor, real: Tensor, draws: Draws, sigma: float, features: list[Tensor], totals: dict) -> None:
+        self.discriminator.heads.requires_grad_(True)
+        prompts = self._fake_prompts(c, draws)
+        with torch.no_grad():
+            if not self.config.shared_pass:
+                fake = self.generator(draws.z, prompts, noise=draws.noise)
+                features = self._seen(fake, draws.augment_fake, draws.crop_fake, sigma)
+            real = real_views(real, draws.view, flips=self.config.flips, max_shift_px=self.config.max_shift_px)
+            real_features = self._seen(real, draws.augment_real, draws.crop_real, sigma)
+        real_logits = self.discriminator.logits(real_features, c + draws.cond_noise * self.noise_scale)
+        fake_logits = self.discriminator.logits(features, prompts)
+        loss = discriminator_loss(real_logits, fake_logits)
+        (loss * self._share()).backward()
+        self._add(totals, {"loss/D": loss, "logits/real": real_logits.mean(), "logits/fake": fake_logits.mean()})
+
+    def _add(self, totals: dict[str, float], terms: dict[str, Tensor]) -> None:
+        for name, value in terms.items():
+            totals[name] = totals.get(name, 0.0) + value.item() * self._share()
+
+    def finite(self, losses: dict[str, float]) -> bool:
+        """True if no loss and no gradient is NaN or infinite."""
+        gradients = [p.grad for p in (*self.generator.parameters(), *self.discriminator.heads.parameters()) if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        return bool(np.isfinite(list(losses.values())).all() and torch.isfinite(norms).all())
+
+    def move(self, g_lr: float, d_lr: float) -> None:
+        """One optimiser step of both networks with the gradients that `gradients` left."""
+        for optimiser, lr in ((self.g_optimiser, g_lr), (self.d_optimiser, d_lr)):
+            optimiser.param_groups[0]["lr"] = lr
+            optimiser.step()
+        self.discriminator.update_spectral_norm()
+
+
+def _guidance_crops(images: Tensor, crops: Tensor) -> Tensor:
+    """Random 64 px squares of larger images; `crops` (N, 3) uniform: unused, x, y."""
+    room = images.shape[3] - GUIDANCE_PX + 1
+    if room <= 1:
+        return images
+    corners = [(int(x * room), int(y * room)) for _, x, y in crops.tolist()]
+    return torch.stack([image[:, y:y + GUIDANCE_PX, x:x + GUIDANCE_PX] for image, (x, y) in zip(images, corners, strict=True)])

@@ -1,0 +1,161 @@
+"""Run folders, the statistics of a run, and checkpoints: everything needed to go on, whole or not there.
+
+Run folder `00003-<name>`: config.json, stats.jsonl, log.txt, TensorBoard events, checkpoints, snapshots, samples.
+Checkpoint folder `checkpoint-<step>/`: tensors as safetensors, optimisers as files that load with `weights_only=True`,
+state.json, SHA256SUMS and COMMIT, which is written last. `latest` is computed, never stored.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from preprocessing.errors import InputError, WeightsError
+from preprocessing.outputs import file_sha256, finished_folder
+
+log = logging.getLogger(__name__)
+COMMIT, SUMS_FILE, STATE_FILE = "COMMIT", "SHA256SUMS", "state.json"
+KEEP_CHECKPOINTS = 2
+
+
+def next_run_folder(outdir: Path | str, name: str) -> Path:
+    """Make and return `outdir/00003-name`: one more than the highest number there."""
+    outdir = Path(outdir)
+    outdir.mkdir(parents=True, exist_ok=True)
+    numbers = [int(match[1]) for path in outdir.iterdir() if (match := re.match(r"(\d{5})-", path.name))]
+    number = max(numbers, default=-1) + 1
+    while True:
+        folder = outdir / f"{number:05d}-{name}"
+        try:
+            folder.mkdir()
+        except FileExistsError:      # another run took the number
+            number += 1
+            continue
+        return folder
+
+
+class StatsLog:
+    """Write the numbers of one tick to stats.jsonl, log.txt, TensorBoard and (returned) a status line."""
+
+    def __init__(self, folder: Path | str, tensorboard: bool = True):
+        self.folder = Path(folder)
+        self.writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(log_dir=str(self.folder))
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of steps that a resumed run will show again."""
+        path = self.folder / "stats.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            path.write_text("".join(f"{line}\n" for line in kept))
+
+    def write(self, step: int, values: Mapping[str, float], line: str) -> None:
+        with open(self.folder / "stats.jsonl", "a") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+        self.note(line)
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+
+    def note(self, line: str) -> None:
+        """Append a line to log.txt."""
+        with open(self.folder / "log.txt", "a") as stream:
+            stream.write(line + "\n")
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder holds, on the CPU."""
+
+    folder: Path
+    state: dict                              # step, counters, hashes: plain JSON
+    tensors: dict[str, dict[str, Tensor]]    # part -> tensors by name
+    optimisers: dict[str, dict]              # part -> optimiser state dict
+
+
+def save_checkpoint(folder: Path | str, step: int, *, state: Mapping, tensors: Mapping[str, Mapping[str, Tensor]],
+                    optimisers: Mapping[str, Mapping], keep: int = KEEP_CHECKPOINTS) -> Path:
+    """Write `folder/checkpoint-<step>`; older ones beyond `keep` go once this one was read back. Returns its path."""
+    path = Path(folder) / f"checkpoint-{step:08d}"
+    with finished_folder(path, validate=read_checkpoint) as temporary:
+        for part, values in tensors.items():
+            save_file({name: value.detach().cpu().contiguous().clone() for name, value in values.items()}, temporary / f"{part}.safetensors")
+        for part, values in optimisers.items():
+            torch.save(values, temporary / f"{part}.pt")
+        (temporary / STATE_FILE).write_text(json.dumps({**state, "step": step}, indent=2) + "\n")
+        files = sorted(path.name for path in temporary.iterdir())
+        (temporary / SUMS_FILE).write_text("".join(f"{file_sha256(temporary / name)}  {name}\n" for name in files))
+        _write_and_sync(temporary / COMMIT, f"{step}\n")
+    for old in _checkpoint_folders(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def _write_and_sync(path: Path, text: str) -> None:
+    with open(path, "w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_checkpoint(folder: Path | str) -> Checkpoint:
+    """A checkpoint after comparing every file with its SHA-256; `WeightsError` if it is not whole."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(folder, "checkpoint", "a checkpoint folder", "nothing there")
+    if not (folder / COMMIT).is_file() or not (folder / SUMS_FILE).is_file():
+        raise WeightsError(folder, "checkpoint", f"{SUMS_FILE} and {COMMIT}, which is written last", "an unfinished folder")
+    sums = dict(line.split("  ", 1)[::-1] for line in (folder / SUMS_FILE).read_text().splitlines() if "  " in line)
+    for name, expected in sums.items():
+        if not (folder / name).is_file():
+            raise WeightsError(folder / name, "checkpoint", "a file named in SHA256SUMS", "nothing there")
+        if file_sha256(folder / name) != expected:
+            raise WeightsError(folder / name, "SHA-256", expected, "another: the file is damaged")
+    if STATE_FILE not in sums:
+        raise WeightsError(folder, "checkpoint", STATE_FILE, "not listed in SHA256SUMS")
+    try:
+        tensors = {Path(name).stem: load_file(folder / name) for name in sums if name.endswith(".safetensors")}
+        optimisers = {Path(name).stem: torch.load(folder / name, map_location="cpu", weights_only=True)
+                      for name in sums if name.endswith(".pt")}
+        state = json.loads((folder / STATE_FILE).read_text())
+    except Exception as error:   # the loaders raise a dozen types for hostile contents; none of them may look like a bug of ours
+        raise WeightsError(folder, "checkpoint", "tensors that load without running code", str(error).splitlines()[0][:160]) from error
+    return Checkpoint(folder, state, tensors, optimisers)
+
+
+def latest_checkpoint(folder: Path | str) -> Checkpoint | None:
+    """The newest whole checkpoint under a run folder; damaged newer ones are skipped with a warning."""
+    for path in _checkpoint_folders(folder):
+        try:
+            return read_checkpoint(path)
+        except (WeightsError, InputError) as error:
+            log.warning("skipping a damaged checkpoint: %s", error)
+    return None
+
+
+def latest_run(outdir: Path | str, name: str | None = None) -> Path | None:
+    """The newest run folder under `outdir` that has a checkpoint; with `name`, only runs of that name."""
+    runs = sorted((path for path in Path(outdir).glob("[0-9]" * 5 + "-*") if path.is_dir()), reverse=True)
+    return next((path for path in runs if (name is None or path.name[6:] == name) and _checkpoint_folders(path)), None)
+
+
+def _checkpoint_folders(folder: Path | str) -> list[Path]:
+    """Newest first."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
