@@ -141,12 +141,12 @@ def _write_parts(config: SimulateConfig, folder: Path, settings: dict, progress:
 def _write_slide(config: SimulateConfig, painter: SlidePainter, folder: Path, spatial: Path, progress: bool) -> None:
     from tqdm import tqdm
 
-    from preprocessing.simulated_slide import write_slide
+    from preprocessing.write_pyramid import write_pyramid
     from preprocessing.write_space_ranger import HD_LIMIT, HIRES_LIMIT, write_images
 
     with tqdm(total=painter.height_px, desc="slide", unit="px row", disable=not progress) as bar:
-        overview = write_slide(painter, folder / "slide.tif", overview_px=HD_LIMIT if config.is_hd else HIRES_LIMIT,
-                               jpeg_quality=config.jpeg_quality, rows_done=bar.update)
+        overview = write_pyramid(painter, folder / "slide.tif", overview_px=HD_LIMIT if config.is_hd else HIRES_LIMIT,
+                                 jpeg_quality=config.jpeg_quality, rows_done=bar.update)
     write_images(spatial, overview, painter.width_px, painter.height_px, config.mpp, bin_um=BIN_UM if config.is_hd else None)
 
 
