@@ -169,7 +169,7 @@ class SeenPatches:
         for row, patch in tqdm(cut, total=self.count, desc="cutting", unit="patch"):
             if row in self.rows:
                 self.shown.append(patch)
-            self.n_black += np.mean(patch.max(axis=2) < NEARLY_BLACK) > MOSTLY
+            self.n_black += np.mean(patch[::4, ::4].max(axis=2) < NEARLY_BLACK) > MOSTLY
             yield patch
 
     def warnings(self) -> tuple[str, ...]:
@@ -185,7 +185,8 @@ def _write_page(files: tuple[Path, ...], config: ExtractConfig, slide: Slide, na
     from preprocessing.quality_page import MAP_PX, PatchQuality, write_quality_page
 
     picture, page = (next(file for file in files if file.suffix == suffix) for suffix in (".png", ".html"))
-    settings = {key: value for key, value in asdict(config).items() if value is not None}
+    other = ("n_patches", "seed") if "library_sizes" in details else ("edge", "stride_bins")          # of the other kind of patches
+    settings = {key: value for key, value in asdict(config).items() if value is not None and key not in other}
     write_quality_page(picture, page, PatchQuality(
         title=name, lines=lines, thumbnail=slide.thumbnail(MAP_PX), slide_px=(slide.width_px, slide.height_px),
         side_px=config.patch_um / mpp, centre_xy_px=centres, patches=np.stack(seen.shown), settings={"mpp": round(mpp, 5), **settings},

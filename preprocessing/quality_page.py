@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shapely import MultiPolygon
 
 MAP_PX = 1400               # longer side of the slide's picture
-MOST_SQUARES = 6000         # beyond this many the map shows centres, as squares would hide the tissue
+MOST_COVERED = 0.7          # of the slide by patches: beyond it the map shows centres, as squares would hide the tissue
 SHEET_COLUMNS, SHEET_PATCHES, SHEET_PATCH_PX = 12, 48, 128
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
 img{max-width:100%}table{border-collapse:collapse}td,th{padding:.15em 1em .15em 0;text-align:left;vertical-align:top}
@@ -87,18 +87,18 @@ def _draw_map(axes, quality: PatchQuality) -> None:
     axes.imshow(quality.thumbnail, extent=(0, width, height, 0), interpolation="bilinear")
     for part in quality.tissue.geoms if quality.tissue is not None else ():
         for ring in (part.exterior, *part.interiors):
-            axes.plot(*np.asarray(ring.coords).T, color="#009e73", linewidth=1.2)
-    groups = [("kept", quality.centre_xy_px, "#0072b2"), *((reason, xy, "#d55e00") for reason, xy in quality.dropped_xy_px.items())]
+            axes.plot(*np.asarray(ring.coords).T, color="black", linewidth=0.8)
+    groups = [("kept", quality.centre_xy_px, "#00c8ff"), *((reason, xy, "#ff6000") for reason, xy in quality.dropped_xy_px.items())]
     for label, centres, colour in groups:
         if len(centres) == 0:
             continue
         label = f"{label} ({len(centres):,})"
-        if len(centres) <= MOST_SQUARES:
+        if len(centres) * quality.side_px ** 2 <= MOST_COVERED * width * height:
             corners = quality.side_px / 2 * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
             squares = centres[:, None] + corners                                           # (n, 4, 2)
-            axes.add_collection(PolyCollection(squares, facecolors="none", edgecolors=colour, linewidths=0.5, label=label))
+            axes.add_collection(PolyCollection(squares, facecolors="none", edgecolors=colour, linewidths=0.9, label=label))
         else:
-            axes.plot(*centres.T, ".", color=colour, markersize=0.6, label=label)
+            axes.plot(*centres.T, ".", color=colour, markersize=1.5, label=label)
     margin = quality.side_px
     axes.set(xlim=(-margin, width + margin), ylim=(height + margin, -margin), xlabel="x, level-0 px", ylabel="y, level-0 px")
     axes.set_title(quality.title)
