@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.weights import load_into, read_state_dict
-from preprocessing.errors import InputError, OptionError, WeightsError
+from preprocessing.errors import InputError, OptionError, WeightsError, first_few
 from preprocessing.outputs import file_sha256, finished_file
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -253,16 +253,20 @@ def _tiny_body() -> nn.Module:
 
 def _transformers_body(name: str, folder: Path, spec: EncoderSpec) -> tuple[nn.Module, EncoderSpec, str]:
     """A model that transformers knows (Phikon-v2 is a Dinov2Model), from a local folder; never runs code from it."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     folder = folder if folder.is_dir() else folder.parent
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise InputError(folder, "image encoder weights", "a folder with config.json and model.safetensors",
                          "one of them missing", f"download both from https://huggingface.co/{spec.where}")
-    model = AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    model, loaded = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+                                              output_loading_info=True)   # transformers renames tensors between its versions
+    wrong = {kind: sorted(map(str, names)) for kind, names in loaded.items() if kind.endswith("_keys") and names}
+    if wrong:
+        found = "; ".join(f"{kind}: {first_few(names)}" for kind, names in wrong.items())
+        raise WeightsError(folder, "tensors", f"those of {type(model).__name__}", found)
     if model.config.hidden_size != spec.width:
         raise WeightsError(folder / "config.json", "hidden_size", f"{spec.width} ({name})", str(model.config.hidden_size))
-    load_into(model, read_state_dict(folder / "model.safetensors"), folder / "model.safetensors")
     return ClassToken(model), spec, file_sha256(folder / "model.safetensors")
 
 

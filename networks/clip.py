@@ -1,0 +1,285 @@
+"""CLIP: gene expression and image patches in one embedding space (symmetric contrastive training, frozen image tower).
+
+Published model: `LinearBlock` G -> G -> 1024 and a projection head to 512 on the genes' side, a frozen pathology encoder and a
+head of its own on the images' side. Embeddings are unit rows. Saved weights hold everything but the frozen tower, which is
+named with its weight file's hash.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks.gene_encoders import GENE_ENCODERS, SCALINGS, InputScaling, ProjectionHead, gene_encoder
+from networks.histo_models import Encoder, build_encoder
+from networks.weights import load_into, load_weights_folder, read_plain_file, save_weights_folder, weights_sha256
+from preprocessing.errors import OptionError, WeightsError
+from preprocessing.outputs import file_sha256, finished_file, program_versions, strings_sha256
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1.0   # bounds of a learned temperature
+
+
+@dataclass
+class ClipModelConfig:
+    """The published values are the defaults."""
+
+    gene_encoder: str = "linear_block"   # linear_block (published) | bottleneck | hidden | identity
+    gene_hidden: int = 256               # hidden width of bottleneck and hidden
+    gene_width: int = 1024               # width out of linear_block and bottleneck
+    gene_scaling: str = "none"           # none | centre | standardise, fitted on the training spots
+    gene_components: int = 0             # project expression on this many principal axes of the training spots; 0 = do not
+    gene_min_share: float = 0.0          # ignore genes seen in a smaller share of training spots
+    gene_dropout: float = 0.0            # share of inputs set to zero in training
+    dropout: float = 0.8                 # of gene encoder and gene head
+    image_dropout: float = 0.8           # of the image head
+    feature_dropout: float = 0.0         # share of image features set to zero in training
+    feature_scaling: str = "none"        # none | centre | standardise, fitted on the training patches
+    feature_components: int = 0          # project image features on this many principal axes; 0 = do not
+    projection: int = 512                # D
+    residual: bool = True
+    layer_norm: bool = False
+    linear_heads: bool = False           # one linear layer in place of both projection heads
+    image_views: int = 1                 # flips and turns averaged when a patch is embedded after training: 1 or 8
+    temperature: float = 1.0             # published; the start value when it is learned
+    learn_temperature: bool = False
+    image_encoder: str = "uni"           # a name of networks.histo_models, or timm:<model>
+    image_encoder_weights: str | None = None   # local weight file; uni: else UNI_STATE_DICT_PATH
+
+    def __post_init__(self):
+        for name, choices in (("gene_encoder", GENE_ENCODERS), ("gene_scaling", SCALINGS), ("feature_scaling", SCALINGS),
+                              ("image_views", (1, 8))):
+            if getattr(self, name) not in choices:
+                raise OptionError(f"model.{name}", f"one of {', '.join(map(str, choices))}", str(getattr(self, name)))
+        for name in ("gene_dropout", "dropout", "image_dropout", "feature_dropout", "gene_min_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise OptionError(f"model.{name}", "0 up to 1", str(getattr(self, name)))
+        for name in ("gene_hidden", "gene_width", "projection"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"model.{name}", "at least 1", str(getattr(self, name)))
+        if not self.temperature > 0:
+            raise OptionError("model.temperature", "above 0", str(self.temperature))
+
+
+class CLIP(nn.Module):
+    """`image_encoder=None` builds a model that embeds genes and image features, but not images."""
+
+    def __init__(self, config: ClipModelConfig, gene_names: Sequence[str], *, target_sum: float | str = "median",
+                 image_encoder: Encoder | None = None, feature_width: int | None = None, image_encoder_sha256: str = "",
+                 training: Mapping | None = None):
+        super().__init__()
+        self.config, self.gene_names, self.target_sum = config, list(gene_names), target_sum
+        self.training_record = dict(training or {})   # what it was trained on: kept in the weights' config
+        self.feature_width = image_encoder.width if image_encoder else feature_width
+        self.image_encoder_sha256 = image_encoder.source if image_encoder else image_encoder_sha256
+        self.image_encoder = image_encoder
+        self.gene_scaling = InputScaling(len(self.gene_names), config.gene_scaling, config.gene_components, config.gene_min_share)
+        self.gene_encoder, width = gene_encoder(config.gene_encoder, self.gene_scaling.width, config.gene_hidden, config.gene_width,
+                                                config.dropout)
+        self.feature_scaling = InputScaling(self.feature_width, config.feature_scaling, config.feature_components)
+        self.gene_head = self._head(width, config.dropout)
+        self.image_head = self._head(self.feature_scaling.width, config.image_dropout)
+        log_temperature = torch.tensor(float(np.log(config.temperature)))
+        if config.learn_temperature:
+            self.log_temperature = nn.Parameter(log_temperature)
+        else:
+            self.register_buffer("log_temperature", log_temperature)
+
+    def _head(self, width: int, dropout: float) -> nn.Module:
+        config = self.config
+        if config.linear_heads:
+            return nn.Linear(width, config.projection)
+        return ProjectionHead(width, config.projection, dropout, config.residual, config.layer_norm)
+
+    @property
+    def temperature(self) -> Tensor:
+        """() the number that divides the cosines; a learned one stays between 0.01 and 1."""
+        temperature = self.log_temperature.exp()
+        return temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE) if self.config.learn_temperature else temperature
+
+    def fit_inputs(self, expression: Tensor, features: Tensor) -> None:
+        """Fit both sides' scaling to training rows, (N, G) and (M, F); does nothing where the config asks for none."""
+        self.gene_scaling.fit(expression)
+        self.feature_scaling.fit(features)
+
+    @property
+    def needs_fitting(self) -> bool:
+        return self.gene_scaling.is_active or self.feature_scaling.is_active
+
+    def encode_genes(self, expression: Tensor) -> Tensor:
+        """Normalised expression (N, G) -> (N, D) unit rows."""
+        rows = F.dropout(self.gene_scaling(expression), self.config.gene_dropout, self.training)
+        return F.normalize(self.gene_head(self.gene_encoder(rows)), dim=-1)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """[-1, 1] (N, 3, H, W) -> (N, F) of the frozen tower; no gradient."""
+        if self.image_encoder is None:
+            raise RuntimeError("this CLIP was loaded without its image tower (image_encoder=False)")
+        with torch.no_grad():
+            return self.image_encoder(images).float()
+
+    def project_image_features(self, features: Tensor) -> Tensor:
+        """(N, F) -> (N, D) unit rows."""
+        rows = F.dropout(self.feature_scaling(features), self.config.feature_dropout, self.training)
+        return F.normalize(self.image_head(rows), dim=-1)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """[-1, 1] (N, 3, H, W) -> (N, D) unit rows; outside training the mean over `image_views` flips and turns."""
+        if self.training or self.config.image_views == 1:
+            return self.project_image_features(self.image_features(images))
+        views = [torch.rot90(flipped, turns, (-2, -1)) for flipped in (images, images.flip(-1)) for turns in range(4)]
+        return self.project_views(torch.stack([self.image_features(view) for view in views], dim=1))
+
+    def project_views(self, features: Tensor) -> Tensor:
+        """Features of several views (N, V, F) -> (N, D): the unit mean of their embeddings."""
+        return F.normalize(self.project_image_features(features.flatten(0, 1)).unflatten(0, features.shape[:2]).mean(1), dim=-1)
+
+    @torch.no_grad()
+    def embed_expression(self, expression: sp.csr_matrix, batch_size: int = 256) -> Tensor:
+        """Normalised expression, sparse (N, G) -> float32 (N, D) on the CPU. Streams; leaves the module's mode as it was."""
+        was_training, device = self.training, self.log_temperature.device
+        self.eval()
+        blocks = [self.encode_genes(torch.from_numpy(expression[start:start + batch_size].toarray().astype(np.float32)).to(device)).cpu()
+                  for start in range(0, expression.shape[0], batch_size)]
+        self.train(was_training)
+        return torch.cat(blocks) if blocks else torch.zeros(0, self.config.projection)
+
+    def require_genes(self, genes: Sequence[str], path: Path | str) -> None:
+        """Refuse (exit 5) expression whose genes are not this model's, in its order."""
+        genes = list(genes)
+        if genes != self.gene_names:
+            place, ours, theirs = next((i, a, b) for i, (a, b) in enumerate(zip_longest(self.gene_names, genes)) if a != b)
+            difference = f"first difference at gene {place + 1}: {ours or 'no gene'} expected, {theirs or 'no gene'} found"
+            raise WeightsError(path, "var_names", f"the {len(self.gene_names):,} genes of these weights in their order",
+                               f"{len(genes):,}; {difference}")
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, Tensor]:
+        """Everything but the frozen image tower."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("image_encoder.")}
+
+    def description(self) -> dict:
+        """The config of a weights folder, plain JSON."""
+        return {"class": "CLIP", "model": asdict(self.config), "target_sum": self.target_sum, "feature_width": self.feature_width,
+                "image_encoder_sha256": self.image_encoder_sha256, "vocab_sha256": strings_sha256(self.gene_names),
+                "training": self.training_record, "gene_names": self.gene_names}
+
+    def save_pretrained(self, folder: Path | str) -> Path:
+        """Write a weights folder."""
+        return save_weights_folder(folder, self.weights(), self.description())
+
+    @classmethod
+    def from_pretrained(cls, path: Path | str, *, image_encoder: bool = True, image_encoder_weights: Path | str | None = None) -> CLIP:
+        """A model in evaluation mode from a weights folder or a single `.pt` of `convert_ckpt_to_dict`.
+
+        `image_encoder=False` leaves the frozen tower out (genes only); `image_encoder_weights` says where its file lies on
+        this machine, if not where it was in training.
+        """
+        tensors, description = _read(Path(path))
+        model = _build(description, path, image_encoder, image_encoder_weights)
+        own = model.weights()
+        load_into(_WithoutTower(model, own), tensors, path)
+        return model.eval()
+
+    def push_to_hub(self, repo_id: str, **upload_options) -> str:
+        """Upload the weights folder to a model repository of the hub; returns its address."""
+        from tempfile import TemporaryDirectory
+
+        from huggingface_hub import HfApi
+        api = HfApi()
+        api.create_repo(repo_id, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "clip")
+            return str(api.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "clip", **upload_options))
+
+    @staticmethod
+    def convert_ckpt_to_dict(ckpt: Path | str, config: Mapping | Path | str | None, path: Path | str) -> Path:
+        """Turn a training checkpoint of `train_clip.py` into one plain file: tensors and JSON-able values.
+
+        `config` (the run's YAML, or its dictionary; None = do not compare) must describe the model in the checkpoint.
+        """
+        content = read_plain_file(ckpt)
+        if not isinstance(content.get("clip"), str) or not isinstance(content.get("state_dict"), Mapping):
+            raise WeightsError(ckpt, "contents", "a checkpoint of train_clip.py", f"keys {', '.join(map(str, list(content)[:5]))}")
+        description = json.loads(content["clip"])
+        _require_same_model(config, description["model"], ckpt)
+        tensors = {name.removeprefix("clip."): tensor for name, tensor in content["state_dict"].items() if name.startswith("clip.")}
+        model = _build(description, ckpt, False, None)
+        load_into(_WithoutTower(model, model.weights()), tensors, ckpt)
+        path = Path(path)
+        with finished_file(path) as temporary:
+            torch.save({"config": {**description, "versions": program_versions()}, "state_dict": model.weights()}, temporary)
+        return path
+
+
+class _WithoutTower(nn.Module):
+    """A model seen through its saved tensors alone, so that `load_into` compares just these."""
+
+    def __init__(self, model: CLIP, own: dict[str, Tensor]):
+        super().__init__()
+        self._model, self._own = [model], own   # in a list: not registered as a child
+
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        return self._own
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        return self._model[0].load_state_dict(state_dict, strict=False)   # what is absent is the tower
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
+    if not path.is_file():
+        tensors, description = load_weights_folder(path)
+    else:
+        content = read_plain_file(path)
+        if not isinstance(content.get("config"), dict) or not isinstance(content.get("state_dict"), Mapping):
+            raise WeightsError(path, "contents", "config and state_dict, as CLIP.convert_ckpt_to_dict writes them",
+                               f"keys {', '.join(map(str, list(content)[:5]))}")
+        tensors, description = dict(content["state_dict"]), content["config"]
+    genes = description.get("gene_names")
+    if description.get("class") != "CLIP" or not isinstance(genes, list):
+        raise WeightsError(path, "class", "CLIP", str(description.get("class")))
+    if strings_sha256(genes) != description.get("vocab_sha256"):
+        raise WeightsError(path, "vocab_sha256", str(description.get("vocab_sha256")), "another gene list")
+    return tensors, description
+
+
+def _build(description: dict, path: Path | str, image_encoder: bool, weights: Path | str | None) -> CLIP:
+    known, settings = {field.name for field in fields(ClipModelConfig)}, description.get("model")
+    if not isinstance(settings, dict) or set(settings) - known:
+        raise WeightsError(path, "model", "the settings of this program's CLIP", f"unknown {sorted(set(settings or {}) - known)[:5]}")
+    config = ClipModelConfig(**settings)
+    encoder = None
+    if image_encoder:
+        encoder = build_encoder(config.image_encoder, weights or config.image_encoder_weights)
+        if encoder.source != description.get("image_encoder_sha256"):
+            raise WeightsError(weights or config.image_encoder, "SHA-256 of the image encoder",
+                               f"{description.get('image_encoder_sha256')}, with which this CLIP was trained", encoder.source)
+    return CLIP(config, description["gene_names"], target_sum=description.get("target_sum", "median"), image_encoder=encoder,
+                feature_width=description.get("feature_width"), image_encoder_sha256=description.get("image_encoder_sha256", ""),
+                training=description.get("training"))
+
+
+def _require_same_model(config: Mapping | Path | str | None, model: Mapping, ckpt: Path | str) -> None:
+    if config is None:
+        return
+    if isinstance(config, (str, Path)):
+        from omegaconf import OmegaConf
+        config = OmegaConf.to_container(OmegaConf.load(config))
+    told = config["model"] if "model" in config else config
+    different = [f"{name} {told[name]} told, {model[name]} trained" for name in model if name in told and told[name] != model[name]]
+    if different:
+        raise WeightsError(ckpt, "model", "the model that the config describes", "; ".join(different[:5]))
+
+
+def clip_weights_sha256(path: Path | str) -> str:
+    """SHA-256 that names CLIP weights in other files: of the folder's tensors, or of the single file."""
+    path = Path(path)
+    return file_sha256(path) if path.is_file() else weights_sha256(path)

@@ -1,0 +1,71 @@
+"""Train CLIP on paired patches and expression; the run folder ends with `clip/`, the weights every later command takes.
+
+    python train_clip.py data.train_gex=S1/gex_filt.h5ad data.train_image_dir=S1/patches \\
+                         data.val_gex=S2/gex_filt.h5ad data.val_image_dir=S2/patches
+
+Configurations lie in assets/: clip_config.yaml (the published values, default), clip_small.yaml (real tissue, few spots, on a
+CPU), clip_demo.yaml; choose with --config-name clip_small. Several samples: data.train_gex=A.h5ad,B.h5ad. Relative paths mean
+the folder the command is started in. Continue a run: run_dir=runs/00000-clip ckpt_path=last. --debug shows tracebacks.
+"""
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from preprocessing.errors import OptionError, one_line_errors
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+PATHS = re.compile(r"^(\+{0,2}(?:data\.(?:train|val)_(?:gex|image_dir)|data\.samples|run_dir|out_dir|ckpt_path"
+                   r"|image\.cache_dir|model\.image_encoder_weights))=([^\[\"'].*)$")
+
+
+def quote_paths(arguments: list[str]) -> list[str]:
+    """Hydra reads a comma as a sweep and trips over spaces: a bare path or comma list becomes a quoted string."""
+    quoted = []
+    for argument in arguments:
+        match = PATHS.match(argument)
+        if match and match[2] not in ("null", "none"):
+            value = match[2].replace("\\", "\\\\").replace('"', '\\"')
+            argument = f'{match[1]}="{value}"'
+        quoted.append(argument)
+    return quoted
+
+
+def train(loaded, launch_folder: Path) -> Path:
+    """Train as a Hydra configuration says; returns the run folder."""
+    from training.clip_config import clip_config, from_launch_folder
+
+    config = clip_config(loaded)   # whatever is wrong with it is said before torch is asked for anything
+    from training.clip_run import run_clip
+
+    return run_clip(config, lambda path: from_launch_folder(path, launch_folder))
+
+
+def main() -> None:
+    """Hydra's door: its own errors become one line too."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    debug = "--debug" in sys.argv
+    launch_folder = Path.cwd()
+    sys.argv = [sys.argv[0], *quote_paths([argument for argument in sys.argv[1:] if argument != "--debug"])]
+    os.environ["HYDRA_FULL_ERROR"] = "1"   # hand errors to us instead of printing them
+
+    @hydra.main(version_base="1.3", config_path=str(ASSETS), config_name="clip_config")
+    def task(loaded) -> None:
+        run_dir = train(loaded, launch_folder)
+        print(f"wrote {run_dir}/clip (weights), {run_dir}/config.json, {run_dir}/checkpoints", flush=True)
+
+    with one_line_errors(debug=debug):
+        try:
+            task()
+        except (HydraException, OmegaConfBaseException) as error:
+            reason = " ".join(str(error).split())
+            raise OptionError("command line", "keys of the configuration (--cfg job shows them)", reason) from error
+
+
+if __name__ == "__main__":
+    main()

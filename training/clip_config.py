@@ -1,0 +1,155 @@
+"""The configuration of `train_clip.py`: Hydra's YAML merged onto these tables, so that an unknown key or a word for a number is refused.
+
+The defaults are the published values. Relative paths mean the folder the command was started in.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from networks.clip import ClipModelConfig
+from preprocessing.errors import OptionError
+from training.augment import AugmentConfig
+from training.data import SampleFiles, read_sample_sheet, sample_files
+
+LOGGERS = ("csv", "tensorboard", "wandb")
+
+
+@dataclass
+class DataConfig:
+    train_gex: Any = None            # gex_filt.h5ad, or several: a list or a comma list
+    train_image_dir: Any = None      # patch folder or imgs.h5, as many
+    val_gex: Any = None              # none = a spatial block of the training samples is held out
+    val_image_dir: Any = None
+    samples: str | None = None       # sample sheet (CSV) in place of the four above
+    max_size: int | None = 10000     # at most this many training spots, drawn at random
+    patch_px: int = 128              # patches are brought to this side
+    target_sum: Any = "median"       # library size after normalisation: median of each sample, or a number
+    already_normalised: bool = False
+    val_fraction: float = 0.15       # of each sample, when no validation sample is given; 0 = train on all, without validation
+    val_buffer_px: float | None = None   # level-0 px between training and held-out spots; none = one patch
+
+    def __post_init__(self):
+        for name in ("train_gex", "train_image_dir", "val_gex", "val_image_dir"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, ",".join(map(str, value)))
+        if self.target_sum != "median":
+            try:
+                self.target_sum = float(self.target_sum)
+            except (TypeError, ValueError) as error:
+                raise OptionError("data.target_sum", "median or a number", str(self.target_sum)) from error
+        if self.patch_px < 8:
+            raise OptionError("data.patch_px", "at least 8", str(self.patch_px))
+        if not 0 <= self.val_fraction < 1:
+            raise OptionError("data.val_fraction", "0 up to 1", str(self.val_fraction))
+
+    def train_and_val(self) -> tuple[list[SampleFiles], list[SampleFiles]]:
+        """The samples to learn from and those to validate on (perhaps none)."""
+        if self.samples:
+            sheet = read_sample_sheet(self.samples)
+            return [sample for sample in sheet if sample.split == "train"], [sample for sample in sheet if sample.split == "val"]
+        if not self.train_gex or not self.train_image_dir:
+            raise OptionError("data", "data.train_gex and data.train_image_dir, or data.samples", "neither")
+        if bool(self.val_gex) != bool(self.val_image_dir):
+            raise OptionError("data", "both data.val_gex and data.val_image_dir, or neither", "one of them")
+        val = sample_files(self.val_image_dir, self.val_gex) if self.val_gex else []
+        return sample_files(self.train_image_dir, self.train_gex), val
+
+
+@dataclass
+class ImageConfig:
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    cache_features: int = 0          # K > 0: the frozen tower sees K views of every patch once, training draws from them
+    cache_dir: str | None = None     # keep these features on disk, keyed by patches, views and tower; none = in memory
+
+    def __post_init__(self):
+        if self.cache_features < 0:
+            raise OptionError("image.cache_features", "0 (off) or the number of views", str(self.cache_features))
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = "adamw"              # adamw | adam | sgd | rmsprop
+    lr: float = 5e-6
+    weight_decay: float = 0.01
+    schedule: str = "constant"       # constant (published) | one_cycle
+
+    def __post_init__(self):
+        for name, choices in (("name", ("adamw", "adam", "sgd", "rmsprop")), ("schedule", ("constant", "one_cycle"))):
+            if getattr(self, name) not in choices:
+                raise OptionError(f"optimizer.{name}", f"one of {', '.join(choices)}", str(getattr(self, name)))
+        if not self.lr > 0:
+            raise OptionError("optimizer.lr", "above 0", str(self.lr))
+
+
+@dataclass
+class TrainerConfig:
+    max_epochs: int = 1000
+    batch_size: int = 128            # over all devices
+    accelerator: str = "auto"        # auto | cpu | gpu
+    devices: Any = 1                 # number, or auto
+    num_nodes: int = 1
+    precision: str | None = None     # none = bf16-mixed on a GPU, 32-true on a CPU
+    val_every_steps: int = 10
+    limit_val_batches: int = 50
+    save_top: int = 5                # best checkpoints kept, beside the last
+    select: str = "best"             # weights that the run ends with: best (of the validation loss) | last
+    log_every_steps: int = 10
+    num_threads: int | None = None   # CPU threads; none = as PyTorch decides
+    progress_bar: bool = True
+
+    def __post_init__(self):
+        for name, least in (("max_epochs", 1), ("batch_size", 2), ("num_nodes", 1), ("val_every_steps", 1), ("limit_val_batches", 1),
+                            ("save_top", 0), ("log_every_steps", 1)):
+            if getattr(self, name) < least:
+                raise OptionError(f"trainer.{name}", f"at least {least}", str(getattr(self, name)))
+        if self.select not in ("best", "last"):
+            raise OptionError("trainer.select", "one of best, last", self.select)
+
+
+@dataclass
+class ClipConfig:
+    data: DataConfig = field(default_factory=DataConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    model: ClipModelConfig = field(default_factory=ClipModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    seed: int = 71
+    logger: Any = "csv,tensorboard"  # any of csv, tensorboard, wandb; none
+    out_dir: str = "runs"            # receives 00000-clip, 00001-clip, ...
+    run_dir: str | None = None       # this very folder instead
+    ckpt_path: str | None = None     # resume: a checkpoint file, or last (of run_dir)
+
+    def __post_init__(self):
+        if isinstance(self.logger, str):
+            self.logger = [name.strip() for name in self.logger.split(",") if name.strip() not in ("", "none")]
+        strangers = [name for name in self.logger or [] if name not in LOGGERS]
+        if strangers:
+            raise OptionError("logger", f"any of {', '.join(LOGGERS)}", ", ".join(strangers))
+        if self.ckpt_path == "last" and not self.run_dir:
+            raise OptionError("ckpt_path=last", "run_dir=<the run folder to continue>", "no run_dir")
+
+
+def clip_config(loaded: DictConfig | Mapping) -> ClipConfig:
+    """Hydra's or a plain mapping -> `ClipConfig`; whatever does not fit is one line (exit 2)."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(ClipConfig), loaded)
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, OptionError):
+            raise error.__cause__ from error
+        reason = str(error.msg if hasattr(error, "msg") and error.msg else error).strip().splitlines()[0]
+        key = getattr(error, "full_key", None) or "config"
+        raise OptionError(str(key), "a key and a value of train_clip.py's configuration", reason) from error
+
+
+def from_launch_folder(path: str | Path, launch_folder: Path) -> Path:
+    """A path as the user meant it: relative ones start where the command was started."""
+    path = Path(path).expanduser()
+    return path if path.is_absolute() else launch_folder / path

@@ -1,0 +1,182 @@
+"""Bring paired samples into the form CLIP trains on: patches or cached features in memory, batches drawn by step number.
+
+A batch is a function of (seed, step) alone, so a resumed run sees exactly what an uninterrupted one would have seen.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import scipy.sparse as sp
+import torch
+from scipy.spatial import cKDTree
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from networks.histo_models import Encoder
+from preprocessing.errors import InputError, OptionError
+from training.augment import AugmentConfig, apply_views, draw_views, plain_views, turned_views
+from training.clip_config import ClipConfig
+from training.clip_features import cached_features, view_table
+from training.data import ImageGeneDataset, SampleFiles, spatial_block_split
+
+FIT_PATCHES = 1000   # patches from which the scaling of image features is fitted when none are cached
+
+
+@dataclass
+class Pairs(Dataset):
+    """Paired rows in memory: `images` or cached `features`, whichever training reads."""
+
+    expression: sp.csr_matrix          # (N, G) float32, normalised
+    barcodes: np.ndarray               # (N,) "sample__barcode"
+    images: Tensor | None              # uint8 (N, 3, H, W)
+    features: Tensor | None = None     # float32 (N, K, F)
+    augment: AugmentConfig | None = None   # None: the plain view, for validation
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.barcodes)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """A batch of (step, row) keys -> (images [-1, 1] | features (n, F) | all views (n, K, F), expression (n, G))."""
+        rows = torch.tensor([row for _, row in keys])
+        expression = torch.from_numpy(self.expression[rows.numpy()].toarray())
+        if self.features is not None:
+            if self.augment is None:
+                return self.features[rows], expression
+            return self.features[rows, self._views_of(keys)], expression
+        if self.augment is None:
+            return apply_views(self.images[rows], plain_views(len(rows))), expression
+        views = torch.cat([draw_views(1, self.augment, self._generator(key)) for key in keys])
+        return apply_views(self.images[rows], views), expression
+
+    def _views_of(self, keys: list[tuple[int, int]]) -> Tensor:
+        n_views = self.features.shape[1]
+        return torch.stack([torch.randint(n_views, (), generator=self._generator(key)) for key in keys])
+
+    def _generator(self, key: tuple[int, int]) -> torch.Generator:
+        step, row = key
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1_000_003 + row)
+
+
+class StepBatches(Sampler):
+    """Batches of (step, row) keys of one epoch, from the step that training has reached; whole batches only.
+
+    Each rank gets its share of the same global batch.
+    """
+
+    def __init__(self, n_rows: int, batch_size: int, seed: int, step: Callable[[], int], rank: int = 0, world_size: int = 1):
+        self.n_rows, self.batch_size, self.seed, self.step = n_rows, batch_size, seed, step
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return self.n_rows // self.batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, first = divmod(self.step(), len(self))
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.n_rows)
+        for place in range(first, len(self)):
+            rows = order[place * self.batch_size:(place + 1) * self.batch_size][self.rank::self.world_size]
+            yield [(epoch * len(self) + place, int(row)) for row in rows]
+
+
+def whole_batch(batch):
+    """Collate nothing: `Pairs.__getitems__` returns finished batches."""
+    return batch
+
+
+@dataclass
+class ClipData:
+    train: Pairs
+    val: Pairs | None
+    gene_names: list[str]
+    record: dict            # what the weights say about their training data
+    split: dict | None      # barcodes of a spatial split, to be saved
+
+
+def load_clip_data(config: ClipConfig, resolve: Callable[[str], Path]) -> ClipData:
+    """Read, pair and split the samples that the config names. Image features are not computed here."""
+    train_files, val_files = config.data.train_and_val()
+    train_files, val_files = _resolved(train_files, resolve), _resolved(val_files, resolve)
+    options = {"target_sum": config.data.target_sum, "already_normalised": config.data.already_normalised, "image_px": config.data.patch_px}
+    dataset = ImageGeneDataset(train_files, max_size=config.data.max_size, seed=config.seed, **options)
+    train, split, val = _pairs(dataset, config), None, None
+    if val_files:
+        val = _pairs(ImageGeneDataset(val_files, vocabulary=dataset.gene_names, **options), config, training=False)
+        if not len(val):
+            raise InputError(val_files[0].gex, "rows", "at least 2 validation spots", "0")
+    elif config.data.val_fraction > 0:
+        buffer_px = config.data.val_buffer_px
+        buffer_px = _patch_side_px(train_files, dataset) if buffer_px is None else buffer_px
+        rows, held = spatial_block_split(dataset.centre_xy_px, dataset.sample_ids, config.data.val_fraction, buffer_px, config.seed)
+        split = {"buffer_px": buffer_px, "train": dataset.barcodes[rows].tolist(), "val": dataset.barcodes[held].tolist()}
+        train, val = _subset(train, rows), _subset(train, held, training=False)
+    _require_enough(train, val, config)
+    record = {"samples": sorted({str(name) for name in dataset.sample_ids}), "n_spots": len(train), "n_val_spots": len(val) if val else 0}
+    return ClipData(train, val, dataset.gene_names, record, split)
+
+
+def use_features(data: ClipData, tower: Encoder, config: ClipConfig, resolve: Callable[[str], Path], device: torch.device | str) -> None:
+    """Replace the patches of `data` by cached features: K views each for training, the test views for validation."""
+    image = config.image
+    options = {"tower_sha256": tower.source, "cache_dir": resolve(image.cache_dir) if image.cache_dir else None, "device": device,
+               "progress": config.trainer.progress_bar}
+    views = view_table(len(data.train), image.cache_features, image.augment, config.seed)
+    data.train.features = cached_features(data.train.images, views, tower, **options)
+    data.train.images = None
+    if data.val is not None:
+        views = (turned_views() if config.model.image_views == 8 else plain_views(1)).expand(len(data.val), -1, -1)
+        data.val.features = cached_features(data.val.images, views, tower, **options)
+        data.val.images = None
+
+
+def fitting_rows(data: ClipData, tower: Encoder, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Training rows from which the model's input scaling is fitted: expression (N, G) and features (M, F)."""
+    expression = torch.from_numpy(data.train.expression.toarray())
+    if data.train.features is not None:
+        return expression, data.train.features.flatten(0, 1)
+    chosen = np.sort(np.random.default_rng(0).choice(len(data.train), min(len(data.train), FIT_PATCHES), replace=False))
+    images = data.train.images[torch.from_numpy(chosen)]
+    with torch.no_grad():
+        blocks = [tower(apply_views(part, plain_views(len(part))).to(device)).float().cpu() for part in images.split(64)]
+    return expression, torch.cat(blocks)
+
+
+def _pairs(dataset: ImageGeneDataset, config: ClipConfig, training: bool = True) -> Pairs:
+    images = dataset.load_images(progress=config.trainer.progress_bar) if len(dataset) else None
+    return Pairs(dataset.expression, dataset.barcodes, images, augment=config.image.augment if training else None, seed=config.seed)
+
+
+def _subset(pairs: Pairs, rows: np.ndarray, training: bool = True) -> Pairs:
+    return Pairs(pairs.expression[rows], pairs.barcodes[rows], pairs.images[torch.from_numpy(rows)],
+                 augment=pairs.augment if training else None, seed=pairs.seed)
+
+
+def _require_enough(train: Pairs, val: Pairs | None, config: ClipConfig) -> None:
+    if len(train) < config.trainer.batch_size:
+        raise OptionError("trainer.batch_size", f"at most the {len(train)} training spots (a batch of one has nothing to contrast)",
+                          str(config.trainer.batch_size))
+    if val is not None and len(val) < 2:
+        raise InputError("validation", "spots", "at least 2", str(len(val)),
+                         "Give data.val_gex, or a larger data.val_fraction, or 0 for none")
+
+
+def _resolved(files: list[SampleFiles], resolve: Callable[[str], Path]) -> list[SampleFiles]:
+    return [SampleFiles(file.sample_id, resolve(file.images), resolve(file.gex), file.split) for file in files]
+
+
+def _patch_side_px(files: list[SampleFiles], dataset: ImageGeneDataset) -> float:
+    """Level-0 px of one patch, as the expression file records it; where none does, 1.5 times the distance of two spots."""
+    sides = []
+    for file in files:
+        with h5py.File(file.gex) as content:
+            recorded = content.get("uns/morphology")
+            if recorded is not None and "patch_um" in recorded and "mpp" in recorded:
+                sides.append(float(recorded["patch_um"][()]) / float(recorded["mpp"][()]))
+    if sides:
+        return max(sides)
+    distance, _ = cKDTree(dataset.centre_xy_px).query(dataset.centre_xy_px, k=2)
+    return 1.5 * float(np.median(distance[:, 1]))

@@ -1,0 +1,175 @@
+"""Train CLIP with Lightning: the step, the optimiser, validation by retrieval, checkpoints that hold no frozen tower.
+
+The only library file that imports pytorch_lightning. Every random draw of a step is seeded by (seed, step), so a run that was
+stopped and resumed equals one that was not.
+"""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from evaluation.retrieval import retrieval_metrics
+from networks.clip import CLIP
+from preprocessing.errors import InputError, OptionError, WeightsError
+from training.clip_config import ClipConfig, OptimizerConfig
+from training.clip_data import ClipData, StepBatches, whole_batch
+from training.clip_losses import clip_loss, gather_rows
+
+MONITOR = "val/loss"
+SHOWN = ("val/loss", "val/gene_to_image_r10", "val/image_to_gene_r10")
+
+
+class ClipModule(pl.LightningModule):
+    """One optimisation step of CLIP and its validation."""
+
+    strict_loading = False   # checkpoints hold no frozen tower
+
+    def __init__(self, clip: CLIP, optimizer: OptimizerConfig, total_steps: int, seed: int):
+        super().__init__()
+        self.clip, self.optimizer_config, self.total_steps, self.seed = clip, optimizer, total_steps, seed
+        self.val_metrics: dict[str, float] = {}
+        self._val_genes: list[Tensor] = []
+        self._val_images: list[Tensor] = []
+
+    def on_train_batch_start(self, batch, batch_idx: int) -> None:
+        torch.manual_seed(self.seed * 1_000_003 + self.global_step * 1009 + self.global_rank)   # dropout of this step
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        seen, expression = batch
+        genes = gather_rows(self.clip.encode_genes(expression).float())
+        images = gather_rows(self._embed_images(seen).float())
+        loss = clip_loss(images, genes, self.clip.temperature)
+        if not torch.isfinite(loss):
+            raise InputError("training", f"loss at step {self.global_step}", "a finite number", str(loss.item()),
+                             "Lower optimizer.lr; the last checkpoint is whole")
+        self.log_dict({"train/loss": loss, "train/temperature": self.clip.temperature}, prog_bar=True)
+        return loss
+
+    def _embed_images(self, seen: Tensor) -> Tensor:
+        """Images (N, 3, H, W), cached features (N, F), or features of several views (N, V, F) -> (N, D)."""
+        if seen.dim() == 4:
+            return self.clip.encode_images(seen)
+        return self.clip.project_image_features(seen) if seen.dim() == 2 else self.clip.project_views(seen)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        seen, expression = batch
+        self._val_images.append(self._embed_images(seen).float())
+        self._val_genes.append(self.clip.encode_genes(expression).float())
+
+    def on_validation_epoch_end(self) -> None:
+        genes, images = torch.cat(self._val_genes), torch.cat(self._val_images)
+        size = len(self._val_genes[0])
+        losses = [clip_loss(i, g, self.clip.temperature) for g, i in zip(self._val_genes, self._val_images, strict=True) if len(g) == size]
+        self._val_genes.clear()
+        self._val_images.clear()
+        self.val_metrics = {MONITOR: float(torch.stack(losses).mean()), **retrieval_both_ways(genes, images, n_bootstrap=1)}
+        self.log_dict(self.val_metrics)
+        shown = "   ".join(f"{name.removeprefix('val/')} {self.val_metrics[name]:.3f}" for name in SHOWN)
+        self.print(f"step {self.global_step:>6}   {shown}")   # rank 0 alone
+
+    def configure_optimizers(self):
+        config = self.optimizer_config
+        trained = [(name, parameter) for name, parameter in self.clip.named_parameters() if parameter.requires_grad]
+        groups = [{"params": [p for name, p in trained if name != "log_temperature"], "weight_decay": config.weight_decay},
+                  {"params": [p for name, p in trained if name == "log_temperature"], "weight_decay": 0.0}]
+        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}[config.name]
+        optimizer = kind([group for group in groups if group["params"]], lr=config.lr)
+        if config.schedule == "constant":
+            return optimizer
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=self.total_steps + 1, pct_start=0.1,
+                                                    cycle_momentum=False)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: tensor for name, tensor in weights.items() if not name.startswith("clip.image_encoder.")}
+        checkpoint["clip"] = json.dumps(self.clip.description())
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        trained = json.loads(checkpoint.get("clip", "{}"))
+        ours = self.clip.description()
+        different = [name for name in ("model", "vocab_sha256", "image_encoder_sha256", "target_sum") if trained.get(name) != ours[name]]
+        if different:
+            raise WeightsError("ckpt_path", "checkpoint", "the model, genes and encoder of this run", f"another {', '.join(different)}")
+
+
+def retrieval_both_ways(genes: Tensor, images: Tensor, n_bootstrap: int = 1000) -> dict[str, float]:
+    """`val/gene_to_image_r10` and its like for logs; both (N, D), paired by row."""
+    genes, images = genes.cpu().numpy(), images.cpu().numpy()
+    named = {"gene_to_image": retrieval_metrics(genes, images, n_bootstrap=n_bootstrap),
+             "image_to_gene": retrieval_metrics(images, genes, n_bootstrap=n_bootstrap)}
+    return {f"val/{way}_{name}": float(metrics[name]) for way, metrics in named.items() for name in ("r1", "r5", "r10", "median_rank")}
+
+
+def fit_clip(clip: CLIP, data: ClipData, config: ClipConfig, run_dir: Path, ckpt_path: Path | None) -> CLIP:
+    """Train; returns the model the run ends with (`trainer.select`). Logs and checkpoints go to `run_dir`."""
+    options = config.trainer
+    trainer = pl.Trainer(
+        accelerator=options.accelerator, devices=options.devices, num_nodes=options.num_nodes, precision=_precision(config),
+        max_epochs=options.max_epochs, logger=_loggers(config, run_dir), callbacks=_callbacks(config, run_dir, data.val is not None),
+        val_check_interval=options.val_every_steps if data.val is not None else None, check_val_every_n_epoch=None,
+        limit_val_batches=options.limit_val_batches if data.val is not None else 0, log_every_n_steps=options.log_every_steps,
+        num_sanity_val_steps=0, use_distributed_sampler=False, enable_model_summary=False, enable_progress_bar=options.progress_bar,
+        default_root_dir=run_dir)
+    if options.batch_size % trainer.world_size:
+        raise OptionError("trainer.batch_size", f"a multiple of the {trainer.world_size} devices", str(options.batch_size))
+    batches = StepBatches(len(data.train), options.batch_size, config.seed, lambda: trainer.global_step,
+                          rank=trainer.global_rank, world_size=trainer.world_size)
+    module = ClipModule(clip, config.optimizer, len(batches) * options.max_epochs, config.seed)
+    loader = DataLoader(data.train, batch_sampler=batches, collate_fn=whole_batch)
+    trainer.fit(module, loader, _val_loader(data, config), ckpt_path=ckpt_path, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    best = trainer.checkpoint_callback.best_model_path if data.val is not None and options.select == "best" else ""
+    if best:
+        trained = torch.load(best, map_location="cpu", weights_only=True)
+        module.load_state_dict(trained["state_dict"], strict=False)
+        clip.training_record["chosen"] = f"best {MONITOR} at step {trained['global_step']}"
+    else:
+        clip.training_record["chosen"] = f"last, at step {trainer.global_step}"
+    return clip.cpu().eval()
+
+
+def _val_loader(data: ClipData, config: ClipConfig) -> DataLoader | None:
+    if data.val is None:
+        return None
+    keys = [(0, row) for row in range(len(data.val))]
+    size = min(config.trainer.batch_size, len(data.val))
+    return DataLoader(data.val, batch_sampler=[keys[start:start + size] for start in range(0, len(keys), size)], collate_fn=whole_batch)
+
+
+def _precision(config: ClipConfig) -> str:
+    if config.trainer.precision:
+        return config.trainer.precision
+    on_gpu = config.trainer.accelerator in ("gpu", "cuda") or (config.trainer.accelerator == "auto" and torch.cuda.is_available())
+    return "bf16-mixed" if on_gpu else "32-true"
+
+
+def _loggers(config: ClipConfig, run_dir: Path) -> list:
+    loggers = []
+    if "csv" in config.logger:
+        loggers.append(CSVLogger(run_dir, name="", version="csv"))
+    if "tensorboard" in config.logger:
+        loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+    if "wandb" in config.logger:
+        from pytorch_lightning.loggers import WandbLogger  # only when asked for: it wants a login
+        loggers.append(WandbLogger(project="clip", save_dir=run_dir))
+    return loggers
+
+
+def _callbacks(config: ClipConfig, run_dir: Path, validates: bool) -> list:
+    options = config.trainer
+    if validates and options.save_top:
+        keep = ModelCheckpoint(run_dir / "checkpoints", filename="step{step:06d}", monitor=MONITOR, save_top_k=options.save_top,
+                               save_last=True, auto_insert_metric_name=False)
+    else:
+        keep = ModelCheckpoint(run_dir / "checkpoints", filename="step{step:06d}", every_n_epochs=max(options.max_epochs // 10, 1),
+                               save_last=True, auto_insert_metric_name=False, save_on_train_epoch_end=True)
+    return [keep, TQDMProgressBar(refresh_rate=20)] if options.progress_bar else [keep]

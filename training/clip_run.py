@@ -1,0 +1,89 @@
+"""One run of CLIP training, from a checked configuration to a run folder with weights."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from networks.clip import CLIP
+from networks.histo_models import build_encoder
+from preprocessing.errors import InputError
+from preprocessing.outputs import program_versions, write_json
+from training.clip_config import ClipConfig
+from training.clip_data import fitting_rows, load_clip_data, use_features
+from training.clip_module import fit_clip, retrieval_both_ways
+
+
+def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path:
+    """Train and write the run folder: config.json, split.json, csv/, tensorboard/, checkpoints/, clip/. Returns it."""
+    if config.trainer.num_threads:
+        torch.set_num_threads(config.trainer.num_threads)
+    torch.manual_seed(config.seed)
+    weights = config.model.image_encoder_weights
+    tower = build_encoder(config.model.image_encoder, resolve(weights) if weights else None)   # fails early: before data is read
+    data = load_clip_data(config, resolve)
+    run_dir = _run_folder(config, resolve)
+    print(f"{', '.join(data.record['samples'])}: {data.record['n_spots']:,} training spots, {data.record['n_val_spots']:,} validation "
+          f"spots, {len(data.gene_names):,} genes; {tower.name} {tower.width}-d; {run_dir}", flush=True)
+    write_json(run_dir / "config.json", {**asdict(config), "versions": program_versions()})
+    if data.split:
+        write_json(run_dir / "split.json", data.split)
+    device = _tower_device(config)
+    tower.to(device)
+    if config.image.cache_features:
+        use_features(data, tower, config, resolve, device)
+    torch.manual_seed(config.seed)
+    clip = CLIP(config.model, data.gene_names, target_sum=config.data.target_sum, image_encoder=tower,
+                training={**data.record, "seed": config.seed})
+    if clip.needs_fitting:
+        clip.fit_inputs(*fitting_rows(data, tower, device))
+    clip = fit_clip(clip, data, config, run_dir, _checkpoint(config, run_dir))
+    if int(torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0) == 0:
+        clip.save_pretrained(run_dir / "clip")
+        if data.val is not None:
+            _write_retrieval(clip, data.val, run_dir)
+    return run_dir
+
+
+def _write_retrieval(clip: CLIP, val, run_dir: Path) -> None:
+    """Retrieval of the weights that were saved, on the validation spots: retrieval.json."""
+    keys = [(0, row) for row in range(len(val))]
+    genes, images = [], []
+    with torch.no_grad():
+        for start in range(0, len(keys), 256):
+            seen, expression = val.__getitems__(keys[start:start + 256])
+            genes.append(clip.encode_genes(expression))
+            images.append(clip.encode_images(seen) if seen.dim() == 4 else clip.project_views(seen))
+    metrics = {name.removeprefix("val/"): value for name, value in retrieval_both_ways(torch.cat(genes), torch.cat(images)).items()}
+    write_json(run_dir / "retrieval.json", {"n_spots": len(val), **metrics})
+
+
+def _run_folder(config: ClipConfig, resolve: Callable[[str], Path]) -> Path:
+    if config.run_dir:
+        run_dir = resolve(config.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return run_dir
+    from training.run_folder import next_run_folder
+    return Path(next_run_folder(resolve(config.out_dir), "clip"))
+
+
+def _tower_device(config: ClipConfig) -> torch.device:
+    wants_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if wants_gpu else "cpu")
+
+
+def _checkpoint(config: ClipConfig, run_dir: Path) -> Path | None:
+    if config.ckpt_path is None:
+        return None
+    path = run_dir / "checkpoints" / "last.ckpt" if config.ckpt_path == "last" else Path(config.ckpt_path)
+    if not path.is_file():
+        raise InputError(path, "checkpoint", "a file to resume from", "nothing there")
+    return path
+
+
+def read_run_config(run_dir: Path | str) -> dict:
+    """The resolved configuration of a run folder."""
+    return json.loads((Path(run_dir) / "config.json").read_text())
