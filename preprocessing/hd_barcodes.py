@@ -97,6 +97,6 @@ def as_text(strings: np.ndarray) -> np.ndarray:
     if strings.dtype.kind == "U":
         return strings
     try:
-        return strings.astype("S").astype("U")
+        return (strings if strings.dtype.kind == "S" else strings.astype("S")).astype("U")
     except (UnicodeEncodeError, UnicodeDecodeError):
         return np.array([item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in strings.tolist()])

@@ -57,7 +57,7 @@ def read_sample(space_ranger_dir: Path | str, *, sample_id: str | None = None, s
     notices = [*found.notices, *decision.notices, *_count_notices(in_tissue, n_counted),
                _check_places(found, positions, slide, images, factors)]
     metadata = {"mpp_source": decision.source, "software": matrix.software}
-    barcodes = as_text(positions.barcodes)[position_of_row]
+    barcodes = as_text(positions.barcodes[position_of_row])
     if found.clusters:
         metadata["cluster"], notice = _read_clusters(found, barcodes[:n_counted], len(barcodes))
         notices.append(notice)

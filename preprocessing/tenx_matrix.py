@@ -55,7 +55,8 @@ def _read_h5(path: Path) -> TenxMatrix:
                 raise InputError(path, "matrix", "the group of a Space Ranger matrix", f"groups {', '.join(file) or 'none'}")
             group, features = file["matrix"], file["matrix/features"]
             shape = tuple(int(length) for length in group["shape"][:])
-            arrays = group["data"][:], group["indices"][:], group["indptr"][:]
+            index_dtype = np.int64 if len(group["indices"]) > np.iinfo(np.int32).max else np.int32
+            arrays = group["data"][:], group["indices"].astype(index_dtype)[:], group["indptr"].astype(index_dtype)[:]
             barcodes = _strings(group["barcodes"])
             ids, names, types = (as_text(_strings(features[key])) for key in ("id", "name", "feature_type"))
             software = file.attrs.get("software_version", "")
@@ -65,9 +66,7 @@ def _read_h5(path: Path) -> TenxMatrix:
         raise InputError(path, "file", "a whole 10x HDF5 matrix", f"one that cannot be read ({error})") from error
     _check_structure(path, shape, arrays, len(ids), len(barcodes))
     data, indices, indptr = arrays
-    index_dtype = np.int64 if len(indices) > np.iinfo(np.int32).max else np.int32
-    counts = sp.csr_matrix((_as_int32(path, data), indices.astype(index_dtype, copy=False), indptr.astype(index_dtype, copy=False)),
-                           shape=(shape[1], shape[0]), copy=False)
+    counts = sp.csr_matrix((_as_int32(path, data), indices, indptr), shape=(shape[1], shape[0]), copy=False)
     return _matrix(path, counts, barcodes, ids, names, types, software.decode() if isinstance(software, bytes) else str(software))
 
 
