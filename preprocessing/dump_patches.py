@@ -107,7 +107,8 @@ def find_sample(sample_id: str, root_dir: Path, wsi_dir: Path | None) -> tuple[P
     named = [path for path in sorted(wsi_dir.glob("*")) if path.stem == sample_id] + sorted((wsi_dir / sample_id).glob("*"))
     slides = [path for path in named if path.is_file() and path.suffix.lower() in SLIDE_SUFFIXES]
     if len(slides) != 1:
-        raise InputError(wsi_dir, sample_id, f"one slide {sample_id}.* ({' '.join(SLIDE_SUFFIXES)})", first_few(slides))
+        found = first_few(slides) if slides else "none"
+        raise InputError(wsi_dir, sample_id, f"one slide {sample_id}.* ({' '.join(SLIDE_SUFFIXES)})", found)
     return images, slides[0]
 
 

@@ -107,8 +107,10 @@ def normalise_expression(counts: sp.csr_matrix, target_sum: float | Literal["med
     counts = as_csr(counts)
     sizes = library_sizes(counts)
     target = (float(np.median(sizes[sizes > 0])) if (sizes > 0).any() else 1.0) if target_sum == "median" else float(target_sum)
-    scale = np.divide(target, sizes, out=np.zeros_like(sizes), where=sizes > 0)
-    values = np.log1p(counts.data * np.repeat(scale, np.diff(counts.indptr))).astype(np.float32)
+    scale = np.divide(target, sizes, out=np.zeros_like(sizes), where=sizes > 0).astype(np.float32)
+    values = counts.data.astype(np.float32)
+    values *= np.repeat(scale, np.diff(counts.indptr))
+    np.log1p(values, out=values)
     return sp.csr_matrix((values, counts.indices.copy(), counts.indptr.copy()), shape=counts.shape)
 
 

@@ -170,8 +170,10 @@ def _stack(tables: list[ExpressionTable]) -> ExpressionTable:
         return np.concatenate([getattr(table, name) for table in tables])
 
     expression = sp.vstack([table.expression for table in tables], format="csr")
-    return ExpressionTable(tables[0].gene_names, joined("barcodes"), joined("sample_ids"), expression, joined("centre_xy_px"),
-                           pd.concat([table.obs for table in tables]))
+    obs = pd.concat([table.obs for table in tables])
+    if "cluster" in obs:                       # samples may hold different labels: one set of categories for all
+        obs["cluster"] = obs["cluster"].astype(object).astype("category")
+    return ExpressionTable(tables[0].gene_names, joined("barcodes"), joined("sample_ids"), expression, joined("centre_xy_px"), obs)
 
 
 # ---- the data set ---------------------------------------------------------------------------------------------------
@@ -267,6 +269,8 @@ class ImageGeneDataset(Dataset):
 def _pair_sample(sample: SampleFiles, adata: ad.AnnData) -> tuple[list[Path], np.ndarray, np.ndarray | None]:
     """Path and row (-1: the whole file) of the patch of every h5ad row, and centres where the patches know them."""
     barcodes, recorded = adata.obs_names.tolist(), recorded_barcode_sha256(adata)
+    if not sample.images.exists():
+        raise InputError(sample.images, "images", "a patch folder or an imgs.h5", "nothing there")
     if sample.images.is_dir():
         folder = read_patch_folder(sample.images)
         paths = pair(folder, barcodes, sample.gex, recorded)

@@ -5,6 +5,7 @@ import pytest
 import scipy.sparse as sp
 from click.testing import CliRunner
 
+from preprocessing.dump_patches import main as dump_patches
 from preprocessing.expression import read_expression, read_vocabulary
 from preprocessing.gene_vocab import main as gene_vocab
 from preprocessing.gene_vocab import make_vocabulary
@@ -26,6 +27,13 @@ def samples(tmp_path):
 
 def run(command, *arguments):
     return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("command", [gene_vocab, gex_preprocessing, dump_patches], ids=["gene_vocab", "gex_preprocessing", "dump_patches"])
+def test_help_is_a_manual_with_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0 and "Example: python preprocessing/" in result.output
+    assert all(option.help for option in command.params)
 
 
 def test_the_vocabulary_is_the_intersection_in_the_order_of_the_first_sample(samples):

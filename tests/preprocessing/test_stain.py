@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from preprocessing.errors import InputError
-from preprocessing.slide import open_slide
+from preprocessing.slide import SlideReadError, open_slide
 from preprocessing.stain import (
     TARGET_MAXIMA,
     TARGET_VECTORS,
@@ -168,6 +168,25 @@ def test_a_blank_slide_is_refused_by_name(tmp_path):
     Image.fromarray(np.full((300, 300, 3), 250, np.uint8)).save(tmp_path / "blank.png")
     with open_slide(tmp_path / "blank.png") as slide, pytest.raises(NoStainError, match="blank.png: stain: .* found no tissue"):
         slide_stain(slide)
+
+
+@pytest.mark.parametrize("readable", [False, True], ids=["every tile", "one tile"])
+def test_a_tile_that_cannot_be_decoded_does_not_speak_for_the_slide(glass_with_tissue, readable, monkeypatch):
+    with open_slide(glass_with_tissue) as slide:
+        whole, read, calls = slide_stain(slide), slide.read_region, []
+
+        def fails(*region):
+            calls.append(region)
+            if readable and len(calls) > 1:
+                return read(*region)
+            raise SlideReadError(slide.path, f"region {region}", "pixels", "a tile that cannot be decoded")
+
+        monkeypatch.setattr(slide, "read_region", fails)
+        if readable:
+            assert np.abs(np.array(slide_stain(slide).vectors) - whole.vectors).max() < 0.02
+        else:
+            with pytest.raises(SlideReadError, match="a tile that cannot be decoded"):
+                slide_stain(slide)
 
 
 def test_vectors_are_plain_numbers():

@@ -84,6 +84,12 @@ def test_another_sample_with_the_very_same_barcodes_is_refused_by_its_name(tmp_p
         ImageGeneDataset([SampleFiles("S1", first.images, other.gex)])
 
 
+def test_images_that_are_not_there_are_refused(tmp_path):
+    sample = write_sample(tmp_path / "S1", "S1")
+    with pytest.raises(InputError, match="gone: images: expected a patch folder or an imgs.h5; found nothing there"):
+        ImageGeneDataset([SampleFiles("S1", tmp_path / "gone", sample.gex)])
+
+
 def test_patches_at_random_places_have_no_expression(tmp_path):
     sample = write_sample(tmp_path / "S1", "S1", "imgs.h5")
     patches = np.zeros((10, 8, 8, 3), np.uint8)
@@ -102,6 +108,7 @@ def two_samples(tmp_path):
 def test_samples_that_share_barcodes_are_keyed_and_fully_paired(tmp_path):
     dataset = ImageGeneDataset(two_samples(tmp_path))
     assert len(dataset) == 20 and len(set(dataset.barcodes)) == 20 and rows_are_paired(dataset, levels=(0, 7))
+    assert dataset.obs["cluster"].cat.categories.tolist() == ["0", "1", "2"]
     assert dataset.sample_ids.tolist() == ["S1"] * 10 + ["S2"] * 10 and dataset.obs.index.tolist() == dataset.barcodes.tolist()
 
 
