@@ -111,8 +111,8 @@ def read_any_sample(config: ExtractConfig, request: Request, slide: Slide) -> Sa
     if request.gex_file:
         from preprocessing.anndata_sample import read_anndata_sample
 
-        return read_anndata_sample(request.gex_file, sample_id=config.sample_id or request.gex_file.stem, slide=slide, mpp=config.mpp,
-                                   spot_um=config.spot_um, use_wsi_res=config.use_wsi_res)
+        return read_anndata_sample(request.gex_file, sample_id=config.sample_id, slide=slide, mpp=config.mpp, spot_um=config.spot_um,
+                                   use_wsi_res=config.use_wsi_res)
     from preprocessing.space_ranger import read_sample
 
     return read_sample(request.space_ranger_dir, sample_id=config.sample_id, slide=slide, mpp=config.mpp, use_wsi_res=config.use_wsi_res,

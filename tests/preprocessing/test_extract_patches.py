@@ -245,6 +245,18 @@ def test_real_visium_spots_keep_their_counts_clusters_and_place(name, shared_dat
     assert len(listed) + expression.n_obs == len(truth) and not set(listed) & set(expression.obs_names)
 
 
+def test_an_h5ad_with_positions_serves_instead_of_a_space_ranger_folder(shared_data, tmp_path):
+    folder = shared_data / "mouse-brain-crop"
+    slide = ("--wsi-file", folder / "fullres.tif")
+    run("--space-ranger-dir", folder / "derived_spaceranger_v2", *slide, "--out-dir", tmp_path / "a")
+    said = run("--gex-file", tmp_path / "a" / "gex.h5ad", *slide, "--out-dir", tmp_path / "b", "--mpp", 0.7269)
+    a, b = (ad.read_h5ad(tmp_path / name / "gex.h5ad") for name in "ab")
+    assert "0.7269 mpp, 49 spots" in said and a.obs_names.equals(b.obs_names) and (a.X != b.X).nnz == 0
+    with read_patch_file(tmp_path / "a" / "imgs.h5") as first, read_patch_file(tmp_path / "b" / "imgs.h5") as second:
+        difference = first.images(slice(None)).astype(float) - second.images(slice(None))
+        assert np.abs(difference).mean() < 3                          # the two mpp differ by 0.3 %
+
+
 def true_spots_as_windows(sample, positions, n=27) -> Spots:
     """The n x n bins about each true spot centre, in tissue or not."""
     centre = np.array([np.argmin(((sample.centre_xy_px - xy) ** 2).sum(axis=1)) for xy in positions])
@@ -423,6 +435,22 @@ def test_finished_files_are_left_alone_until_a_setting_or_an_input_changes(sim_v
     positions = folder / "spatial" / "tissue_positions.csv"
     positions.write_text(positions.read_text().rstrip("\n") + "\n\n")
     assert written_again("--patch-sz-px", 64)
+
+
+def test_an_error_while_cutting_leaves_the_old_files_and_nothing_half_written(tmp_path, monkeypatch):
+    folder, slide_file = phantom_hd_folder(tmp_path, offset=(0, 0))
+    arguments = ("--space-ranger-dir", folder, "--wsi-file", slide_file, "--out-dir", tmp_path / "out")
+    run(*arguments)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def fail(*_):
+        raise OSError("the disk went away")
+
+    monkeypatch.setattr("preprocessing.windows._read_padded", fail)
+    assert "the disk went away" in fails(4, *arguments, "--patch-sz-px", 64)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    fails(4, "--space-ranger-dir", folder, "--wsi-file", slide_file, "--out-dir", tmp_path / "new")
+    assert not list((tmp_path / "new").glob("[!.]*"))
 
 
 def test_the_same_input_gives_the_same_files(sim_v2, tmp_path):
