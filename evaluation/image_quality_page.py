@@ -49,12 +49,11 @@ def lead(rows: Sequence[dict[str, object]]) -> str:
 def number_tables(rows: Sequence[dict[str, object]]) -> list[str]:
     """All images, and equal n beside the floor."""
     whole = [[row["features"], row["n_reference"], row["n_generated"], interval(row, "FID"),
-              page.with_interval(row["KID_mean"], row["KID_low"], row["KID_high"]), page.number(row["KID_std"]), row["flags"] or "-"]
-             for row in rows]
+              page.with_interval(row["KID_mean"], row["KID_low"], row["KID_high"])] for row in rows]
     equal = [[f"{name}, {row['features']}", row["n_floor"], interval(row, f"{name}_at_floor_n"), interval(row, f"{name}_floor")]
              for row in rows for name in ("FID", "KID")]
     return [page.heading("Distances"),
-            page.table(["features", "n real", "n generated", "FID", "KID", "KID deviation", "flags"], whole,
+            page.table(["features", "n real", "n generated", "FID", "KID"], whole,
                        "All images; in brackets the 95 % interval. FID proper is the row of the Inception features."),
             page.table(["distance", "n a side", "generated to real", "real to real (floor)"], equal,
                        "At equal n, over random halves of the real patches")]

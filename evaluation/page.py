@@ -23,12 +23,12 @@ h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; } h2 { font-size: 1.
 p { max-width: 46rem; } .lead { font-size: 1.05rem; } .note { color: #555; font-size: .9rem; }
 .box { overflow-x: auto; margin: .75rem 0; } .box:focus-visible { outline: 3px solid #2563a8; outline-offset: 2px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-caption { text-align: left; color: #444; padding-bottom: .4rem; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; } thead th { border-bottom: 2px solid #888; }
 figure { margin: 1rem 0; } figcaption { color: #444; font-size: .92rem; max-width: 46rem; } img { display: block; }
 dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .2rem 1rem; font-size: .9rem; }
 dt { color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .4rem; } }
 """.strip()
 
 
@@ -53,8 +53,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str
     head = "".join(f'<th scope="col">{escape(str(column))}</th>' for column in columns)
     body = "\n".join(f'<tr><th scope="row">{escape(number(row[0]))}</th>' + "".join(f"<td>{escape(number(cell))}</td>" for cell in row[1:])
                      + "</tr>" for row in rows)
-    return (f'<div class="box" tabindex="0" role="region" aria-label="{escape(caption, quote=True)}"><table>\n'
-            f"<caption>{escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>")
+    return (f'<p class="note">{escape(caption)}</p>\n'
+            f'<div class="box" tabindex="0" role="region" aria-label="{escape(caption, quote=True)}"><table>\n'
+            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>")
 
 
 def picture(image: np.ndarray, caption: str) -> str:

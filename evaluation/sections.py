@@ -1,0 +1,201 @@
+"""Score held-out sections: retrieval, distances with their floor, faithfulness by a second CLIP, diversity.
+
+Reads generated folders; everything else comes in as arrays. Retrieval sees patches at their own size. Distances, diversity
+and the judge compare at the size of the generated patches: real ones are brought to it by area, so that neither side is sharper.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from evaluation.distances import distances_to_halves, frechet_distance, full_kernel_distance, half_size, mean_and_interval
+from evaluation.diversity import mean_group_deviation, within_prompt_diversity
+from evaluation.features import image_features, read_samples_csv
+from evaluation.linear_baseline import LinearBaseline
+from evaluation.retrieval import places, retrieval_metrics, summarise_places
+from networks.clip import CLIP
+from preprocessing.errors import InputError, first_few
+from preprocessing.patches import read_patch
+
+N_SPLITS = 20
+N_SHUFFLES = 5
+
+
+@dataclass(frozen=True)
+class Section:
+    """One held-out section; row i of everything is one spot."""
+
+    sample_id: str
+    barcodes: list[str]              # N, as in the h5ad
+    images: np.ndarray               # uint8 (N, H, W, 3) real patches at their own size
+    expression: sp.csr_matrix        # (N, G) normalised as the CLIP wants it
+    judge_expression: sp.csr_matrix  # (N, G) normalised as the judge wants it
+    clusters: np.ndarray | None      # (N,) str
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Patches of one generated folder, sorted into spots and seeds."""
+
+    rows: np.ndarray       # (n,) rows of the section that were prompts
+    seeds: list[str]       # k
+    images: np.ndarray     # uint8 (n, k, px, px, 3)
+
+    @property
+    def px(self) -> int:
+        return self.images.shape[2]
+
+    @property
+    def flat(self) -> np.ndarray:
+        """uint8 (n * k, px, px, 3)."""
+        return self.images.reshape(-1, *self.images.shape[2:])
+
+
+def read_generated(folder: Path, sample_id: str, barcodes: Sequence[str]) -> Generated:
+    """Read a generated folder whose `samples.csv` names barcode and seed; every prompt needs the same seeds."""
+    source = folder / "samples.csv"
+    rows = read_samples_csv(folder)
+    absent = [column for column in ("barcode", "seed") if column not in rows[0]]
+    if absent:
+        raise InputError(source, "columns", "file, barcode, seed", f"no {', '.join(absent)}")
+    row_of = {barcode: i for i, barcode in enumerate(barcodes)}
+    places_of: dict[tuple[int, str], Path] = {}
+    foreign = []
+    for row in rows:
+        number = row_of.get(row["barcode"], row_of.get(row["barcode"].removeprefix(f"{sample_id}__")))
+        if number is None:
+            foreign.append(row["barcode"])
+        elif (number, row["seed"]) in places_of:
+            raise InputError(source, "barcode and seed", "one patch for each pair", f"two of {row['barcode']} and seed {row['seed']}")
+        else:
+            places_of[number, row["seed"]] = folder / row["file"]
+    if foreign:
+        raise InputError(source, "barcode", f"spots of {sample_id}", f"others: {first_few(foreign)}")
+    seeds = sorted({seed for _, seed in places_of}, key=lambda seed: (len(seed), seed))
+    prompts = sorted({number for number, _ in places_of})
+    gaps = [f"{barcodes[number]} seed {seed}" for number in prompts for seed in seeds if (number, seed) not in places_of]
+    if gaps:
+        raise InputError(source, "seeds", "the same for every prompt", f"none for {first_few(gaps)}")
+    images = [read_patch(places_of[number, seed]) for number in prompts for seed in seeds]
+    if len({image.shape for image in images}) > 1 or images[0].shape[0] != images[0].shape[1]:
+        raise InputError(folder, "size", "square patches of one size", first_few(sorted({f"{i.shape[1]} x {i.shape[0]}" for i in images})))
+    return Generated(np.array(prompts), seeds, np.stack(images).reshape(len(prompts), len(seeds), *images[0].shape))
+
+
+def resize_by_area(images: np.ndarray, px: int) -> np.ndarray:
+    """uint8 (N, H, H, 3) -> (N, px, px, 3): the mean of what each new pixel covers; bicubic if it has to grow."""
+    if images.shape[1] == px:
+        return images
+    method = Image.Resampling.BOX if px < images.shape[1] else Image.Resampling.BICUBIC
+    return np.stack([np.asarray(Image.fromarray(image).resize((px, px), method)) for image in images])
+
+
+@dataclass
+class FeatureBank:
+    """Encodes a named set of images once for each encoder, whoever asks."""
+
+    batch_size: int = 32
+    device: str = "cpu"
+    progress: bool = True
+    known: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+
+    def features(self, name: str, images: np.ndarray, encoder: nn.Module) -> np.ndarray:
+        """float32 (N, F)."""
+        key = (name, encoder.source)
+        if key not in self.known:
+            self.known[key] = image_features(images, encoder, self.batch_size, self.device, self.progress)
+        return self.known[key]
+
+    def embeddings(self, name: str, images: np.ndarray, clip: CLIP) -> np.ndarray:
+        """float32 (N, D), as `clip.encode_images` gives it; a tower that sees one view shares its features with the distances."""
+        if clip.config.image_views == 1:
+            features = torch.from_numpy(self.features(name, images, clip.image_encoder))
+            with torch.inference_mode():
+                return clip.project_image_features(features.to(next(clip.parameters()).device)).cpu().numpy()
+        return image_features(images, EncodeImages(clip), self.batch_size, self.device, self.progress)
+
+
+class EncodeImages(nn.Module):
+    """A CLIP seen as an image encoder."""
+
+    name = "clip"
+
+    def __init__(self, clip: CLIP):
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.clip.encode_images(images)
+
+
+def both_ways(genes: np.ndarray, images: np.ndarray, seed: int) -> dict[str, dict]:
+    """Retrieval from genes to images and back; (N, D) each."""
+    return {"gene_to_image": retrieval_metrics(genes, images, seed=seed), "image_to_gene": retrieval_metrics(images, genes, seed=seed)}
+
+
+def score_retrieval(section: Section, clip: CLIP, baseline: LinearBaseline, bank: FeatureBank, seed: int = 0) -> dict[str, object]:
+    """The CLIP and the linear baseline on one section: `retrieval` and `baseline_linear`."""
+    name = f"{section.sample_id}, real"
+    genes, images = clip.embed_expression(section.expression).numpy(), bank.embeddings(name, section.images, clip)
+    features = bank.features(name, section.images, clip.image_encoder)
+    return {"retrieval": both_ways(genes, images, seed),
+            "baseline_linear": both_ways(baseline.predict(section.expression), baseline.project(features), seed)}
+
+
+def score_distances(section: Section, generated: Generated, untrained: Generated | None, encoders: Mapping[str, nn.Module],
+                    bank: FeatureBank, seed: int = 0) -> dict[str, dict]:
+    """`frechet` and `kid` by feature set: generated, untrained and real_vs_real against a random half of the real patches."""
+    sets = {"generated": generated} if untrained is None else {"generated": generated, "untrained": untrained}
+    real = resize_by_area(section.images, generated.px)
+    n = half_size(len(real), [len(images.flat) for images in sets.values()])
+    if n < 2:
+        raise InputError(section.sample_id, "patches", "at least 4 real and 2 generated ones", f"{len(real)} real")
+    scores: dict[str, dict] = {"frechet": {}, "kid": {}}
+    for label, encoder in encoders.items():
+        real_features = bank.features(f"{section.sample_id}, real at {generated.px}", real, encoder)
+        others = {name: bank.features(f"{section.sample_id}, {name}", images.flat, encoder) for name, images in sets.items()}
+        for key, distance in (("frechet", frechet_distance), ("kid", full_kernel_distance)):
+            splits = distances_to_halves(real_features, others, distance, rng=np.random.default_rng(seed), n_splits=N_SPLITS)
+            scores[key][label] = {**{name: mean_and_interval(values) for name, values in splits.items()}, "n": n, "n_splits": N_SPLITS}
+    return scores
+
+
+def score_faithfulness(section: Section, generated: Generated, judge: CLIP, bank: FeatureBank, seed: int = 0) -> dict[str, object]:
+    """`paired`: the judge looks for each prompt's patch in the pool of all prompts' patches of one seed; seeds are averaged.
+
+    Floor: the same with each spot's genes exchanged for another spot's. Ceiling: the real patches of the same spots.
+    """
+    genes = judge.embed_expression(section.judge_expression[generated.rows]).numpy()
+    images = bank.embeddings(f"{section.sample_id}, generated", generated.flat, judge)
+    pools = images.reshape(*generated.images.shape[:2], -1).swapaxes(0, 1)                              # (k, n, D)
+    real = bank.embeddings(f"{section.sample_id}, real at {generated.px}", resize_by_area(section.images, generated.px), judge)
+    rng = np.random.default_rng(seed)
+    others = [exchange(len(genes), rng) for _ in range(N_SHUFFLES)]
+    return {"own_genes": summarise_places([places(genes, pool) for pool in pools], seed=seed),
+            "shuffled_genes": summarise_places([places(genes[other], pool) for pool in pools for other in others], seed=seed),
+            "real_patches": retrieval_metrics(genes, real[generated.rows], seed=seed),
+            "n_prompts": len(genes), "n_seeds": len(pools)}
+
+
+def exchange(n: int, rng: np.random.Generator) -> np.ndarray:
+    """A random permutation in which nobody keeps its own place."""
+    order = rng.permutation(n)
+    exchanged = np.empty(n, dtype=np.int64)
+    exchanged[order] = np.roll(order, 1)
+    return exchanged
+
+
+def score_diversity(section: Section, generated: Generated) -> dict[str, object]:
+    """`within_prompt_diversity`, grey levels 0..255: over the seeds of one prompt, and over the real patches of one cluster."""
+    real = resize_by_area(section.images, generated.px)
+    groups = [real] if section.clusters is None else [real[section.clusters == name] for name in np.unique(section.clusters)]
+    several = generated.images.shape[1] > 1
+    return {"generated": within_prompt_diversity(generated.images) if several else None, "real": mean_group_deviation(groups),
+            "real_groups": "section" if section.clusters is None else "cluster"}
