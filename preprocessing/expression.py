@@ -16,6 +16,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from preprocessing.errors import InputError, first_few
+from preprocessing.hdf5_output import hdf5_output
 from preprocessing.outputs import finished_file, program_versions, require_free_space, strings_sha256, write_done
 
 ROWS_AT_ONCE = 4096                     # rows of a backed or dense matrix looked at together
@@ -232,7 +233,8 @@ def write_expression(path: Path | str, adata: ad.AnnData, *, config: Mapping | N
         adata.uns["morphology"] = dict(adata.uns["morphology"]) | {"barcode_sha256": strings_sha256(adata.obs_names)}
     require_free_space(Path(path).parent, adata.X.data.nbytes + adata.X.indices.nbytes)
     with finished_file(path, validate=lambda temporary: _require_complete(temporary, path, adata)) as temporary:
-        adata.write_h5ad(temporary, compression="gzip", compression_opts=1)
+        with hdf5_output(temporary) as file:
+            ad.io.write_elem(file, "/", adata, dataset_kwargs={"compression": "gzip", "compression_opts": 1})
     if config is not None:
         write_done(path, config=config, inputs=inputs or {}, rows=adata.n_obs, genes=adata.n_vars,
                    barcode_sha256=strings_sha256(adata.obs_names), **facts)

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from preprocessing.errors import InputError, first_few
+from preprocessing.hdf5_output import hdf5_output
 from preprocessing.outputs import finished_file, finished_folder, require_free_space, strings_sha256
 
 BLOCK = 64                                                      # patches held in memory while streaming
@@ -43,7 +44,7 @@ def write_patch_file(path: Path | str, patches: Iterable[np.ndarray], *, count: 
                   "pixel_size": pixel_size, "name": name}
     require_free_space(Path(path).parent, count * patch_px * patch_px * 3)
     with finished_file(path, validate=lambda temporary: _require_complete(temporary, path, count)) as temporary:
-        with h5py.File(temporary, "w") as file:
+        with hdf5_output(temporary) as file:
             shape = (patch_px, patch_px, 3)
             images = file.create_dataset("img", (count, *shape), np.uint8, chunks=(1, *shape) if count else None,
                                          compression="lzf" if count else None)

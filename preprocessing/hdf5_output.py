@@ -1,0 +1,62 @@
+"""Write HDF5 so that a full disk ends as an `OSError`.
+
+When a write fails, the HDF5 library still wants to write its caches while it closes, fails again and takes the interpreter
+down at exit. Here the first failure is kept, later writes are only pretended, the file closes, and then the failure is raised.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+
+
+class _Stream:
+    """A binary file for h5py's `fileobj` driver; `error` is the first failure to write."""
+
+    def __init__(self, path: Path | str):
+        self._file = open(path, "w+b", buffering=0)
+        self.error: OSError | None = None
+        self.read, self.seek, self.tell, self.close = self._file.read, self._file.seek, self._file.tell, self._file.close
+
+    def readinto(self, buffer) -> int:
+        count = self._file.readinto(buffer)
+        if self.error is not None:
+            buffer[count:] = bytes(len(buffer) - count)
+            return len(buffer)
+        return count
+
+    def _attempt(self, action, *arguments, otherwise: int) -> int:
+        if self.error is None:
+            try:
+                return action(*arguments)
+            except OSError as error:
+                self.error = error
+        return otherwise
+
+    def write(self, data) -> int:
+        view, done = memoryview(data), 0
+        while done < len(view) and self.error is None:
+            done += self._attempt(self._file.write, view[done:], otherwise=0)
+        return len(view)
+
+    def truncate(self, length: int | None = None) -> int:
+        return self._attempt(self._file.truncate, length, otherwise=length or 0)
+
+    def flush(self) -> None:
+        self._attempt(self._file.flush, otherwise=0)
+
+
+@contextmanager
+def hdf5_output(path: Path | str) -> Iterator[h5py.File]:
+    """A new HDF5 file to write into; raises the first `OSError` of the disk after the file was closed."""
+    stream = _Stream(path)
+    try:
+        with h5py.File(stream, "w") as file:
+            yield file
+            file.flush()
+    finally:
+        stream.close()
+        if stream.error is not None:
+            raise OSError(stream.error.errno, stream.error.strerror, str(path)) from stream.error
