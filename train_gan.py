@@ -9,6 +9,7 @@ import click
 from preprocessing.errors import Command, InputError, OptionError
 
 PRESETS, SIZES = ("reference", "best"), ("small", "lite", "full", "custom")   # the tables of training/gan_config.py, without torch
+PRESET = " Default: the preset's."
 SCHEDULES, LR_SCHEDULES = ("const", "step", "linear", "exp"), ("const", "step")
 
 
@@ -35,9 +36,9 @@ def train_gan(*, outdir: Path, data: str | None, gex: str | None, samples: Path 
     train_files, val_files = _samples(data, gex, samples, val_data, val_gex)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     encoder = build_encoder(config.backbone, config.backbone_weights)
-    gan_data = load_gan_data(train_files, val_files, network, config.img_resolution, max_size=n_train, seed=config.seed, progress=not dry_run)
-    click.echo(f"{gan_data.name}: {len(gan_data.training.images):,} patches at {config.img_resolution} px, prompts {gan_data.training.prompts.shape[1]} wide, "
-               f"backbone {encoder.name}, {device}")
+    gan_data = load_gan_data(train_files, val_files, network, config.img_resolution, max_size=n_train, seed=config.seed)
+    click.echo(f"{gan_data.name}: {len(gan_data.training.images):,} patches at {config.img_resolution} px, "
+               f"prompts {gan_data.training.prompts.shape[1]} wide, backbone {encoder.name}, {device}")
     click.echo(f"config: {config}")
     if dry_run:
         return None
@@ -59,7 +60,8 @@ def show_progress(run) -> None:
     """Train with one progress bar in kimg."""
     from tqdm import tqdm
 
-    with tqdm(total=run.config.kimg, initial=run.kimg, unit="kimg", bar_format="{desc}{percentage:3.0f}%|{bar}| {n:.2f}/{total:g} kimg {elapsed}") as bar:
+    form = "{desc}{percentage:3.0f}%|{bar}| {n:.2f}/{total:g} kimg {elapsed}"
+    with tqdm(total=run.config.kimg, initial=run.kimg, unit="kimg", bar_format=form) as bar:
         for _ in run.train():
             bar.update(run.kimg - bar.n)
 
@@ -116,17 +118,17 @@ def _checkpoint(outdir: Path, name: str, resume: str | None):
 @option("cbase", type=int, help="Channels at resolution r are min(cbase // r, cmax).")
 @option("cmax", type=int, help="Most channels of a layer.")
 @option("res-blocks", type=int, help="Residual pairs a resolution.")
-@option("backbone", help="Encoder in front of the discriminator: a name of networks/histo_models.py or timm:<model>. Default: the preset's.")
+@option("backbone", help="Encoder in front of the discriminator: a name of networks/histo_models.py or timm:<model>." + PRESET)
 @option("backbone-weights", type=click.Path(), help="Its local weight file.")
 @option("backbone-px", type=int, help="Side at which it sees patches; default: its own (ViT), the patch's (convolutional).")
-@option("statistics", type=click.Choice(["own", "imagenet"]), help="Mean and deviation in front of the backbone. Default: the preset's.")
-@option("cond-norm", type=click.Choice(["l2", "scaled", "standardize"]), help="Scaling of prompt embeddings. Default: the preset's.")
-@option("cond-noise", type=float, help="Noise on prompts in training, in deviations between prompts. Default: the preset's.")
-@click.option("--flips/--no-flips", default=None, help="Show real patches in eight flips and turns. Default: the preset's.")
-@option("max-shift-px", type=int, help="Move real patches by up to this many px. Default: the preset's.")
-@option("diversity-weight", type=float, help="Pressure on two patches of one prompt to differ as real neighbours do. Default: the preset's.")
-@option("g-lr", type=float, help="Learning rate of the generator. Default: the preset's.")
-@option("d-lr", type=float, help="Learning rate of the discriminator. Default: the preset's.")
+@option("statistics", type=click.Choice(["own", "imagenet"]), help="Mean and deviation in front of the backbone." + PRESET)
+@option("cond-norm", type=click.Choice(["l2", "scaled", "standardize"]), help="Scaling of prompt embeddings." + PRESET)
+@option("cond-noise", type=float, help="Noise on prompts in training, in deviations between prompts." + PRESET)
+@click.option("--flips/--no-flips", default=None, help="Show real patches in eight flips and turns." + PRESET)
+@option("max-shift-px", type=int, help="Move real patches by up to this many px." + PRESET)
+@option("diversity-weight", type=float, help="Pressure on two patches of one prompt to differ as real neighbours do." + PRESET)
+@option("g-lr", type=float, help="Learning rate of the generator." + PRESET)
+@option("d-lr", type=float, help="Learning rate of the discriminator." + PRESET)
 @option("g-lr-schedule", type=click.Choice(LR_SCHEDULES), default="const", help="step: a tenth from half of the run on.")
 @option("d-lr-schedule", type=click.Choice(LR_SCHEDULES), default="const", help="step: a tenth from half of the run on.")
 @option("clip-weight", type=float, default=0.0, help="Guidance by the CLIP image tower; 0 is off.")

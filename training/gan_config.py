@@ -15,7 +15,7 @@ from training.gan_losses import Schedule
 
 #            channels at resolution r: min(cbase // r, cmax); residual pairs; GroupNorm groups
 SIZES = {
-    "small": {"cbase": 1536, "cmax": 96, "res_blocks": 1, "norm_groups": 8},      # demo, tests, small machines
+    "small": {"cbase": 1024, "cmax": 96, "res_blocks": 1, "norm_groups": 8},      # demo, tests, small machines
     "lite": {"cbase": 32768, "cmax": 512, "res_blocks": 2, "norm_groups": 32},
     "full": {"cbase": 65536, "cmax": 2048, "res_blocks": 3, "norm_groups": 32},
 }
@@ -27,7 +27,7 @@ PRESETS = {
         "clip_weight_factor": 8.0, "prompt_bias": 0.0, "colour_start": False,
     },
     "best": {
-        "cond_norm": "standardize", "statistics": "own", "backbone": "efficientnet_lite0", "g_lr": 0.004, "d_lr": 0.002, "noise_init": 0.2,
+        "cond_norm": "standardize", "statistics": "own", "backbone": "efficientnet_lite0", "g_lr": 0.004, "d_lr": 0.004, "noise_init": 0.2,
         "flips": True, "max_shift_px": 4, "diversity_weight": 0.0, "cond_noise": 0.1, "shared_pass": True, "colour_strength": 0.5,
         "clip_weight_factor": 1.0, "prompt_bias": 1.0, "colour_start": True,
     },
@@ -66,7 +66,7 @@ class GanConfig:
     flips: bool = True                        # real patches in their eight flips and quarter turns
     max_shift_px: int = 0                     # real patches moved by up to this many px, edges mirrored
     colour_strength: float = 1.0              # of DiffAugment's colour part
-    shared_pass: bool = True                  # one generator pass a step serves both losses
+    shared_pass: bool = True                  # one pass serves both losses; real and generated share batch statistics
     blur_init: float = 32.0                   # px at the start
     blur_fade_kimg: float | None = None       # None: a tenth of the run
     kimg: float = 25000.0                     # length of the run
@@ -90,8 +90,8 @@ class GanConfig:
 
     def generator(self, c_dim: int) -> GeneratorConfig:
         """The generator of this run for prompts of width `c_dim`."""
-        return GeneratorConfig(img_resolution=self.img_resolution, c_dim=c_dim, cbase=self.cbase, cmax=self.cmax, res_blocks=self.res_blocks,
-                               norm_groups=self.norm_groups, noise_init=self.noise_init, cond_norm=self.cond_norm)
+        return GeneratorConfig(img_resolution=self.img_resolution, c_dim=c_dim, cbase=self.cbase, cmax=self.cmax,
+                               res_blocks=self.res_blocks, norm_groups=self.norm_groups, noise_init=self.noise_init, cond_norm=self.cond_norm)
 
 
 def resolve(preset: str, size: str, **said: object) -> GanConfig:

@@ -51,9 +51,9 @@ def draw(seed: int, step: int, batch: int, *, z_dim: int, noise_size: int, c_dim
                  *torch.from_numpy(uniform).split([N_DRAWS, N_DRAWS, CROP_DRAWS, CROP_DRAWS, VIEW_DRAWS], dim=1))
 
 
-def seeded_draws(seeds: Sequence[int], z_dim: int, noise_size: int) -> tuple[Tensor, Tensor]:
-    """z (N, z_dim) and per-pixel noise (N, noise_size) for sampling; row i depends on `seeds[i]` alone."""
-    streams = [np.random.Generator(np.random.Philox(key=[seed, SAMPLING])) for seed in seeds]
+def seeded_draws(keys: Sequence[tuple[int, int]], z_dim: int, noise_size: int) -> tuple[Tensor, Tensor]:
+    """z (N, z_dim) and per-pixel noise (N, noise_size) for sampling; row i depends on its key, (seed, number), alone."""
+    streams = [np.random.Generator(np.random.Philox(key=[seed, SAMPLING + number])) for seed, number in keys]
     normal = np.stack([stream.standard_normal(z_dim + noise_size, dtype=np.float32) for stream in streams])
     return torch.from_numpy(normal).split([z_dim, noise_size], dim=1)
 

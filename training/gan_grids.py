@@ -4,6 +4,7 @@ Uses the averaged generator, its own random numbers, and nothing of the training
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,12 +25,12 @@ BATCH = 16
 
 
 @torch.no_grad()
-def generate(generator: Generator, prompts: Tensor, seeds: list[int], truncation_psi: float = 1.0, noise_mode: str = "random",
-             batch: int = BATCH) -> Tensor:
-    """One image a row of prompts (N, c_dim), row i from seed `seeds[i]` alone: uint8 (N, 3, r, r) on the CPU, at any batch size."""
+def generate(generator: Generator, prompts: Tensor, keys: Sequence[tuple[int, int]], truncation_psi: float = 1.0,
+             noise_mode: str = "random", batch: int = BATCH) -> Tensor:
+    """One image a row of prompts (N, c_dim), row i with the random numbers of `keys[i]`: uint8 (N, 3, r, r) on the CPU."""
     images, device = [], next(generator.parameters()).device
     for start in range(0, len(prompts), batch):
-        z, noise = (x.to(device) for x in seeded_draws(seeds[start:start + batch], generator.config.z_dim, generator.noise_size))
+        z, noise = (x.to(device) for x in seeded_draws(keys[start:start + batch], generator.config.z_dim, generator.noise_size))
         made = generator(z, prompts[start:start + batch].to(device), truncation_psi, noise_mode, noise)
         images.append(images_to_uint8(made).cpu())
     return torch.cat(images)
@@ -68,7 +69,7 @@ class Showcase:
         rows, names = [as_pictures(self.real)], ["real"]
         for psi in TRUNCATIONS:
             for seed in range(PICTURE_SEEDS):
-                made = generate(generator, self.prompts, [seed] * len(self.prompts), psi)
+                made = generate(generator, self.prompts, [(seed, 0)] * len(self.prompts), psi)
                 rows.append(as_pictures(made))
                 names.append(f"psi {psi} seed {seed}")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,10 +81,10 @@ class Showcase:
         `generated_z`: with the per-pixel noise held still, so that z alone speaks.
         """
         prompts = self.prompts.repeat_interleave(DIVERSITY_SEEDS, dim=0)
-        seeds = list(range(DIVERSITY_SEEDS)) * len(self.prompts)
+        keys = [(seed, 0) for seed in range(DIVERSITY_SEEDS)] * len(self.prompts)
         found: dict[str, float | str] = {}
         for name, noise_mode in (("generated", "random"), ("generated_z", "const")):
-            images = generate(generator, prompts, seeds, noise_mode=noise_mode).unflatten(0, (-1, DIVERSITY_SEEDS))
+            images = generate(generator, prompts, keys, noise_mode=noise_mode).unflatten(0, (-1, DIVERSITY_SEEDS))
             found[name] = within_prompt_diversity(images.numpy())
         return {**found, **self._real_diversity}
 

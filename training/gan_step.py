@@ -71,8 +71,12 @@ class GanStep:
         for start in range(0, self.config.batch, self.config.batch_gpu):
             part = slice(start, start + self.config.batch_gpu)
             c, real = self.data.prompts[rows[part]], images_to_float(self.data.images[rows[part]])
-            features = self._generator_part(c, real, draws.part(part.start, part.stop), sigma, clip_weight, totals)
-            self._discriminator_part(c, real, d_draws.part(part.start, part.stop), sigma, features, totals)
+            micro = draws.part(part.start, part.stop)
+            if self.config.shared_pass:
+                self._shared_part(c, real, micro, sigma, clip_weight, totals)
+            else:
+                self._generator_part(c, real, micro, sigma, clip_weight, totals)
+                self._discriminator_part(c, real, d_draws.part(part.start, part.stop), sigma, totals)
         return totals
 
     def _draw(self, step: int, **phase: int) -> Draws:
@@ -95,44 +99,71 @@ class GanStep:
             c, noise = c[::2].repeat_interleave(2, dim=0), noise[::2].repeat_interleave(2, dim=0)
         return c + noise * self.noise_scale
 
-    def _generator_part(self, c: Tensor, real: Tensor, draws: Draws, sigma: float, clip_weight: float, totals: dict) -> list[Tensor]:
+    def _shared_part(self, c: Tensor, real: Tensor, draws: Draws, sigma: float, clip_weight: float, totals: dict) -> None:
+        """Both losses from one pass. Generated and real patches alternate, so that every group of a head's batch norm holds both:
+        normalised apart, their means and scales (colour, contrast, density of nuclei) would look alike to the heads."""
+        fake_prompts = self._fake_prompts(c, draws)
+        prompts = alternate(fake_prompts, self._real_prompts(c, draws))
+        real_features = self._real_features(real, draws, sigma)
+        fake = self.generator(draws.z, fake_prompts, noise=draws.noise)
+        features = [alternate(*pair) for pair in
+                    zip(self._seen(fake, draws.augment_fake, draws.crop_fake, sigma), real_features, strict=True)]
+        self.discriminator.heads.requires_grad_(False)
+        self._generator_backward(fake, self.discriminator.logits(features, prompts)[::2], c, real, draws, clip_weight, totals)
+        self.discriminator.heads.requires_grad_(True)
+        logits = self.discriminator.logits([x.detach() for x in features], prompts)   # D sees detached images: its loss must not move G
+        self._discriminator_backward(logits[1::2], logits[::2], totals)
+
+    def _generator_part(self, c: Tensor, real: Tensor, draws: Draws, sigma: float, clip_weight: float, totals: dict) -> None:
         prompts = self._fake_prompts(c, draws)
         self.discriminator.heads.requires_grad_(False)
         fake = self.generator(draws.z, prompts, noise=draws.noise)
-        features = self._seen(fake, draws.augment_fake, draws.crop_fake, sigma)
-        terms = {"loss/G": generator_loss(self.discriminator.logits(features, prompts))}
+        logits = self.discriminator.logits(self._seen(fake, draws.augment_fake, draws.crop_fake, sigma), prompts)
+        self._generator_backward(fake, logits, c, real, draws, clip_weight, totals)
+        self.discriminator.heads.requires_grad_(True)
+
+    def _discriminator_part(self, c: Tensor, real: Tensor, draws: Draws, sigma: float, totals: dict) -> None:
+        prompts = self._fake_prompts(c, draws)
+        with torch.no_grad():
+            fake = self.generator(draws.z, prompts, noise=draws.noise)
+            features = self._seen(fake, draws.augment_fake, draws.crop_fake, sigma)
+        real_logits = self.discriminator.logits(self._real_features(real, draws, sigma), self._real_prompts(c, draws))
+        self._discriminator_backward(real_logits, self.discriminator.logits(features, prompts), totals)
+
+    def _generator_backward(self, fake: Tensor, logits: Tensor, c: Tensor, real: Tensor, draws: Draws, clip_weight: float,
+                            totals: dict) -> None:
+        terms = {"loss/G": generator_loss(logits)}
         total = terms["loss/G"]
         if self.config.diversity_weight:
             terms["loss/diversity"] = diversity_loss(fake[::2], fake[1::2], self.data.pair_deviations)
             total = total + self.config.diversity_weight * terms["loss/diversity"]
         if self.config.rec_weight:
-            terms["loss/rec"] = F.mse_loss(fake, real)
+            paired = real if not self.config.diversity_weight else real[::2].repeat_interleave(2, dim=0)
+            terms["loss/rec"] = F.mse_loss(fake, paired)
             total = total + self.config.rec_weight * terms["loss/rec"]
         if clip_weight:
-            terms["loss/clip"] = guidance_loss(self._clip_embeds(fake, draws.crop_fake), F.normalize(c, dim=1))
+            wanted = c if not self.config.diversity_weight else c[::2].repeat_interleave(2, dim=0)
+            terms["loss/clip"] = guidance_loss(self._clip_embeds(fake, draws.crop_fake), F.normalize(wanted, dim=1))
             total = total + clip_weight * terms["loss/clip"]
         (total * self._share()).backward()
         self._add(totals, terms)
-        return [x.detach() for x in features]
+
+    def _discriminator_backward(self, real_logits: Tensor, fake_logits: Tensor, totals: dict) -> None:
+        loss = discriminator_loss(real_logits, fake_logits)
+        (loss * self._share()).backward()
+        self._add(totals, {"loss/D": loss, "logits/real": real_logits.mean(), "logits/fake": fake_logits.mean()})
+
+    @torch.no_grad()
+    def _real_features(self, real: Tensor, draws: Draws, sigma: float) -> list[Tensor]:
+        real = real_views(real, draws.view, flips=self.config.flips, max_shift_px=self.config.max_shift_px)
+        return self._seen(real, draws.augment_real, draws.crop_real, sigma)
+
+    def _real_prompts(self, c: Tensor, draws: Draws) -> Tensor:
+        return c + draws.cond_noise * self.noise_scale
 
     def _clip_embeds(self, images: Tensor, crops: Tensor) -> Tensor:
         """Embeddings of images with a gradient to them, which `CLIP.encode_images` does not give."""
         return self.clip.project_image_features(self.clip.image_encoder(_guidance_crops(images, crops)))
-
-    def _discriminator_part(self, c: Tensor, real: Tensor, draws: Draws, sigma: float, features: list[Tensor], totals: dict) -> None:
-        self.discriminator.heads.requires_grad_(True)
-        prompts = self._fake_prompts(c, draws)
-        with torch.no_grad():
-            if not self.config.shared_pass:
-                fake = self.generator(draws.z, prompts, noise=draws.noise)
-                features = self._seen(fake, draws.augment_fake, draws.crop_fake, sigma)
-            real = real_views(real, draws.view, flips=self.config.flips, max_shift_px=self.config.max_shift_px)
-            real_features = self._seen(real, draws.augment_real, draws.crop_real, sigma)
-        real_logits = self.discriminator.logits(real_features, c + draws.cond_noise * self.noise_scale)
-        fake_logits = self.discriminator.logits(features, prompts)
-        loss = discriminator_loss(real_logits, fake_logits)
-        (loss * self._share()).backward()
-        self._add(totals, {"loss/D": loss, "logits/real": real_logits.mean(), "logits/fake": fake_logits.mean()})
 
     def _add(self, totals: dict[str, float], terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
@@ -150,6 +181,11 @@ class GanStep:
             optimiser.param_groups[0]["lr"] = lr
             optimiser.step()
         self.discriminator.update_spectral_norm()
+
+
+def alternate(first: Tensor, second: Tensor) -> Tensor:
+    """Rows of two tensors in turn: (N, ...) twice -> (2N, ...)."""
+    return torch.stack((first, second), dim=1).flatten(0, 1)
 
 
 def _guidance_crops(images: Tensor, crops: Tensor) -> Tensor:

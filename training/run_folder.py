@@ -95,7 +95,8 @@ def save_checkpoint(folder: Path | str, step: int, *, state: Mapping, tensors: M
     path = Path(folder) / f"checkpoint-{step:08d}"
     with finished_folder(path, validate=read_checkpoint) as temporary:
         for part, values in tensors.items():
-            save_file({name: value.detach().cpu().contiguous().clone() for name, value in values.items()}, temporary / f"{part}.safetensors")
+            plain = {name: value.detach().cpu().contiguous().clone() for name, value in values.items()}
+            save_file(plain, temporary / f"{part}.safetensors")
         for part, values in optimisers.items():
             torch.save(values, temporary / f"{part}.pt")
         (temporary / STATE_FILE).write_text(json.dumps({**state, "step": step}, indent=2) + "\n")

@@ -1,0 +1,152 @@
+"""The projected discriminator: which tokens it sees, how its heads count, and what its batch statistics depend on."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from networks.discriminator import BatchNormLocal, Discriminator, FeatureTaps, Head, SpectralConv1d
+from networks.histo_models import build_encoder
+from preprocessing.errors import OptionError
+
+
+def as_encoder(body, input_px):
+    mean = torch.full((1, 3, 1, 1), 0.5)
+    return SimpleNamespace(body=body.eval(), input_px=input_px, mean=mean, std=mean)
+
+
+@pytest.fixture(scope="module")
+def vit():
+    torch.manual_seed(0)
+    return timm.models.vision_transformer.VisionTransformer(img_size=224, patch_size=16, embed_dim=16, depth=12, num_heads=2, num_classes=0)
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    return Discriminator(build_encoder("random_tiny"), c_dim=8, img_resolution=32).train()
+
+
+def test_a_vit_gives_980_logits_an_image_from_five_taps(vit):
+    discriminator = Discriminator(as_encoder(vit, 224), c_dim=8, img_resolution=64)
+    assert len(discriminator.heads) == 5 and discriminator.logits_per_image == 980
+    assert discriminator(torch.zeros(8, 3, 64, 64), torch.zeros(8, 8)).shape == (8, 980)
+
+
+def test_vit_taps_are_patch_tokens_plus_class_token_after_blocks_2_5_8_11_and_the_embedding(vit):
+    images, seen = torch.randn(2, 3, 224, 224), []
+    hooks = [vit.blocks[number].register_forward_hook(lambda _m, _i, out: seen.append(out)) for number in (2, 5, 8, 11)]
+    hooks.append(vit.blocks[0].register_forward_pre_hook(lambda _m, args: seen.insert(0, args[0])))
+    vit(images)
+    for hook in hooks:
+        hook.remove()
+    taps = FeatureTaps(vit)(images)
+    for tap, tokens in zip(taps, seen, strict=True):
+        assert torch.allclose(tap, (tokens[:, 1:] + tokens[:, :1]).transpose(1, 2), atol=1e-5)
+
+
+def test_efficientnet_gives_maps_at_strides_4_8_16_32_and_drops_those_under_3_x_3():
+    body = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
+    at_128 = Discriminator(as_encoder(body, 224), c_dim=8, img_resolution=128)
+    assert [head.conv_in.weight.shape[0] for head in at_128.heads] == [24, 40, 112, 320]
+    assert at_128.logits_per_image == 32 ** 2 + 16 ** 2 + 8 ** 2 + 4 ** 2
+    at_64 = Discriminator(as_encoder(body, 224), c_dim=8, img_resolution=64)
+    assert at_64.logits_per_image == 16 ** 2 + 8 ** 2 + 4 ** 2
+
+
+def test_the_backbone_sees_its_own_statistics_unless_told_imagenets():
+    encoder = build_encoder("random_tiny")
+    images, seen = torch.rand(8, 3, 32, 32) * 2 - 1, []
+    for statistics in ("own", "imagenet"):
+        discriminator = Discriminator(encoder, c_dim=8, img_resolution=32, statistics=statistics)
+        handle = discriminator.taps.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+        discriminator.features(images)
+        handle.remove()
+    assert torch.allclose(seen[0], encoder.normalise(images), atol=1e-6)
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert torch.allclose(seen[1], ((images + 1) / 2 - mean) / std, atol=1e-6)
+
+
+def test_only_heads_learn_and_the_backbone_stays_frozen(small):
+    small(torch.randn(8, 3, 32, 32), torch.randn(8, 8)).sum().backward()
+    assert all(p.grad is None for p in small.taps.parameters())
+    assert all(p.grad is not None for p in small.heads.parameters())
+    assert not small.taps.training
+
+
+def test_head_is_its_formula():
+    torch.manual_seed(1)
+    head, x, c = Head(6, 8).double(), torch.randn(8, 6, 12).double(), torch.randn(8, 8).double()
+
+    def conv(layer, x, padding=0):
+        weight = layer.weight / (layer.u @ layer.weight.flatten(1) @ layer.v)
+        return F.conv1d(F.pad(x, (padding, padding), mode="circular"), weight, layer.bias)
+
+    def norm(x):
+        return (x - x.mean((0, 2), keepdim=True)) / torch.sqrt(x.var((0, 2), correction=0, keepdim=True) + 1e-5)
+
+    first = F.leaky_relu(norm(conv(head.conv_in, x)), 0.2)
+    second = (F.leaky_relu(norm(conv(head.conv_mid, first, 4)), 0.2) + first) / math.sqrt(2)
+    out, prompt = conv(head.conv_out, second), c @ head.prompt.weight.T / math.sqrt(8) + head.prompt.bias
+    assert torch.allclose(head(x, c), (out * prompt[:, :, None]).sum(1) / 8)
+
+
+def test_spectral_norm_approaches_one_by_power_iterations():
+    torch.manual_seed(2)
+    conv = SpectralConv1d(5, 7, 3)
+    for _ in range(100):
+        conv.iterate()
+    largest = torch.linalg.svdvals(conv.weight.detach().flatten(1))[0]
+    delta = torch.zeros(1, 5, 3)
+    response = torch.stack([conv(F.one_hot(torch.tensor([i]), 5).T[None].float() * 1.0 + delta[:, :, :1]) for i in range(5)])
+    assert torch.isclose(conv.u @ conv.weight.flatten(1) @ conv.v, largest, rtol=1e-4)
+    assert torch.isfinite(response).all()
+
+
+def test_circular_padding_wraps_sequences_shorter_than_the_kernel():
+    torch.manual_seed(2)
+    conv, x = SpectralConv1d(2, 2, 9), torch.randn(1, 2, 3)
+    rolled = conv(x.roll(1, dims=2))
+    assert torch.allclose(rolled, conv(x).roll(1, dims=2), atol=1e-6)
+
+
+@pytest.mark.parametrize("micro_batch", [8, 16])
+def test_micro_batches_do_not_change_logits_or_gradients(small, micro_batch):
+    images, c = torch.randn(32, 3, 32, 32), torch.randn(32, 8)
+    whole = small(images, c)
+    whole.mean().backward()
+    gradients = [p.grad.clone() for p in small.heads.parameters()]
+    small.zero_grad()
+    parts = []
+    for start in range(0, 32, micro_batch):
+        part = small(images[start:start + micro_batch], c[start:start + micro_batch])
+        (part.mean() * micro_batch / 32).backward()
+        parts.append(part)
+    assert torch.allclose(torch.cat(parts), whole, atol=1e-5)
+    for parameter, gradient in zip(small.heads.parameters(), gradients, strict=True):
+        assert torch.allclose(parameter.grad, gradient, atol=1e-5)
+
+
+def test_batch_norm_refuses_incomplete_groups_and_has_no_memory():
+    norm = BatchNormLocal(4)
+    with pytest.raises(OptionError, match="multiple of 8"):
+        norm(torch.randn(9, 4, 5))
+    x = torch.randn(8, 4, 5)
+    first = norm(x)
+    norm(torch.randn(8, 4, 5) * 100)
+    assert torch.equal(norm(x), first)
+
+
+def test_crops_are_taken_only_from_images_wider_than_the_backbone_sees(small):
+    small.input_px = 16
+    images = torch.randn(8, 3, 32, 32)
+    cropped = torch.tensor([[0.0, 0.5, 0.25]]).repeat(8, 1)
+    seen = []
+    handle = small.taps.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    small.features(images, cropped)
+    small.features(images, torch.ones(8, 3) * 0.9)
+    handle.remove()
+    assert torch.allclose(seen[0], ((images[:, :, 4:20, 8:24] + 1) / 2 - small.mean) / small.std)
+    assert torch.allclose(seen[1], ((F.interpolate(images, (16, 16), mode="area") + 1) / 2 - small.mean) / small.std)

@@ -1,0 +1,101 @@
+"""Run folders are numbered, checkpoints are whole or not there, statistics can be taken back."""
+import json
+import logging
+
+import pytest
+import torch
+
+from preprocessing.errors import InputError, WeightsError
+from training.run_folder import StatsLog, latest_checkpoint, latest_run, next_run_folder, read_checkpoint, save_checkpoint
+
+
+def save(folder, step, value=1.0, **kwargs):
+    return save_checkpoint(folder, step, state={"kimg": step / 10}, tensors={"model": {"w": torch.full((3,), value)}},
+                           optimisers={"adam": {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]}}, **kwargs)
+
+
+def test_run_folders_count_on_from_the_highest(tmp_path):
+    assert next_run_folder(tmp_path, "a").name == "00000-a"
+    (tmp_path / "00007-old").mkdir()
+    (tmp_path / "notes").mkdir()
+    assert next_run_folder(tmp_path, "b").name == "00008-b"
+
+
+def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
+    save(tmp_path, 20, value=2.5)
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint.state == {"kimg": 2.0, "step": 20}
+    assert checkpoint.tensors["model"]["w"].tolist() == [2.5] * 3
+    assert checkpoint.optimisers["adam"]["param_groups"] == [{"lr": 0.1}]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    for step in (1, 2, 100):
+        save(tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-00000002", "checkpoint-00000100"]
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped byte", "missing file", "no COMMIT"])
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning_and_refused_by_name(tmp_path, caplog, harm):
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    weights = newest / "model.safetensors"
+    if harm == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-5])
+    elif harm == "flipped byte":
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    else:
+        (weights if harm == "missing file" else newest / "COMMIT").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert latest_checkpoint(tmp_path).state["step"] == 1
+    assert "damaged checkpoint" in caplog.text and "checkpoint-00000002" in caplog.text
+    with pytest.raises(WeightsError) as refused:
+        read_checkpoint(newest)
+    assert refused.value.exit_code == 5
+
+
+def test_a_pickle_in_a_checkpoint_is_refused_and_not_run(tmp_path):
+    from preprocessing.outputs import file_sha256
+    folder = save(tmp_path, 1)
+    canary = tmp_path / "canary"
+    (folder / "adam.pt").write_bytes(f"cos\nsystem\n(S'touch {canary}'\ntR.".encode())
+    sums = folder / "SHA256SUMS"
+    kept = [line for line in sums.read_text().splitlines() if "adam.pt" not in line]
+    sums.write_text("\n".join([*kept, f"{file_sha256(folder / 'adam.pt')}  adam.pt"]) + "\n")
+    with pytest.raises(WeightsError, match="without running code"):
+        read_checkpoint(folder)
+    assert not canary.exists()
+
+
+def test_a_missing_checkpoint_is_bad_input(tmp_path):
+    with pytest.raises(InputError, match="nothing there"):
+        read_checkpoint(tmp_path / "checkpoint-00000009")
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_the_latest_run_is_the_newest_of_its_name_with_a_checkpoint(tmp_path):
+    first, other, empty = (next_run_folder(tmp_path, name) for name in ("a", "b", "a"))
+    save(first, 1)
+    save(other, 1)
+    assert latest_run(tmp_path, "a") == first and latest_run(tmp_path) == other and latest_run(tmp_path, "c") is None
+    assert empty.exists()
+
+
+def test_statistics_after_a_checkpoint_are_forgotten_when_it_is_resumed(tmp_path):
+    stats = StatsLog(tmp_path, tensorboard=False)
+    for step in (1, 2, 3):
+        stats.write(step, {"loss": step / 2}, f"step {step}")
+    stats.forget_after(2)
+    assert [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()] == [
+        {"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
+    assert (tmp_path / "log.txt").read_text().splitlines()[-1] == "step 3"
+
+
+def test_tensorboard_mirrors_the_statistics(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    stats = StatsLog(tmp_path)
+    stats.write(3, {"loss/D": 1.25}, "line")
+    stats.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss/D")] == [(3, 1.25)]

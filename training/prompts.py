@@ -1,0 +1,158 @@
+"""Read what a generator is asked for: rows of expression or of embeddings, and which of them to sample.
+
+An .h5ad goes through the snapshot's gene encoder; an .npy of expression too; an .npy of embeddings (`encoded`) goes straight in.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from networks.snapshot import Snapshot
+from preprocessing.errors import InputError, OptionError, first_few
+from training.data import expression_only
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Rows a generator can be asked for."""
+
+    path: Path
+    embeddings: Tensor                # (N, c_dim) float32
+    barcodes: np.ndarray              # (N,) str; empty strings for an .npy
+    clusters: np.ndarray | None       # (N,) str
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+
+def read_prompts(path: Path | str, snapshot: Snapshot, *, encoded: bool = False, clusters: str | None = None) -> Prompts:
+    """Read and embed the prompts in `path` (.h5ad or .npy). `clusters`: an obs column, or an .npy or CSV of labels."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(path, "file", "an .h5ad or .npy file of prompts", "nothing there")
+    if path.suffix not in (".h5ad", ".npy"):
+        raise InputError(path, "suffix", ".h5ad or .npy", path.suffix or "none")
+    if encoded and path.suffix != ".npy":
+        raise OptionError("--encoded", "an .npy of embeddings as --gex", str(path))
+    if not encoded and snapshot.clip is None:
+        raise InputError(path, "--encoded", "a snapshot that names its gene encoder, or prompts that are embeddings",
+                         "a snapshot without gene encoder and expression")
+    barcodes, obs = None, None
+    if path.suffix == ".h5ad":
+        clip = snapshot.clip
+        table = expression_only(path, target_sum=clip.target_sum, vocabulary=clip.gene_names)
+        embeddings, barcodes, obs = clip.embed_expression(table.expression), table.barcodes, table.obs
+    else:
+        rows = _read_rows(path, snapshot.generator.config.c_dim if encoded else len(snapshot.clip.gene_names), encoded)
+        embeddings = torch.from_numpy(rows) if encoded else snapshot.clip.embed_expression(sp.csr_matrix(rows))
+    width = snapshot.generator.config.c_dim
+    if embeddings.shape[1] != width:
+        raise InputError(path, "width of an embedding", f"{width}, as the snapshot was trained with", str(embeddings.shape[1]))
+    labels = None if clusters is None else _read_labels(clusters, obs, path, len(embeddings))
+    return Prompts(path, embeddings, np.full(len(embeddings), "") if barcodes is None else barcodes, labels)
+
+
+def _read_rows(path: Path, width: int, encoded: bool) -> np.ndarray:
+    """(N, width) float32 of an .npy; one prompt may be a plain row."""
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(path, "contents", "an array of numbers, no Python objects", str(error)) from error
+    rows = rows[None] if rows.ndim == 1 else rows
+    what = "prompt embeddings" if encoded else "normalised expression"
+    if rows.ndim != 2 or rows.shape[1] != width or not len(rows) or rows.dtype.kind not in "fiu":
+        raise InputError(path, what, f"numbers, (prompts, {width})", f"{rows.dtype} {rows.shape}")
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(bad):
+        raise InputError(path, what, "finite numbers", f"NaN or infinite ones in rows {first_few(bad.tolist())}")
+    return rows.astype(np.float32)
+
+
+def _read_labels(clusters: str, obs, gex: Path, n_prompts: int) -> np.ndarray:
+    """One label a prompt: from a file of that name, else from an obs column. A CSV's last column counts, its first line is a header."""
+    import pandas as pd
+
+    path = Path(clusters)
+    if path.suffix == ".npy" and path.is_file():
+        try:
+            labels = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise InputError(path, "contents", "an array of labels, no Python objects", str(error)) from error
+    elif path.is_file():
+        labels = pd.read_csv(path).iloc[:, -1].to_numpy()
+    elif obs is not None and clusters in obs:
+        labels = obs[clusters].to_numpy()
+    else:
+        columns = "none" if obs is None else ", ".join(map(str, obs.columns)) or "none"
+        raise InputError(gex, "--clusters", "an .npy or CSV file of labels, or an obs column", f"{clusters}; columns: {columns}")
+    if labels.shape != (n_prompts,):
+        raise InputError(path if path.is_file() else gex, "cluster labels", f"one for each of the {n_prompts:,} prompts", str(labels.shape))
+    missing = pd.isna(labels)
+    if missing.any():
+        raise InputError(path if path.is_file() else gex, "cluster labels", "no gaps", f"{int(missing.sum()):,} missing")
+    return labels.astype(str)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One patch to make."""
+
+    prompt: int                # row of the prompts
+    seed: int
+    cluster: str | None = None
+
+    @property
+    def file_name(self) -> str:
+        folder = "" if self.cluster is None else f"cluster_{_safe(self.cluster)}/"
+        return f"{folder}prompt{self.prompt:05d}_seed{self.seed:04d}.png"
+
+
+def _safe(label: str) -> str:
+    """A label as a folder name."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in label).strip(".") or "_"
+
+
+def parse_seeds(text: str) -> list[int]:
+    """'0,1,4-6' -> [0, 1, 4, 5, 6]."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise OptionError("--seeds", "numbers and ranges, as 0,1,4-6", text)
+        seeds += range(int(first), int(last or first) + 1)
+    return list(dict.fromkeys(seeds))
+
+
+def plan_requests(prompts: Prompts, seeds: Sequence[int], n_samples: int | None) -> list[Request]:
+    """Which patches to make: every chosen prompt once per seed.
+
+    From an .h5ad, or where there are clusters: `n_samples` prompts per cluster, or over all (None: every row), drawn with the
+    first seed. From an .npy: every row, `n_samples` patches each (seeds are counted on, or cut, to that many).
+    """
+    if n_samples is not None and n_samples < 1:
+        raise OptionError("--n-samples", "at least 1", str(n_samples))
+    seeds = list(seeds)
+    if prompts.path.suffix == ".npy" and prompts.clusters is None:
+        if n_samples is not None:
+            seeds = (seeds + list(range(seeds[-1] + 1, seeds[-1] + 1 + n_samples)))[:n_samples]
+        rows = list(range(len(prompts)))
+    else:
+        rows = _chosen_rows(prompts, n_samples, seeds[0])
+    clusters = prompts.clusters
+    return [Request(row, seed, None if clusters is None else str(clusters[row])) for row in rows for seed in seeds]
+
+
+def _chosen_rows(prompts: Prompts, n_samples: int | None, seed: int) -> list[int]:
+    groups = [np.arange(len(prompts))] if prompts.clusters is None else [
+        np.flatnonzero(prompts.clusters == label) for label in np.unique(prompts.clusters)]
+    order = np.random.default_rng(seed)
+    chosen: list[int] = []
+    for rows in groups:
+        chosen += sorted(order.choice(rows, min(n_samples or len(rows), len(rows)), replace=False).tolist())
+    return chosen
