@@ -115,7 +115,8 @@ def load_clip_data(config: ClipConfig, resolve: Callable[[str], Path]) -> ClipDa
         split = {"buffer_px": buffer_px, "train": dataset.barcodes[rows].tolist(), "val": dataset.barcodes[held].tolist()}
         train, val = _subset(train, rows), _subset(train, held, training=False)
     _require_enough(train, val, config)
-    record = {"samples": sorted({str(name) for name in dataset.sample_ids}), "n_spots": len(train), "n_val_spots": len(val) if val else 0}
+    record = {"samples": sorted({str(name) for name in dataset.sample_ids}), "n_spots": len(train), "n_val_spots": len(val) if val else 0,
+              "patch_px": config.data.patch_px}
     return ClipData(train, val, dataset.gene_names, record, split)
 
 

@@ -1,0 +1,158 @@
+"""CLIP training: the loss by hand, views and caches that agree, batches by step, configurations that are checked."""
+import math
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from omegaconf import OmegaConf
+
+from networks.histo_models import build_encoder
+from preprocessing.errors import OptionError
+from training.augment import AugmentConfig, apply_views, draw_views, plain_views, turned_views
+from training.clip_config import clip_config, from_launch_folder
+from training.clip_data import Pairs, StepBatches
+from training.clip_features import cached_features, compute_features, view_table
+from training.clip_losses import clip_loss
+
+GENERATOR = torch.Generator
+
+
+@pytest.fixture
+def patches():
+    return torch.randint(0, 256, (5, 3, 16, 16), generator=GENERATOR().manual_seed(0), dtype=torch.uint8)
+
+
+def test_the_loss_equals_its_hand_value():
+    eye = torch.eye(2)
+    expected = -math.log(math.exp(2) / (math.exp(2) + 1))   # logits 2 on the diagonal, 0 beside it
+    assert clip_loss(eye, eye, temperature=0.5).item() == pytest.approx(expected, abs=1e-6)
+    same = torch.ones(4, 1)
+    assert clip_loss(same, same, temperature=0.1).item() == pytest.approx(math.log(4), abs=1e-6)   # nothing to tell apart
+
+
+def test_the_loss_at_temperature_one_and_batch_128_cannot_fall_below_3_86():
+    eye = torch.eye(128)
+    assert clip_loss(eye, eye, 1.0).item() == pytest.approx(3.86, abs=0.01)
+    assert clip_loss(eye, eye, 0.07).item() < 0.01
+
+
+def test_the_loss_is_symmetric_and_falls_when_pairs_move_together():
+    a, b = (torch.nn.functional.normalize(torch.randn(6, 4, generator=GENERATOR().manual_seed(s)), dim=1) for s in (0, 1))
+    assert clip_loss(a, b, 0.3).item() == pytest.approx(clip_loss(b, a, 0.3).item(), abs=1e-6)
+    closer = torch.nn.functional.normalize(a + b, dim=1)
+    assert clip_loss(closer, b, 0.3) < clip_loss(a, b, 0.3)
+
+
+def test_plain_views_change_nothing_but_the_range(patches):
+    assert torch.allclose(apply_views(patches, plain_views(5)), patches / 127.5 - 1, atol=1e-6)
+
+
+def test_the_eight_turned_views_are_all_different_and_keep_every_pixel(patches):
+    views = apply_views(patches[:1].expand(8, -1, -1, -1), turned_views())
+    assert len({tuple(view.flatten().tolist()) for view in views}) == 8
+    assert all(torch.allclose(view.flatten(1).sort().values, views[0].flatten(1).sort().values) for view in views)
+
+
+def test_views_are_drawn_from_their_generator_and_stay_in_range(patches):
+    config = AugmentConfig(rotate=True)
+    first, again, other = (draw_views(5, config, GENERATOR().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    images = apply_views(patches, draw_views(5, config, GENERATOR().manual_seed(3)))
+    assert images.min() >= -1 - 1e-5 and images.max() <= 1 + 1e-5
+    assert not torch.allclose(images.mean((2, 3)), apply_views(patches, plain_views(5)).mean((2, 3)), atol=1e-3)
+
+
+def test_a_row_is_augmented_the_same_alone_as_in_a_batch(patches):
+    views = draw_views(5, AugmentConfig(rotate=True), GENERATOR().manual_seed(1))
+    assert torch.allclose(apply_views(patches, views)[3:4], apply_views(patches[3:4], views[3:4]), atol=1e-6)
+
+
+def test_grey_has_no_hue_to_turn():
+    grey = torch.full((1, 3, 4, 4), 100, dtype=torch.uint8)
+    views = plain_views(1)
+    views[:, 6] = 0.2
+    assert torch.allclose(apply_views(grey, views), grey / 127.5 - 1, atol=1e-3)
+
+
+def test_cached_features_equal_the_online_path_for_the_same_views(patches, tmp_path):
+    tower = build_encoder("random_tiny")
+    views = view_table(5, 10, AugmentConfig(rotate=True), seed=3)
+    cached = cached_features(patches, views, tower, tower_sha256="t", cache_dir=tmp_path, progress=False)
+    for row in range(5):
+        online = tower(apply_views(patches[row:row + 1].expand(10, -1, -1, -1), views[row]))
+        assert torch.allclose(cached[row], online, atol=1e-6)
+    assert torch.equal(views[:, 0], plain_views(5))
+
+
+def test_the_cache_is_read_back_and_not_mixed_up(patches, tmp_path):
+    tower, views = build_encoder("random_tiny"), plain_views(5)[:, None]
+    first = cached_features(patches, views, tower, tower_sha256="t", cache_dir=tmp_path, progress=False)
+
+    def broken(images):
+        raise AssertionError("computed again")
+
+    assert torch.equal(cached_features(patches, views, broken, tower_sha256="t", cache_dir=tmp_path, progress=False), first)
+    other = cached_features(255 - patches, views, tower, tower_sha256="t", cache_dir=tmp_path, progress=False)
+    assert torch.equal(other, compute_features(255 - patches, views, tower, progress=False)) and not torch.equal(other, first)
+
+
+def test_batches_are_whole_shuffled_and_a_function_of_the_step():
+    step = 0
+    batches = StepBatches(10, 4, seed=1, step=lambda: step)
+    epoch = list(batches)
+    assert len(epoch) == len(batches) == 2 and len({row for batch in epoch for _, row in batch}) == 8
+    step = 1
+    assert list(batches) == epoch[1:]
+    step = 2
+    assert list(batches) != epoch and list(batches)[0][0][0] == 2
+
+
+def test_ranks_share_one_global_batch():
+    whole = list(StepBatches(10, 4, 1, lambda: 0))
+    ranks = [list(StepBatches(10, 4, 1, lambda: 0, rank, 2)) for rank in (0, 1)]
+    for batch, first, second in zip(whole, *ranks, strict=True):
+        assert sorted(batch) == sorted(first + second) and len(first) == len(second) == 2
+
+
+def test_a_spots_view_depends_on_step_and_row_and_not_on_its_batch(patches):
+    expression = sp.csr_matrix(np.eye(5, dtype=np.float32))
+    pairs = Pairs(expression, np.arange(5).astype(str), patches, augment=AugmentConfig(rotate=True), seed=4)
+    together, rows = pairs.__getitems__([(7, 3), (7, 1)])
+    alone, _ = pairs.__getitems__([(7, 1)])
+    later, _ = pairs.__getitems__([(8, 1)])
+    assert torch.allclose(together[1], alone[0], atol=1e-6) and not torch.allclose(later[0], alone[0])
+    assert rows.argmax(1).tolist() == [3, 1]
+
+
+def test_the_published_values_are_the_defaults():
+    config = clip_config({})
+    assert (config.trainer.batch_size, config.optimizer.name, config.optimizer.lr, config.optimizer.weight_decay) == (128, "adamw", 5e-6, 0.01)
+    assert (config.trainer.max_epochs, config.data.max_size, config.seed, config.trainer.val_every_steps) == (1000, 10000, 71, 10)
+    assert (config.trainer.limit_val_batches, config.trainer.save_top, config.data.patch_px) == (50, 5, 128)
+    assert (config.model.gene_encoder, config.model.projection, config.model.dropout, config.model.temperature) == ("linear_block", 512, 0.8, 1.0)
+    assert (config.model.residual, config.model.layer_norm, config.model.image_encoder) == (True, False, "uni")
+    augment = config.image.augment
+    assert augment.flip and (augment.brightness, augment.contrast, augment.saturation, augment.hue) == (0.2, 0.2, 0.2, 0.2)
+
+
+@pytest.mark.parametrize("loaded, said", [
+    ({"modle": {}}, "modle"), ({"optimizer": {"learning_rate": 1}}, "learning_rate"), ({"optimizer": {"lr": "fast"}}, "optimizer.lr"),
+    ({"optimizer": {"name": "lion"}}, "adamw, adam, sgd, rmsprop"), ({"trainer": {"batch_size": 1}}, "trainer.batch_size: expected at least 2"),
+    ({"model": {"_target_": "os.system"}}, "_target_"), ({"logger": "papers"}, "csv, tensorboard, wandb"),
+    ({"data": {"target_sum": "mean"}}, "data.target_sum"), ({"ckpt_path": "last"}, "run_dir"),
+], ids=str)
+def test_what_does_not_fit_the_configuration_is_one_line(loaded, said):
+    with pytest.raises(OptionError, match=said) as error:
+        clip_config(OmegaConf.create(loaded))
+    assert "\n" not in str(error.value) and error.value.exit_code == 2
+
+
+def test_lists_and_comma_lists_of_samples_are_the_same():
+    as_list = clip_config({"data": {"train_gex": ["a.h5ad", "b.h5ad"]}})
+    assert as_list.data.train_gex == clip_config({"data": {"train_gex": "a.h5ad,b.h5ad"}}).data.train_gex
+
+
+def test_relative_paths_start_in_the_launch_folder(tmp_path):
+    assert from_launch_folder("a/b", tmp_path) == tmp_path / "a" / "b"
+    assert from_launch_folder("/a/b", tmp_path).as_posix() == "/a/b"

@@ -1,0 +1,133 @@
+"""Embed a sample with trained CLIP weights and write the unit rows in h5ad order."""
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from networks.clip import CLIP, clip_weights_sha256
+from networks.layers import images_to_float
+from preprocessing.errors import InputError, OptionError
+from preprocessing.outputs import finished_file, program_versions, strings_sha256, write_json
+from preprocessing.patches import read_patch, read_patch_file, read_patch_folder
+from training.data import ImageGeneDataset, expression_only, sample_files
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    network: Path                          # CLIP weights
+    gex: Path | None = None
+    images: Path | None = None
+    out_dir: Path = Path(".")
+    batch_size: int = 64
+    device: str = "auto"                   # auto | cpu | cuda | cuda:N
+    encoder_weights: Path | None = None    # of the image tower, if the file moved since training
+    already_normalised: bool = False
+    add_to_h5ad: bool = False              # obsm of `gex`
+    null: bool = False                     # the embedding of all-zero expression
+
+    def __post_init__(self):
+        if not (self.gex or self.images or self.null):
+            raise OptionError("--gex / --images / --null", "at least one of them", "none")
+        if self.add_to_h5ad and not self.gex:
+            raise OptionError("--add-to-h5ad", "--gex, the file to add to", "no --gex")
+        if self.device != "auto" and not (self.device == "cpu" or self.device.startswith("cuda")):
+            raise OptionError("--device", "auto, cpu, cuda or cuda:N", self.device)
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise OptionError("--device", "cpu (no GPU is visible here)", self.device)
+
+
+def write_embeddings(config: EmbedConfig) -> list[Path]:
+    """Write gene_clip_emb.npy, image_clip_emb.npy, null_clip_emb.npy (as asked) and embeddings.json; returns the paths."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    clip = CLIP.from_pretrained(config.network, image_encoder=config.images is not None, image_encoder_weights=config.encoder_weights)
+    clip.to(device)
+    arrays, barcodes = embed_sample(clip, config, device)
+    config.out_dir.mkdir(parents=True, exist_ok=True)
+    written = [_save(config.out_dir / f"{name}_clip_emb.npy", array) for name, array in arrays.items()]
+    record = {"model_sha256": clip_weights_sha256(config.network), "n_rows": len(barcodes), "barcode_sha256": strings_sha256(barcodes),
+              "gex": str(config.gex) if config.gex else None, "images": str(config.images) if config.images else None,
+              "files": [path.name for path in written], "versions": program_versions()}
+    write_json(config.out_dir / "embeddings.json", record)
+    if config.add_to_h5ad:
+        _add_to_h5ad(config.gex, {f"X_clip_{name}": array for name, array in arrays.items() if name != "null"})
+        written.append(config.gex)
+    return [*written, config.out_dir / "embeddings.json"]
+
+
+@torch.no_grad()
+def embed_sample(clip: CLIP, config: EmbedConfig, device: str) -> tuple[dict[str, np.ndarray], list[str]]:
+    """({"gene": (N, D), "image": (N, D), "null": (1, D)} as asked, ordered barcodes); float32 unit rows."""
+    arrays: dict[str, np.ndarray] = {}
+    barcodes: list[str] = []
+    dataset = None
+    if config.gex:
+        options = {"target_sum": clip.target_sum, "already_normalised": config.already_normalised}
+        if config.images:
+            patch_px = clip.training_record.get("patch_px")
+            dataset = ImageGeneDataset(sample_files(config.images, config.gex), image_px=patch_px, **options)
+        table = dataset or expression_only(config.gex, **options)
+        clip.require_genes(table.gene_names, config.gex)
+        barcodes = [str(barcode).split("__", 1)[-1] for barcode in table.barcodes]
+        arrays["gene"] = clip.embed_expression(table.expression, config.batch_size).numpy()
+    if config.images:
+        if dataset is not None:
+            count, patches = len(dataset), (dataset.read_image(row, dataset.image_px) for row in range(len(dataset)))
+        else:
+            count, patches, barcodes = _patches_alone(config.images, clip.training_record.get("patch_px"))
+        arrays["image"] = _embed_patches(clip, patches, count, config.batch_size, device)
+    if config.null:
+        arrays["null"] = clip.encode_genes(torch.zeros(1, len(clip.gene_names), device=device)).cpu().numpy()
+    return arrays, barcodes
+
+
+def _embed_patches(clip: CLIP, patches: Iterator[np.ndarray], count: int, batch_size: int, device: str) -> np.ndarray:
+    blocks, batch = [], []
+    with tqdm(total=count, desc="patches", unit="patch") as bar:
+        for row, patch in enumerate(patches, start=1):
+            batch.append(torch.from_numpy(np.ascontiguousarray(patch)).permute(2, 0, 1))
+            if len(batch) == batch_size or row == count:
+                blocks.append(clip.encode_images(images_to_float(torch.stack(batch)).to(device)).cpu().numpy())
+                bar.update(len(batch))
+                batch = []
+    return np.concatenate(blocks)
+
+
+def _patches_alone(images: Path, patch_px: int | None) -> tuple[int, Iterator[np.ndarray], list[str]]:
+    """(number, patches in row order, barcodes where known) of a patch folder or imgs.h5 without expression."""
+    def resized(patch: np.ndarray) -> np.ndarray:
+        if patch_px is None or patch.shape[:2] == (patch_px, patch_px):
+            return patch
+        how = Image.Resampling.BOX if patch_px < patch.shape[0] else Image.Resampling.BICUBIC
+        return np.array(Image.fromarray(patch).resize((patch_px, patch_px), how))
+
+    if images.is_dir():
+        folder = read_patch_folder(images)
+        return len(folder.paths), (resized(read_patch(path)) for path in folder.paths), list(folder.barcodes or [])
+    file = read_patch_file(images)
+    if not len(file):
+        raise InputError(images, "img", "at least one patch", "none")
+    return len(file), (resized(file.images(row)) for row in range(len(file))), list(file.barcodes or [])
+
+
+def _save(path: Path, array: np.ndarray) -> Path:
+    with finished_file(path) as temporary, open(temporary, "wb") as stream:
+        np.save(stream, array.astype(np.float32), allow_pickle=False)
+    return path
+
+
+def _add_to_h5ad(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays into obsm of a copy that then takes the file's place."""
+    with finished_file(path, validate=lambda temporary: ad.read_h5ad(temporary, backed="r").file.close()) as temporary:
+        shutil.copyfile(path, temporary)
+        with h5py.File(temporary, "a") as file:
+            for name, array in arrays.items():
+                ad.io.write_elem(file["obsm"], name, array.astype(np.float32))
