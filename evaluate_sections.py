@@ -26,12 +26,12 @@ def evaluate_sections(*, train: str, val: str, network: Path, judge: Path | None
     folders = {"generated": listed(generated, val_files, "--generated"), "untrained": listed(untrained, val_files, "--untrained")}
     require_apart(train_files, val_files)
     specs = feature_specs(features)
-    hashes = {"network": clip_weights_sha256(network), "judge": clip_weights_sha256(judge) if judge else None}
-    if hashes["judge"] == hashes["network"]:
-        raise OptionError("--judge", "another CLIP than --network: a model cannot judge what was made with it", str(judge))
     device = pick_device(device)
     clip = CLIP.from_pretrained(network, image_encoder_weights=encoder_weights).to(device)
     second = CLIP.from_pretrained(judge, image_encoder_weights=judge_encoder_weights).to(device) if judge else None
+    hashes = {"network": clip_weights_sha256(network), "judge": clip_weights_sha256(judge) if judge else None}
+    if hashes["judge"] == hashes["network"]:
+        raise OptionError("--judge", "another CLIP than --network: a model cannot judge what was made with it", str(judge))
     bank = FeatureBank(batch_size, device, progress)
     baseline = fit_baseline(train_files, clip, bank, seed)
     encoders = {spec.label: build_features(spec) for spec in specs} if generated else {}
@@ -71,20 +71,24 @@ def section_files(text: str, split: str):
 
 
 def listed(text: str | None, val_files, option: str) -> list[Path] | None:
-    """Comma-separated folders, one a validation section, in their order."""
+    """Comma-separated generated folders, one a validation section, in their order; looked into before any work starts."""
+    from evaluation.features import read_samples_csv
     if text is None:
         return None
     folders = [Path(part.strip()) for part in text.split(",") if part.strip()]
     if len(folders) != len(val_files):
         raise OptionError(option, f"one folder for each of the {len(val_files)} validation sections, in their order", str(len(folders)))
+    for folder in folders:
+        read_samples_csv(folder)
     return folders
 
 
 def require_apart(train_files, val_files) -> None:
-    shared = {files.gex.resolve() for files in train_files} & {files.gex.resolve() for files in val_files}
-    shared_names = {files.sample_id for files in train_files} & {files.sample_id for files in val_files}
-    if shared or shared_names:
-        raise OptionError("--val", "sections that --train does not name", ", ".join(sorted(shared_names | {str(path) for path in shared})))
+    """A held-out section is none of the training sections, neither by name nor by file."""
+    names, paths = {files.sample_id for files in train_files}, {files.gex.resolve() for files in train_files}
+    shared = [files.sample_id for files in val_files if files.sample_id in names or files.gex.resolve() in paths]
+    if shared:
+        raise OptionError("--val", "sections that --train does not name", ", ".join(shared))
 
 
 def load_section(files, clip, judge, progress: bool):

@@ -77,7 +77,7 @@ def read_generated(folder: Path, sample_id: str, barcodes: Sequence[str]) -> Gen
         else:
             places_of[number, row["seed"]] = folder / row["file"]
     if foreign:
-        raise InputError(source, "barcode", f"spots of {sample_id}", f"others: {first_few(foreign)}")
+        raise InputError(source, "barcode", f"spots of {sample_id}", f"others: {first_few(list(dict.fromkeys(foreign)))}")
     seeds = sorted({seed for _, seed in places_of}, key=lambda seed: (len(seed), seed))
     prompts = sorted({number for number, _ in places_of})
     gaps = [f"{barcodes[number]} seed {seed}" for number in prompts for seed in seeds if (number, seed) not in places_of]

@@ -1,0 +1,161 @@
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from PIL import Image, ImageFilter
+
+import calculate_image_quality_metrics as command
+from evaluation.image_quality import COLUMNS
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Smooth coloured patches: real, more of the same kind, noise, the real ones blurred and in another order."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(2)
+
+    def smooth(n):
+        coarse = rng.integers(0, 256, size=(n, 4, 4, 3), dtype=np.uint8)
+        return [Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC) for image in coarse]
+
+    def write(name, images):
+        (root / name).mkdir()
+        for number, image in enumerate(images):
+            image.save(root / name / f"patch_{number:03d}.png")
+    real = smooth(40)
+    write("real", real)
+    write("alike", smooth(40))
+    write("fewer", smooth(22))
+    write("permuted", [real[i] for i in rng.permutation(40)])
+    write("blurred", [image.filter(ImageFilter.GaussianBlur(3)) for image in real])
+    write("noise", [Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)) for _ in range(40)])
+    (root / "real" / "notes.txt").write_text("not an image")
+    return root
+
+
+def run(folders, out, generated, *extra, reference="real", features="random_tiny"):
+    references = ",".join(str(folders / name) for name in reference.split(","))
+    return CliRunner().invoke(command.main, ["--experiment", generated, "--ref-img-path", references,
+                                             "--gen-img-path", str(folders / generated),
+                                             "--out-dir", str(out), "--features", features, "--device", "cpu", *map(str, extra)])
+
+
+def rows(out):
+    return pd.read_csv(out / "image_quality_metrics.csv")
+
+
+def test_each_call_appends_one_row_with_the_originals_columns_first(folders, tmp_path):
+    for generated in ("alike", "noise"):
+        answer = run(folders, tmp_path, generated)
+        assert answer.exit_code == 0, answer.output
+    table = rows(tmp_path)
+    assert table.experiment.tolist() == ["alike", "noise"]
+    assert table.columns.tolist() == list(COLUMNS) and list(COLUMNS[:5]) == ["experiment", "FID", "KID_mean", "KID_std", "seed"]
+    assert (table.n_reference == 40).all() and (table.n_floor == 20).all() and (table.n_ignored == 1).all()
+    assert f"wrote {tmp_path / 'image_quality_metrics.csv'}" in answer.output
+
+
+def test_noise_lies_above_the_floor_and_more_of_the_same_kind_does_not(folders, tmp_path):
+    run(folders, tmp_path, "alike")
+    run(folders, tmp_path, "blurred")
+    run(folders, tmp_path, "noise")
+    alike, blurred, noise = rows(tmp_path).to_dict("records")
+    for name in ("FID", "KID"):
+        assert noise[f"{name}_at_floor_n_low"] > noise[f"{name}_floor_high"]
+        assert alike[f"{name}_at_floor_n_low"] < alike[f"{name}_floor_high"]
+        assert alike[f"{name}_floor"] == pytest.approx(noise[f"{name}_floor"], rel=1e-4)      # the floor is the reference's alone
+    assert alike["FID"] < blurred["FID"] < noise["FID"]
+    assert all(row["FID_low"] <= row["FID"] <= row["FID_high"] for row in (alike, blurred, noise))
+
+
+def test_a_folder_against_itself_is_zero_in_any_order(folders, tmp_path):
+    run(folders, tmp_path, "real")
+    run(folders, tmp_path, "permuted")
+    same, permuted = rows(tmp_path).to_dict("records")
+    scale = 0.05
+    assert same["FID"] == pytest.approx(0, abs=1e-4) and permuted["FID"] == pytest.approx(0, abs=1e-4)
+    assert abs(same["KID_mean"]) < scale and permuted["KID_mean"] == pytest.approx(same["KID_mean"], abs=1e-5)
+
+
+def test_small_and_unequal_n_are_measured_with_a_notice_and_a_flag(folders, tmp_path):
+    answer = run(folders, tmp_path, "fewer")
+    (row,) = rows(tmp_path).to_dict("records")
+    assert answer.exit_code == 0 and "KID subsets hold 22 images instead of 1,000" in answer.output
+    assert (row["n_reference"], row["n_generated"], row["n_floor"], row["kid_subset"]) == (40, 22, 20, 22)
+    assert row["flags"] == "n < 2048; KID subset 22; unequal n"
+
+
+def test_several_reference_folders_are_taken_together(folders, tmp_path):
+    assert run(folders, tmp_path, "noise", reference="real,alike").exit_code == 0
+    (row,) = rows(tmp_path).to_dict("records")
+    assert row["n_reference"] == 80 and row["reference"].endswith("alike") and row["flags"].endswith("unequal n")
+
+
+def test_one_row_for_each_feature_set(folders, tmp_path):
+    answer = run(folders, tmp_path, "noise", "--num", 4, features="random_tiny,efficientnet_lite0")
+    assert answer.exit_code == 0, answer.output
+    table = rows(tmp_path)
+    assert table.features.tolist() == ["random_tiny", "efficientnet_lite0"] and table.weights_sha256.nunique() == 2
+    assert table.FID.nunique() == 2
+
+
+def test_num_draws_so_many_a_side_and_the_seed_repeats_it(folders, tmp_path):
+    for seed in (1, 1, 2):
+        run(folders, tmp_path, "alike", "--num", 12, "--seed", seed)
+    table = rows(tmp_path)
+    assert (table.n_reference == 12).all() and (table.n_generated == 12).all()
+    assert table.FID[0] == table.FID[1] != table.FID[2]
+
+
+def test_the_reference_comes_from_the_cache_and_gives_the_same_row(folders, tmp_path):
+    for _ in range(2):
+        assert run(folders, tmp_path, "alike", "--cache-dir", tmp_path / "cache").exit_code == 0
+    table = rows(tmp_path)
+    assert table.iloc[0].equals(table.iloc[1]) and len(list((tmp_path / "cache").glob("*.npy"))) == 1
+
+
+def test_rows_of_the_originals_five_columns_are_kept(folders, tmp_path):
+    (tmp_path / "image_quality_metrics.csv").write_text("experiment,FID,KID_mean,KID_std,seed,note\nold,1.50,0.1,0.01,7,mine\n")
+    run(folders, tmp_path, "alike")
+    table = pd.read_csv(tmp_path / "image_quality_metrics.csv", dtype=str)
+    assert table.experiment.tolist() == ["old", "alike"] and table.FID[0] == "1.50" and table.note[0] == "mine"
+
+
+def test_the_report_is_one_file_with_the_rows_numbers(folders, tmp_path):
+    answer = run(folders, tmp_path, "blurred", "--report", tmp_path / "page.html")
+    assert answer.exit_code == 0, answer.output
+    html, (row,) = (tmp_path / "page.html").read_text(), rows(tmp_path).to_dict("records")
+    assert "data:image/png;base64," in html and "http" not in html and "<script" not in html and 'name="viewport"' in html
+    assert f"{row['n_floor']:,}" in html and "n &lt; 2048" in html and (tmp_path / "page.json").exists()
+
+
+@pytest.mark.parametrize(("extra", "code", "message"), [
+    (["--features", "unknown_net"], 2, "unknown_net"),
+    (["--features", "random_tiny,random_tiny"], 2, "each once"),
+    (["--num", "2"], 2, "--num: expected at least 4; found 2"),
+    (["--gen-img-path", "nowhere"], 3, "nowhere: folder: expected a folder of images; found nothing there"),
+    (["--weights", "file.pth"], 2, "--weights: expected inception among --features"),
+    (["--features", "timm:mobilenetv2_100"], 3, "image encoder weights"),
+], ids=["unknown encoder", "twice", "too few", "no folder", "weights of nothing", "no weight file"])
+def test_wrong_arguments_are_one_line_and_write_no_row(folders, tmp_path, extra, code, message):
+    answer = run(folders, tmp_path, "alike", *extra)
+    assert answer.exit_code == code and message in answer.output and "Traceback" not in answer.output
+    assert not (tmp_path / "image_quality_metrics.csv").exists()
+
+
+def test_a_truncated_image_is_named_and_no_row_is_written(folders, tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in sorted((folders / "alike").glob("*.png"))[:6]:
+        (damaged / path.name).write_bytes(path.read_bytes())
+    (damaged / "patch_003.png").write_bytes((damaged / "patch_003.png").read_bytes()[:90])
+    answer = run(folders, tmp_path, "alike", "--gen-img-path", damaged)
+    assert answer.exit_code == 3 and "patch_003.png" in answer.output and not (tmp_path / "image_quality_metrics.csv").exists()
+
+
+def test_help_names_the_options_at_once():
+    started = time.monotonic()
+    answer = CliRunner().invoke(command.main, ["--help"])
+    assert answer.exit_code == 0 and time.monotonic() - started < 2
+    assert all(option in answer.output for option in ("--experiment", "--ref-img-path", "--gen-img-path", "--out-dir", "--cache-dir"))
