@@ -91,7 +91,8 @@ class GanConfig:
     def generator(self, c_dim: int) -> GeneratorConfig:
         """The generator of this run for prompts of width `c_dim`."""
         return GeneratorConfig(img_resolution=self.img_resolution, c_dim=c_dim, cbase=self.cbase, cmax=self.cmax,
-                               res_blocks=self.res_blocks, norm_groups=self.norm_groups, noise_init=self.noise_init, cond_norm=self.cond_norm)
+                               res_blocks=self.res_blocks, norm_groups=self.norm_groups,
+                               noise_init=self.noise_init, cond_norm=self.cond_norm)
 
 
 def resolve(preset: str, size: str, **said: object) -> GanConfig:

@@ -163,7 +163,8 @@ class GanRun:
     def _due(self, last: str, every_kimg: float, at_least: int) -> bool:
         """True every `every_kimg`, and at least `at_least` times in a run."""
         kimg, share = getattr(self.progress, last)
-        due = self.kimg - kimg >= every_kimg - 1e-9 or self.share - share >= 1 / at_least - 1e-9
+        due = (int(self.kimg / every_kimg + 1e-9) > int(kimg / every_kimg + 1e-9)
+               or int(self.share * at_least + 1e-9) > int(share * at_least + 1e-9))
         if due:
             setattr(self.progress, last, (self.kimg, self.share))
         return due

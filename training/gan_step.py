@@ -171,9 +171,11 @@ class GanStep:
 
     def finite(self, losses: dict[str, float]) -> bool:
         """True if no loss and no gradient is NaN or infinite."""
+        if not np.isfinite(list(losses.values())).all():
+            return False
         gradients = [p.grad for p in (*self.generator.parameters(), *self.discriminator.heads.parameters()) if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
-        return bool(np.isfinite(list(losses.values())).all() and torch.isfinite(norms).all())
+        return bool(torch.isfinite(norms).all())
 
     def move(self, g_lr: float, d_lr: float) -> None:
         """One optimiser step of both networks with the gradients that `gradients` left."""

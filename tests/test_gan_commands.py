@@ -1,0 +1,260 @@
+"""train_gan.py and gen_images.py from files on disk to patches on disk, as a user calls them."""
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from click.testing import CliRunner
+from PIL import Image
+
+import gen_images
+import train_gan
+
+ROOT = Path(__file__).resolve().parent.parent
+GENES, N, PX = 12, 16, 16
+
+
+def call(command, **options):
+    arguments = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        arguments += [flag] if value is True else [flag, str(value)]
+    return CliRunner().invoke(command.main, arguments, catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """One sample of 16 spots in two clusters, CLIP weights, and a trained run."""
+    import torch
+
+    from networks.clip import CLIP, ClipModelConfig
+    from networks.histo_models import build_encoder
+    from preprocessing.expression import write_expression
+    from preprocessing.patches import write_patch_file
+
+    folder, order = tmp_path_factory.mktemp("gan"), np.random.default_rng(0)
+    barcodes = [f"AAAC{i:04d}-1" for i in range(N)]
+    obs = pd.DataFrame({"sample_id": "S", "cluster": pd.Categorical(["stroma", "tumour/a"] * (N // 2))}, index=barcodes)
+    genes = ad.AnnData(sp.csr_matrix(order.poisson(3, (N, GENES)).astype(np.float32)), obs=obs,
+                       var=pd.DataFrame(index=[f"gene{i}" for i in range(GENES)]))
+    genes.obsm["spatial"] = order.random((N, 2)) * 1000
+    write_expression(folder / "gex.h5ad", genes)
+    patches = order.integers(0, 256, (N, PX, PX, 3), dtype=np.uint8)
+    write_patch_file(folder / "imgs.h5", patches, count=N, patch_px=PX, coords=np.zeros((N, 2), np.int64), barcodes=barcodes,
+                     patch_size_src=PX, pixel_size=0.5, name="S")
+    torch.manual_seed(0)
+    config = ClipModelConfig(gene_encoder="bottleneck", gene_hidden=8, gene_width=8, projection=8, image_encoder="random_tiny")
+    CLIP(config, genes.var_names.tolist(), image_encoder=build_encoder("random_tiny")).eval().save_pretrained(folder / "clip")
+    result = call(train_gan, **train_options(folder), tensorboard=True)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def train_options(folder, **changes):
+    return {"outdir": folder / "runs", "data": folder / "imgs.h5", "gex": folder / "gex.h5ad", "network": folder / "clip",
+            "img_resolution": PX, "batch": 8, "cfg": "custom", "cbase": 128, "cmax": 8, "res_blocks": 1, "backbone": "random_tiny",
+            "kimg": 0.048, **changes}
+
+
+def run_folder(world):
+    return next((world / "runs").glob("00000-*"))
+
+
+def generate(world, name, **options):
+    outdir = world / name
+    result = call(gen_images, **{"network": run_folder(world), "gex": world / "gex.h5ad", "outdir": outdir, **options})
+    return result, outdir
+
+
+def pictures(folder):
+    return {path.relative_to(folder).as_posix(): np.asarray(Image.open(path)).astype(int)
+            for path in sorted(folder.rglob("prompt*.png"))}
+
+
+@pytest.mark.parametrize("command", ["train_gan.py", "gen_images.py"])
+def test_help_answers_quickly_with_an_example(command):
+    start = time.process_time()
+    shown = subprocess.run([sys.executable, command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"python {command}" in shown and time.process_time() - start < 2
+    loaded = subprocess.run([sys.executable, "-c", f"import sys, {command[:-3]}; print('torch' in sys.modules)"], cwd=ROOT,
+                            capture_output=True, text=True, check=True).stdout
+    assert loaded.strip() == "False"
+
+
+def test_the_command_offers_the_presets_and_sizes_there_are():
+    from training.gan_config import PRESETS, SIZES
+    assert set(train_gan.PRESETS) == set(PRESETS) and set(train_gan.SIZES) == {*SIZES, "custom"}
+
+
+def test_training_leaves_config_statistics_snapshots_and_a_checkpoint(world):
+    folder = run_folder(world)
+    assert folder.name == "00000-S@16-custom-gpus1-b8"
+    assert json.loads((folder / "config.json").read_text())["config"]["img_resolution"] == PX
+    assert (folder / "snapshot-000000" / "model.safetensors").exists() and len(list(folder.glob("snapshot-*"))) >= 6
+    assert list(folder.glob("checkpoint-*/COMMIT")) and list(folder.glob("events.out.tfevents*"))
+
+
+def test_resume_auto_goes_on_in_the_same_folder_and_by_path_too(world):
+    options = train_options(world, outdir=world / "resumed", tensorboard=True)
+    assert call(train_gan, **options, resume="auto").exit_code == 0         # nothing there yet: a new run
+    folder = next((world / "resumed").iterdir())
+    for kimg, how in ((0.064, "auto"), (0.08, folder)):
+        result = call(train_gan, **{**options, "kimg": kimg}, resume=how)
+        assert result.exit_code == 0 and "resuming at kimg" in result.output
+    assert [path.name for path in (world / "resumed").iterdir()] == [folder.name]
+    assert json.loads((folder / "stats.jsonl").read_text().splitlines()[-1])["kimg"] == 0.08
+
+
+def test_a_dry_run_reads_and_checks_but_writes_nothing(world):
+    result = call(train_gan, **train_options(world, outdir=world / "dry"), dry_run=True)
+    assert result.exit_code == 0 and "16 patches at 16 px" in result.output and not (world / "dry").exists()
+
+
+def test_a_sample_sheet_splits_training_from_validation(world):
+    sheet = world / "sheet.csv"
+    sheet.write_text("sample_id,images,gex,split\nS,imgs.h5,gex.h5ad,train\nV,imgs.h5,gex.h5ad,val\n")
+    options = {name: value for name, value in train_options(world).items() if name not in ("data", "gex")}
+    options["outdir"] = world / "sheet_runs"
+    result = call(train_gan, **options, samples=sheet, kimg=0.016)
+    assert result.exit_code in (0, 3)
+    if result.exit_code == 3:       # both names claim one file whose own record says S: the pairing may refuse that
+        assert "sample_id" in result.output
+
+
+@pytest.mark.parametrize(("changes", "code", "says"), [
+    ({"batch": 12}, 2, "--batch: expected a multiple of --batch-gpu 8; found 12"),
+    ({"img_resolution": 24}, 2, "a power of two"),
+    ({"batch": 24}, 3, "at least one batch of 24; found 16"),
+    ({"data": "nowhere.h5"}, 3, "nowhere.h5"),
+    ({"network": "nowhere"}, 3, "nowhere"),
+    ({"resume": "nowhere"}, 3, "--resume"),
+    ({"backbone": "nothing"}, 2, "image encoder"),
+    ({"val_data": "x.h5"}, 2, "--val-data and --val-gex"),
+], ids=lambda value: str(value) if isinstance(value, dict) else "")
+def test_bad_input_is_refused_in_one_line_and_leaves_no_run(world, changes, code, says):
+    result = call(train_gan, **{**train_options(world, outdir=world / "refused"), **changes})
+    assert result.exit_code == code and says in result.output and "Traceback" not in result.output
+    assert not list((world / "refused").glob("*/snapshot-*"))
+
+
+def test_guidance_and_schedules_run_from_the_command(world):
+    result = call(train_gan, **train_options(world, outdir=world / "guided", kimg=0.016), clip_weight=0.2, clip_schedule="linear",
+                  g_lr_schedule="step", rec_weight=0.1, n_train=12, suffix="mine")
+    assert result.exit_code == 0, result.output
+    folder = next((world / "guided").iterdir())
+    assert folder.name.endswith("-mine") and "loss/clip" in (folder / "stats.jsonl").read_text()
+
+
+def test_patches_are_named_by_prompt_and_seed_and_listed(world):
+    result, outdir = generate(world, "listed", seeds="0,2-3", n_samples=2, clusters="cluster", images=world / "imgs.h5")
+    assert result.exit_code == 0, result.output
+    rows = list(csv.DictReader(open(outdir / "samples.csv")))
+    assert sorted(row["file"] for row in rows) == sorted(pictures(outdir))
+    assert len(rows) == 2 * 2 * 3 and {row["cluster"] for row in rows} == {"stroma", "tumour/a"}
+    assert {Path(row["file"]).parts[0] for row in rows} == {"cluster_stroma", "cluster_tumour_a"}
+    assert rows[0]["barcode"].startswith("S__AAAC") and {row["seed"] for row in rows} == {"0", "2", "3"}
+    real = np.random.default_rng(0)
+    real.poisson(3, (N, GENES))
+    real.random((N, 2))
+    first = real.integers(0, 256, (N, PX, PX, 3), dtype=np.uint8)[int(rows[0]["prompt"])]
+    grid = np.asarray(Image.open(outdir / "grid.png"))
+    windows = np.lib.stride_tricks.sliding_window_view(grid, (PX, PX, 3))[:, :, 0]
+    assert (windows == first).all(axis=(2, 3, 4)).any()      # the real patch is in the sheet
+
+
+def test_the_same_seed_gives_the_same_picture_at_any_batch_size(world):
+    one, eight = (pictures(generate(world, f"batch{size}", batch_sz=size, seeds="0-1")[1]) for size in (1, 8))
+    assert len(one) == 2 * N and one.keys() == eight.keys()
+    assert max(np.abs(one[name] - eight[name]).max() for name in one) <= 1
+
+
+def test_every_option_changes_what_it_should(world):
+    def made(name, **options):
+        result, outdir = generate(world, name, n_samples=3, **options)
+        assert result.exit_code == 0, result.output
+        return pictures(outdir)
+
+    plain = made("plain")
+    for name, options in {"truncation": {"truncation": 0.2}, "const": {"noise_mode": "const"}, "none": {"noise_mode": "none"},
+                          "translate": {"translate": "0.25,0"}, "rotate": {"rotate": 90}, "same": {"same_seed": True},
+                          "old": {"network": run_folder(world) / "snapshot-000000"}}.items():
+        other = made(name, **options)
+        assert any((other[file] != plain[file]).any() for file in plain), name
+    assert made("other_seed", seeds="5").keys() != plain.keys()
+    assert (made("again")[next(iter(plain))] == plain[next(iter(plain))]).all()
+
+
+def test_embeddings_and_expression_of_an_npy_are_prompts_row_by_row(world):
+    from networks.snapshot import load_snapshot
+    from training.prompts import read_prompts
+    snapshot = load_snapshot(gen_images.newest_snapshot(run_folder(world)))
+    prompts = read_prompts(world / "gex.h5ad", snapshot)
+    np.save(world / "embeddings.npy", prompts.embeddings.numpy())
+    (_, from_genes), (result, from_rows) = generate(world, "genes"), generate(world, "rows", gex=world / "embeddings.npy", encoded=True)
+    assert result.exit_code == 0, result.output
+    a, b = pictures(from_genes), pictures(from_rows)
+    assert a.keys() == b.keys() and max(np.abs(a[name] - b[name]).max() for name in a) <= 1
+    np.save(world / "expression.npy", np.ones(GENES, np.float32))
+    result, outdir = generate(world, "expression", gex=world / "expression.npy", n_samples=3)
+    assert result.exit_code == 0 and list(pictures(outdir)) == [f"prompt00000_seed{seed:04d}.png" for seed in range(3)]
+
+
+def write_bad(folder, kind):
+    rows = np.zeros((4, 8), np.float32)
+    if kind == "width":
+        rows = rows[:, :5]
+    if kind == "nan":
+        rows[2, 1] = np.nan
+    if kind == "pickle":
+        rows = np.array([{"a": 1}], dtype=object)
+    np.save(folder / f"{kind}.npy", rows, allow_pickle=kind == "pickle")
+    return folder / f"{kind}.npy"
+
+
+@pytest.mark.parametrize(("kind", "says"), [("width", "(prompts, 8)"), ("nan", "rows 1 (2)"), ("pickle", "no Python objects")])
+def test_prompts_of_wrong_width_with_nan_or_pickled_are_refused(world, kind, says):
+    result, outdir = generate(world, f"bad_{kind}", gex=write_bad(world, kind), encoded=True)
+    assert result.exit_code == 3 and says in result.output and f"{kind}.npy" in result.output and not outdir.exists()
+
+
+@pytest.mark.parametrize("labels", [N - 1, N + 1])
+def test_labels_that_are_not_one_a_prompt_are_refused(world, labels):
+    np.save(world / "labels.npy", np.zeros(labels, int))
+    result, outdir = generate(world, "bad_labels", clusters=world / "labels.npy")
+    assert result.exit_code == 3 and "one for each of the 16 prompts" in result.output and not outdir.exists()
+    result, _ = generate(world, "bad_labels", clusters="no_such_column")
+    assert result.exit_code == 3 and "sample_id, cluster" in result.output
+
+
+def test_labels_may_come_from_npy_or_csv(world):
+    np.save(world / "good.npy", np.arange(N) % 4)
+    pd.DataFrame({"barcode": range(N), "label": np.arange(N) % 4}).to_csv(world / "good.csv", index=False)
+    made = [generate(world, f"labels_{kind}", clusters=world / f"good.{kind}", n_samples=1)[1] for kind in ("npy", "csv")]
+    assert pictures(made[0]).keys() == pictures(made[1]).keys() and len(pictures(made[0])) == 4
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("0,1,4-6", [0, 1, 4, 5, 6]), ("3", [3]), ("2-2,2", [2])])
+def test_seeds_are_numbers_and_ranges(text, seeds):
+    from training.prompts import parse_seeds
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("options", [{"seeds": "a"}, {"seeds": "4-2"}, {"n_samples": 0}, {"batch_sz": 0}, {"translate": "1"}], ids=str)
+def test_impossible_options_of_sampling_are_usage_errors(world, options):
+    result, outdir = generate(world, "usage", **options)
+    assert result.exit_code == 2 and not outdir.exists()
+
+
+def test_a_snapshot_whose_gene_encoder_was_replaced_or_moved_is_refused_until_told_where(world, tmp_path):
+    import shutil
+    shutil.copytree(run_folder(world), tmp_path / "run")            # the relative path leads nowhere from here
+    result, _ = generate(world, "moved", network=tmp_path / "run")
+    assert result.exit_code == 3 and "--clip" in result.output
+    assert generate(world, "told", network=tmp_path / "run", clip=world / "clip", n_samples=1)[0].exit_code == 0

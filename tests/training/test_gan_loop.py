@@ -1,0 +1,249 @@
+"""The GAN's loop: what a step depends on, that a run can be stopped anywhere, and what it leaves behind."""
+import json
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from networks.histo_models import build_encoder
+from networks.snapshot import load_snapshot
+from preprocessing.errors import InputError, OptionError, WeightsError
+from training.gan_config import PRESETS, GanConfig, resolve
+from training.gan_data import gan_data, neighbour_deviations
+from training.gan_grids import generate
+from training.gan_loop import DivergedError, GanRun
+from training.gan_step import TrainingData, alternate
+from training.run_folder import latest_checkpoint
+
+TINY = {"img_resolution": 16, "batch": 8, "cbase": 128, "cmax": 8, "res_blocks": 1, "norm_groups": 4, "backbone": "random_tiny",
+        "blur_init": 2.0, "kimg": 0.08}
+
+
+def tiny_data(n=24, width=6, validation=False):
+    """Two kinds of spots: red patches and blue ones, with prompts to match."""
+    order = torch.Generator().manual_seed(0)
+    kind = torch.arange(n) % 2
+    images = torch.randint(0, 60, (n, 3, 16, 16), generator=order, dtype=torch.uint8)
+    images[kind == 0, 0] += 180
+    images[kind == 1, 2] += 180
+    prompts = torch.nn.functional.one_hot(kind, width) + torch.randn(n, width, generator=order) * 0.1
+    training = TrainingData(images, torch.nn.functional.normalize(prompts, dim=1))
+    held_out = TrainingData(images[:4], training.prompts[:4]) if validation else None
+    return gan_data("TINY", training, np.array([f"s__{i}" for i in range(n)]), clusters=kind.numpy().astype(str), validation=held_out,
+                    validation_barcodes=np.array(["v"] * 4) if validation else None)
+
+
+def make_run(folder, preset="best", data=None, **said):
+    folder.mkdir(exist_ok=True)
+    config = resolve(preset, "custom", **{**TINY, **said})
+    return GanRun(config, data or tiny_data(), build_encoder("random_tiny"), folder, tensorboard=False)
+
+
+def weights(run):
+    parts = (run.gan.generator.state_dict(), run.gan.discriminator.trainable_state(), run.average.state_dict())
+    return [tensor for part in parts for tensor in part.values()]
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(weights(first), weights(second), strict=True))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path, preset):
+    straight, stopped = make_run(tmp_path / "a", preset), make_run(tmp_path / "b", preset)
+    for _ in range(6):
+        straight.one_step()
+    for _ in range(int(np.random.default_rng().integers(1, 6))):
+        stopped.one_step()
+    stopped.save()
+    resumed = make_run(tmp_path / "b", preset)
+    resumed.load(latest_checkpoint(tmp_path / "b"))
+    assert resumed.progress.step == stopped.progress.step and same(resumed, stopped)
+    while resumed.progress.step < 6:
+        resumed.one_step()
+    assert same(resumed, straight)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_micro_batches_do_not_change_the_gradients(tmp_path, preset):
+    found = []
+    for micro in (8, 16):
+        run = make_run(tmp_path / str(micro), preset, batch=16, batch_gpu=micro)
+        losses = run.gan.gradients(3, sigma=1.0, clip_weight=0)
+        found.append((losses, [p.grad for p in (*run.gan.generator.parameters(), *run.gan.discriminator.heads.parameters())]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        assert torch.allclose(a, b, atol=1e-4 * max(b.abs().max().item(), 1e-2))
+
+
+def test_a_checkpoint_at_every_step_leaves_the_weights_as_without(tmp_path):
+    plain, saving = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    for _ in range(3):
+        plain.one_step()
+        saving.one_step()
+        saving.save()
+        saving.showcase.diversity(saving.average)
+    assert same(plain, saving)
+
+
+def test_the_discriminators_loss_does_not_move_the_generator_nor_the_other_way_round(tmp_path):
+    run = make_run(tmp_path / "a")
+    run.gan.gradients(0, sigma=0, clip_weight=0)
+    both = [p.grad.clone() for p in run.gan.generator.parameters()]
+    run.gan._discriminator_backward = lambda *_: None
+    run.gan.gradients(0, sigma=0, clip_weight=0)
+    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(run.gan.generator.parameters(), both, strict=True))
+    assert all(p.grad is None for p in run.gan.discriminator.heads.parameters())
+
+
+def test_a_short_run_leaves_an_untrained_snapshot_and_at_least_five_more_with_pictures(tmp_path):
+    run = make_run(tmp_path / "run", data=tiny_data(validation=True))
+    steps = sum(1 for _ in run.train())
+    assert steps == 10
+    names = sorted(path.name for path in run.folder.glob("snapshot-*"))
+    assert names[0] == "snapshot-000000" and names[-1] == "snapshot-000080" and len(names) >= 6
+    assert sorted(path.stem for path in (run.folder / "samples").iterdir()) == names
+    lines = [json.loads(line) for line in (run.folder / "stats.jsonl").read_text().splitlines()]
+    assert {"loss/D", "loss/G", "sec_per_kimg"} <= set().union(*lines) and any("diversity/real" in line for line in lines)
+    assert latest_checkpoint(run.folder).state["step"] == 10
+    snapshot = load_snapshot(run.folder / names[-1])
+    keys = [(0, 0)] * 8
+    assert torch.equal(generate(snapshot.generator, run.showcase.prompts, keys), generate(run.average, run.showcase.prompts, keys))
+
+
+def test_the_blur_fades_over_a_tenth_of_the_run_also_under_a_time_budget(tmp_path, monkeypatch):
+    run, seen = make_run(tmp_path / "a", kimg=1000.0, budget_minutes=10.0), []
+    monkeypatch.setattr(run.gan, "gradients", lambda step, sigma, clip_weight: seen.append(sigma) or {"loss/D": float("nan")})
+    for seconds in (0, 30, 60, 300):
+        run.progress.elapsed_s = float(seconds)
+        run.one_step()
+    assert seen == pytest.approx([2.0, 1.0, 0.0, 0.0])
+
+
+def test_a_time_budget_ends_the_run_cleanly(tmp_path):
+    run = make_run(tmp_path / "a", kimg=1000.0, budget_minutes=1.0)
+    for _ in run.train():
+        run.config = replace(run.config, budget_minutes=1e-6)
+    assert run.share == 1 and latest_checkpoint(run.folder) is not None and run.progress.step < 5
+
+
+def test_one_bad_step_is_skipped_and_counted(tmp_path, monkeypatch, caplog):
+    run = make_run(tmp_path / "a")
+    run.one_step()
+    before, real = [tensor.clone() for tensor in weights(run)], run.gan.gradients
+
+    def poisoned(step, **kwargs):
+        losses = real(step, **kwargs)
+        next(run.gan.generator.parameters()).grad.fill_(float("nan"))
+        return losses
+
+    monkeypatch.setattr(run.gan, "gradients", poisoned)
+    assert run.one_step() is None
+    parameters = dict(run.gan.generator.named_parameters())
+    kept = dict(zip(run.gan.generator.state_dict(), before, strict=False))
+    assert all(torch.equal(parameters[name], kept[name]) for name in parameters)
+    assert run.progress.bad_steps == 1 and "skipped" in caplog.text
+    monkeypatch.setattr(run.gan, "gradients", real)
+    assert run.one_step() is not None and run.progress.bad_in_a_row == 0
+
+
+def test_bad_steps_without_end_stop_the_run_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "a", max_bad_steps=3)
+    run.one_step()
+    good = [tensor.clone() for tensor in run.gan.generator.parameters()]
+    run.save()
+    monkeypatch.setattr(run.gan, "gradients", lambda step, **_: {"loss/D": float("inf")})
+    with pytest.raises(DivergedError, match="3 steps in a row") as stopped:
+        list(run.train())
+    assert stopped.value.exit_code == 1
+    kept = latest_checkpoint(run.folder).tensors["generator"]
+    names = [name for name, _ in run.gan.generator.named_parameters()]
+    assert all(torch.equal(kept[name], tensor) for name, tensor in zip(names, good, strict=True))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+def test_a_stopped_run_finishes_its_step_saves_and_can_be_resumed(tmp_path, number, code):
+    run = make_run(tmp_path / "a")
+    with pytest.raises(SystemExit) as stopped:
+        for step, _ in enumerate(run.train()):
+            if step == 2:
+                os.kill(os.getpid(), number)
+    assert stopped.value.code == code
+    assert latest_checkpoint(run.folder).state["step"] == 3
+    resumed = make_run(tmp_path / "a")
+    resumed.load(latest_checkpoint(run.folder))
+    assert sum(1 for _ in resumed.train()) == 7
+
+
+def test_a_checkpoint_of_other_options_or_data_is_refused(tmp_path):
+    run = make_run(tmp_path / "a")
+    run.save()
+    checkpoint = latest_checkpoint(tmp_path / "a")
+    make_run(tmp_path / "a", kimg=5.0).load(checkpoint)      # a longer run is the same run
+    with pytest.raises(WeightsError, match="g_lr 0.0"):
+        make_run(tmp_path / "a", g_lr=0.123).load(checkpoint)
+    with pytest.raises(WeightsError, match="patches and prompts"):
+        make_run(tmp_path / "a", data=tiny_data(n=26)).load(checkpoint)
+
+
+def test_fewer_patches_than_a_batch_are_refused(tmp_path):
+    with pytest.raises(InputError, match="at least one batch of 8; found 7"):
+        make_run(tmp_path / "a", data=tiny_data(n=7))
+
+
+def test_a_prompt_that_is_not_a_number_is_refused():
+    data = tiny_data()
+    data.training.prompts[3, 2] = float("nan")
+    with pytest.raises(InputError, match="in 1 of 24 rows"):
+        gan_data("TINY", data.training, data.barcodes)
+
+
+@pytest.mark.parametrize("wrong", [{"batch": 12}, {"batch_gpu": 9}, {"batch_gpu": 0}, {"kimg": 0.0}, {"budget_minutes": -1.0},
+                                   {"img_resolution": 20}, {"g_lr": 0.0}], ids=str)
+def test_options_that_cannot_hold_are_refused_before_data_is_read(wrong):
+    with pytest.raises(OptionError):
+        GanConfig(**{**TINY, **wrong})
+
+
+def test_presets_and_sizes_are_laid_under_what_was_said():
+    assert resolve("reference", "lite", img_resolution=64, batch=8).shared_pass is False
+    assert resolve("best", "small", img_resolution=64, batch=8).cmax < resolve("best", "lite", img_resolution=64, batch=8).cmax == 512
+    assert resolve("best", "full", img_resolution=64, batch=8, cmax=64, g_lr=None).cmax == 64
+    with pytest.raises(OptionError, match="reference, best"):
+        resolve("worst", "lite", img_resolution=64, batch=8)
+
+
+def test_like_prompts_set_how_much_patches_should_differ():
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    images[1] = 51                                                     # 0.4 in [-1, 1]
+    prompts = torch.tensor([[1.0, 0.0], [1.0, 0.01], [0.0, 1.0], [0.01, 1.0]])
+    assert torch.allclose(neighbour_deviations(images, prompts), torch.full((4,), 0.2), atol=1e-6)
+
+
+def test_alternating_rows():
+    assert alternate(torch.tensor([0, 2]), torch.tensor([1, 3])).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("said", [{"diversity_weight": 5.0}, {"rec_weight": 1.0}, {"cond_noise": 0.5}, {"flips": False}, {"max_shift_px": 0},
+                                  {"colour_strength": 0.1}, {"statistics": "imagenet"}, {"shared_pass": False}, {"noise_init": 0.0},
+                                  {"prompt_bias": 0.0}, {"cond_norm": "l2"}, {"seed": 1}, {"blur_init": 8.0}, {"backbone_px": 32}], ids=str)
+def test_every_option_of_a_step_changes_what_is_learned(tmp_path, said):
+    runs = [make_run(tmp_path / name, **{"max_shift_px": 2, **options}) for name, options in (("a", {}), ("b", said))]
+    for run in runs:
+        run.one_step()
+    gradients = [[p.grad for p in (*run.gan.generator.parameters(), *run.gan.discriminator.heads.parameters())] for run in runs]
+    shapes_differ = any(a.shape != b.shape for a, b in zip(*gradients, strict=False))
+    assert shapes_differ or any(not torch.allclose(a, b, rtol=1e-4) for a, b in zip(*gradients, strict=True))
+
+
+def test_the_generator_learns_which_prompt_is_which_colour(tmp_path):
+    run = make_run(tmp_path / "a", kimg=1.6, g_lr=0.01, d_lr=0.01)
+    while run.share < 1:
+        run.one_step()
+    prompts = run.training.prompts[:16]
+    made = generate(run.average, prompts, [(seed, 0) for seed in range(16)]).float().mean(dim=(2, 3))      # (16, 3)
+    redness = (made[:, 0] - made[:, 2]).view(8, 2)
+    assert (redness[:, 0] > redness[:, 1] + 60).all()
