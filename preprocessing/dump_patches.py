@@ -18,26 +18,29 @@ BLOCK = 64                        # patches normalised together
 
 def dump_patches_to_folder_single(images_path: Path | str, wsi_path: Path | str | None, out_dir: Path | str, normalize: bool = True, *,
                                   stain_file: Path | str | None = None, on_stain_failure: str = "error", progress: bool = False) -> int:
-    """Write every patch of `images_path` into the folder `out_dir`; returns how many.
+    """Write every patch of `images_path` into the folder `out_dir`, unless it was finished from these inputs; returns how many.
 
     Stain vectors are estimated on the tissue of `wsi_path`, or read from `stain_file` (a `stain.json`). A slide without two
     stains is an InputError, or keeps its colours with `on_stain_failure="skip"`. The slide is not needed without `normalize`.
     """
-    from preprocessing.outputs import write_done
+    from preprocessing.outputs import is_done, locked, write_done
     from preprocessing.patches import read_patch_file, write_patch_folder
 
     images_path, out_dir, gex_path = Path(images_path), Path(out_dir), Path(images_path).parent / "gex.h5ad"
+    named = {"images": images_path, "wsi": wsi_path, "gex": gex_path if gex_path.is_file() else None, "stain_file": stain_file}
+    inputs = {name: path for name, path in named.items() if path is not None and Path(path).is_file()}
+    config = {"normalize": normalize, "on_stain_failure": on_stain_failure}
     stain, record = None, {"normalised": False}
-    with read_patch_file(images_path) as file:
+    with locked(out_dir), read_patch_file(images_path) as file:
+        if is_done(out_dir, config=config, inputs=inputs) and len(list(out_dir.glob("patch_*.png"))) == len(file):
+            return len(file)
         order, centre_xy_px, sample_id = _rows_of_expression(file, gex_path)
         if normalize:
             stain, record = _stain(wsi_path, stain_file, on_stain_failure)
         patches = _patches(file, order, stain, progress)
         write_patch_folder(out_dir, patches, barcodes=[file.barcodes[i] for i in order] if file.barcodes else None,
                            sample_id=sample_id, xy=centre_xy_px, stain=record)
-    inputs = {"images": images_path, "wsi": wsi_path, "gex": gex_path if gex_path.is_file() else None, "stain_file": stain_file}
-    write_done(out_dir, config={"normalize": normalize, "on_stain_failure": on_stain_failure, "stain": record}, rows=len(order),
-               inputs={name: path for name, path in inputs.items() if path is not None})
+        write_done(out_dir, config=config, inputs=inputs, rows=len(order), stain=record)
     return len(order)
 
 
@@ -133,7 +136,7 @@ def dump_all(**options) -> Iterator[str]:
     for images, wsi, out_dir in _jobs(options):
         count = dump_patches_to_folder_single(images, wsi, out_dir, options["normalize"], stain_file=options["stain_file"],
                                               on_stain_failure=options["on_stain_failure"], progress=True)
-        yield f"wrote {count:,} patches to {out_dir}"
+        yield f"{count:,} patches stand in {out_dir}"
 
 
 PATH = click.Path(path_type=Path)

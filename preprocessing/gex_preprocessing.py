@@ -13,6 +13,7 @@ def filter_expression(raw_file: Path | str, vocab_file: Path | str, out_file: Pa
                       missing_genes: Literal["error", "zero"] = "error", gene_map: Path | str | None = None) -> tuple[Path, str]:
     """Write the selected genes of `raw_file`; returns the path (default: gex_filt.h5ad beside it) and a sentence on what was done."""
     from preprocessing.expression import read_expression, read_gene_map, read_vocabulary, select_genes, write_expression
+    from preprocessing.outputs import locked
 
     out_file = Path(raw_file).parent / "gex_filt.h5ad" if out_file is None else Path(out_file)
     vocabulary = read_vocabulary(vocab_file)
@@ -24,7 +25,8 @@ def filter_expression(raw_file: Path | str, vocab_file: Path | str, out_file: Pa
     finally:
         adata.file.close()
     inputs = {"raw_file": raw_file, "vocab_file": vocab_file} | ({"gene_map": gene_map} if gene_map is not None else {})
-    write_expression(out_file, selected, config={"missing_genes": missing_genes}, inputs=inputs)
+    with locked(out_file):
+        write_expression(out_file, selected, config={"missing_genes": missing_genes}, inputs=inputs)
     filled = int(selected.var["zero_filled"].sum()) if "zero_filled" in selected.var else 0
     zero = f", {filled:,} of them missing and filled with zeros" if filled else ""
     return out_file, f"{selected.n_obs:,} spots, {selected.n_vars:,} genes of the vocabulary{zero} (from {n_before:,})"

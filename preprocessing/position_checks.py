@@ -6,13 +6,16 @@ rotated and mirrored; the image can tell. Touches no files.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from preprocessing.errors import InputError
 
 ENOUGH = 20               # positions in and out of tissue below which contrast says nothing
-MIN_CONTRAST = 10.0       # grey levels between tissue and glass that exchanged columns must win by
+MIN_CONTRAST = 25.0       # grey levels between tissue and glass that the exchanged columns must show
+NO_CONTRAST = 5.0         # and that the columns as given must not
+GLASS_GREY = 180.0        # brightfield: off the tissue the slide is bright. Other pictures (fluorescence, phantoms) say nothing
 SWAPPED = "With x and y exchanged they lie {where}: the two pixel columns of the positions are swapped"
 
 
@@ -41,22 +44,32 @@ def _inside(xy: np.ndarray, width: float, height: float) -> np.ndarray:
 def check_over_tissue(path: Path | str, xy: np.ndarray, in_tissue: np.ndarray, image: np.ndarray, image_path: Path | str) -> None:
     """Refuse pixel columns that are exchanged: tissue is darker than glass, and only the exchanged positions show it.
 
-    `xy` (P, 2) in pixels of `image` uint8 (H, W, 3). Says nothing about images without contrast, or positions all in tissue.
+    `xy` (P, 2) in pixels of `image` uint8 (H, W, 3). Says nothing about images that are not brightfield or show no contrast,
+    or positions all in tissue.
     """
     grey = image.mean(axis=2)
     given, exchanged = _contrast(xy, in_tissue, grey), _contrast(xy[:, ::-1], in_tissue, grey)
-    if given is not None and exchanged is not None and exchanged > MIN_CONTRAST + max(2 * given, 0):
+    if given is None or exchanged is None:
+        return
+    if exchanged.glass >= GLASS_GREY and exchanged.difference >= MIN_CONTRAST and given.difference <= NO_CONTRAST:
         raise InputError(path, "pixel positions", f"positions in tissue where {image_path} is dark",
-                         f"a contrast to the other positions of {given:.0f} grey levels, and of {exchanged:.0f} with x and y exchanged",
+                         f"a contrast to the other positions of {given.difference:.0f} grey levels, "
+                         f"and of {exchanged.difference:.0f} with x and y exchanged",
                          SWAPPED.format(where="over tissue"))
 
 
-def _contrast(xy: np.ndarray, in_tissue: np.ndarray, grey: np.ndarray) -> float | None:
-    """How much darker the image is under positions in tissue than under the others; None where too few lie on it."""
+class _Contrast(NamedTuple):
+    difference: float     # how much darker the image is under positions in tissue than under the others, grey levels
+    glass: float          # median grey under the others
+
+
+def _contrast(xy: np.ndarray, in_tissue: np.ndarray, grey: np.ndarray) -> _Contrast | None:
+    """Contrast of the image between positions in tissue and the others; None where too few lie on it."""
     usable = np.isfinite(xy).all(axis=1)
     usable[usable] = _inside(xy[usable], grey.shape[1] - 1, grey.shape[0] - 1)
     if min(np.count_nonzero(usable & in_tissue), np.count_nonzero(usable & ~in_tissue)) < ENOUGH:
         return None
     columns, rows = np.rint(xy[usable]).astype(int).T
     under = grey[rows, columns]
-    return float(under[~in_tissue[usable]].mean() - under[in_tissue[usable]].mean())
+    glass, tissue = under[~in_tissue[usable]], under[in_tissue[usable]]
+    return _Contrast(float(glass.mean() - tissue.mean()), float(np.median(glass)))

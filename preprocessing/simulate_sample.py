@@ -9,65 +9,18 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
-from preprocessing.errors import Command, InputError, OptionError
+from preprocessing.errors import Command, InputError
 from preprocessing.outputs import finished_folder, is_done, require_free_space, write_done
+from preprocessing.simulation.config import BIN_UM, PLATFORMS, SimulateConfig
 
 if TYPE_CHECKING:
-    from preprocessing.simulated_expression import Genes
-    from preprocessing.simulated_slide import SlidePainter, Stains
-    from preprocessing.simulated_tissue import Cells, Tissue
-
-PLATFORMS = ("visium-v1", "visium-v2", "visium-hd")
-BIN_UM = 2.0                     # Visium HD
-
-
-@dataclass(frozen=True)
-class SimulateConfig:
-    """One simulated sample."""
-
-    out_dir: Path
-    platform: Literal["visium-v1", "visium-v2", "visium-hd"] = "visium-v2"
-    sample_id: str = "SIM1"
-    width_um: float = 2000.0          # of the slide; tissue leaves a rim of glass
-    height_um: float = 2000.0
-    mpp: float = 0.5                  # µm per level-0 pixel
-    genes: int = 500
-    seed: int = 0                     # tissue, counts and slide effect of this sample
-    biology_seed: int = 0             # which genes carry which morphology: the same for a cohort
-    stain_seed: int | None = None     # stain vectors; None: follows the seed
-    slide_effect: float = 0.15        # deviation of the log batch effect of a gene
-    umis: float | None = None         # mean UMIs of a spot or bin; None: 6000 a spot, 12 a bin
-    zero_read_fraction: float = 0.004  # spots in tissue that caught nothing; at least two unless 0
-    clusters: int = 6
-    region_um: float = 280.0          # scale at which tubules, stroma and lymphoid tissue alternate
-    jpeg_quality: int = 90
-
-    def __post_init__(self):
-        limits = {"width_um": (300, 50_000), "height_um": (300, 50_000), "mpp": (0.1, 2), "genes": (30, 40_000), "slide_effect": (0, 2),
-                  "zero_read_fraction": (0, 0.5), "clusters": (1, 50), "region_um": (50, 5000), "jpeg_quality": (30, 100)}
-        for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
-                raise OptionError(f"--{name.replace('_', '-')}", f"{low:g} to {high:g}", str(getattr(self, name)))
-        if self.platform not in PLATFORMS:
-            raise OptionError("--platform", f"one of {', '.join(PLATFORMS)}", self.platform)
-        for name in ("seed", "biology_seed", "stain_seed"):
-            if (getattr(self, name) or 0) < 0:
-                raise OptionError(f"--{name.replace('_', '-')}", "0 or more", str(getattr(self, name)))
-        if self.umis is not None and self.umis <= 0:
-            raise OptionError("--umis", "more than 0", str(self.umis))
-
-    @property
-    def is_hd(self) -> bool:
-        return self.platform == "visium-hd"
-
-    @property
-    def mean_umis(self) -> float:
-        return self.umis if self.umis is not None else (12.0 if self.is_hd else 6000.0)
-
+    from preprocessing.simulation.expression import Genes
+    from preprocessing.simulation.slide import SlidePainter, Stains
+    from preprocessing.simulation.tissue import Cells, Tissue
 
 @dataclass(frozen=True)
 class SimulatedSample:
@@ -115,11 +68,11 @@ def simulate_sample(config: SimulateConfig, progress: bool = False) -> Simulated
 
 
 def _write_parts(config: SimulateConfig, folder: Path, settings: dict, progress: bool) -> dict:
-    from preprocessing.simulated_array import write_expression
-    from preprocessing.simulated_expression import gene_programmes
-    from preprocessing.simulated_slide import SlidePainter, slide_stains
-    from preprocessing.simulated_tissue import Tissue
-    from preprocessing.write_space_ranger import HD_FOLDER
+    from preprocessing.simulation.array import write_expression
+    from preprocessing.simulation.expression import gene_programmes
+    from preprocessing.simulation.slide import SlidePainter, slide_stains
+    from preprocessing.simulation.space_ranger_files import HD_FOLDER
+    from preprocessing.simulation.tissue import Tissue
 
     tissue = Tissue(config.width_um, config.height_um, config.seed, config.region_um)
     cells = tissue.place_cells()
@@ -141,8 +94,8 @@ def _write_parts(config: SimulateConfig, folder: Path, settings: dict, progress:
 def _write_slide(config: SimulateConfig, painter: SlidePainter, folder: Path, spatial: Path, progress: bool) -> None:
     from tqdm import tqdm
 
-    from preprocessing.write_pyramid import write_pyramid
-    from preprocessing.write_space_ranger import HD_LIMIT, HIRES_LIMIT, write_images
+    from preprocessing.simulation.pyramid import write_pyramid
+    from preprocessing.simulation.space_ranger_files import HD_LIMIT, HIRES_LIMIT, write_images
 
     with tqdm(total=painter.height_px, desc="slide", unit="px row", disable=not progress) as bar:
         overview = write_pyramid(painter, folder / "slide.tif", overview_px=HD_LIMIT if config.is_hd else HIRES_LIMIT,
@@ -174,8 +127,8 @@ def _write_truth(cells: Cells, genes: Genes, stains: Stains, mpp: float, truth: 
     import numpy as np
     import pandas as pd
 
-    from preprocessing.simulated_expression import COMPONENTS, MORPHOLOGY
-    from preprocessing.simulated_tissue import CELL_NAMES
+    from preprocessing.simulation.expression import COMPONENTS, MORPHOLOGY
+    from preprocessing.simulation.tissue import CELL_NAMES
 
     pd.DataFrame({
         "x_px": cells.x_um / mpp, "y_px": cells.y_um / mpp, "cell_type": np.array(CELL_NAMES)[cells.cell_type],

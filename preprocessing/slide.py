@@ -127,8 +127,8 @@ class PyramidSlide(Slide):
         try:
             image = self._handle.read_region((x, y), level, (width, height))
         except openslide.OpenSlideError as error:
-            self._handle.close()                       # OpenSlide answers nothing more on a handle that has failed once
-            self._handle = _open_handle(self.path)
+            broken, self._handle = self._handle, _open_handle(self.path)   # OpenSlide answers nothing more on one that has failed
+            broken.close()
             raise SlideReadError(self.path, f"region x={x} y={y} {width} x {height} of level {level}", "pixels",
                                  f"a tile that cannot be decoded ({error})") from error
         return on_white(np.asarray(image))

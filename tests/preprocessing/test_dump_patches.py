@@ -81,7 +81,7 @@ def test_normalised_patches_follow_the_vectors_in_stain_json(sample):
 def test_a_stain_file_replaces_the_estimate(sample):
     run("--images", sample / "imgs.h5", "--wsi", sample / "slide.png", "--out-dir", sample / "a")
     result = run("--images", sample / "imgs.h5", "--out-dir", sample / "b", "--stain-file", sample / "a" / "stain.json")
-    assert result.exit_code == 0 and f"wrote 4 patches to {sample / 'b'}" in result.output
+    assert result.exit_code == 0 and f"4 patches stand in {sample / 'b'}" in result.output
     assert (read_patch(sample / "a" / "patch_2.png") == read_patch(sample / "b" / "patch_2.png")).all()
     assert json.loads((sample / "b" / "stain.json").read_text())["from_stain_file"] == "stain.json"
 
@@ -184,3 +184,13 @@ def test_the_script_takes_real_tissue_from_the_space_ranger_folder_to_a_paired_f
     expression, folder = read_expression(out / "gex_filt.h5ad"), read_patch_folder(out / "patches")
     assert expression.n_vars == 3 and set(folder.sample_ids) == {"BRAIN"}
     assert len(pair(folder, expression.obs_names.tolist(), "gex_filt.h5ad", expression.uns["morphology"]["barcode_sha256"])) == 49
+
+
+def test_a_finished_folder_is_left_alone_and_a_damaged_or_otherwise_set_one_is_redone(sample, tmp_path):
+    folder = tmp_path / "patches"
+    dump_patches_to_folder_single(sample / "imgs.h5", None, folder, normalize=False)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    dump_patches_to_folder_single(sample / "imgs.h5", None, folder, normalize=False)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")} == before
+    next(folder.glob("*.png")).unlink()
+    assert dump_patches_to_folder_single(sample / "imgs.h5", None, folder, normalize=False) == len(list(folder.glob("*.png")))

@@ -17,10 +17,10 @@ from preprocessing.extraction import ExtractConfig, choose_spots
 from preprocessing.patches import read_patch_file
 from preprocessing.pseudo_spots import group_bins, sum_members, take_spots
 from preprocessing.sample import Spots
+from preprocessing.simulation.space_ranger_files import hd_barcodes, positions_table, write_count_matrix, write_images, write_positions
 from preprocessing.slide import open_slide
 from preprocessing.space_ranger import read_sample
 from preprocessing.windows import cut_patches
-from preprocessing.write_space_ranger import hd_barcodes, positions_table, write_count_matrix, write_images, write_positions
 
 BIN_PX, MPP, MARGIN_BINS = 4, 0.5, 20
 OFFSETS = [(0, 0), (3, 0), (10, 20), (30, 30), (80, 90)]
@@ -71,7 +71,7 @@ def phantom_hd_folder(folder, *, offset, columns_run_left=False, holes=(), shape
     shuffled = np.random.default_rng(0).permutation(len(row))
     table = positions_table(barcodes, in_tissue, row, col, row_px, col_px, whole_px=False)
     write_positions(bin_folder / "spatial", table.iloc[shuffled], "visium-hd")
-    write_images(bin_folder / "spatial", np.full_like(pixels, 200), pixels.shape[1], pixels.shape[0], MPP, bin_um=2.0)
+    write_images(bin_folder / "spatial", pixels, pixels.shape[1], pixels.shape[0], MPP, bin_um=2.0)
     counted = shuffled[::-1][in_tissue[shuffled[::-1]]]
     counts = sp.csr_matrix(np.stack([np.ones(len(counted)), row[counted], col[counted]], axis=1).astype(np.int32))
     write_count_matrix(bin_folder / "filtered_feature_bc_matrix.h5", [(barcodes[counted], counts)], gene_names=["One", "Row", "Col"],
@@ -220,7 +220,8 @@ def test_a_simulated_sample_becomes_paired_files_and_a_page(fixture, request, tm
         assert float(patches.attrs["pixel_size"]) == pytest.approx(simulated.mpp, rel=0.02)
     assert {"in_tissue", "array_row", "array_col", "sample_id", "n_members"} <= set(expression.obs)
     page = (tmp_path / "qc.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "http" not in page and f"of {expression.n_obs:,} patches" in page
+    assert page.count("data:image/png;base64,") == 2
+    assert "http:" not in page and "https:" not in page and f"of {expression.n_obs:,} patches" in page
     assert all(json.loads((tmp_path / f"{name}.done.json").read_text())["rows"] == expression.n_obs for name in WRITTEN)
 
 

@@ -18,9 +18,9 @@ from scipy.spatial import cKDTree
 from preprocessing.errors import InputError, OptionError
 from preprocessing.outputs import file_sha256
 from preprocessing.simulate_sample import SimulateConfig, main, simulate_sample
-from preprocessing.simulated_expression import COMPONENTS, gene_programmes, slide_profiles
-from preprocessing.simulated_slide import SlidePainter, slide_stains
-from preprocessing.simulated_tissue import CELL_TYPES, Tissue
+from preprocessing.simulation.expression import COMPONENTS, gene_programmes, slide_profiles
+from preprocessing.simulation.slide import SlidePainter, slide_stains
+from preprocessing.simulation.tissue import CELL_TYPES, Tissue
 
 HD = Path("outs/binned_outputs/square_002um")
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from preprocessing import simulated_tissue as st
-from preprocessing.simulated_noise import lattice_bits, noise_on_grid, upsample
-from preprocessing.simulated_tissue import Cells, Layout, Tissue
+from preprocessing.simulation import tissue as st
+from preprocessing.simulation.noise import lattice_bits, noise_on_grid, upsample
+from preprocessing.simulation.tissue import Cells, Layout, Tissue
 
 STEP_UM = 2.0            # the layout is laid out on this grid and interpolated
 FOCUS_UM = 0.42          # blur of the scanner

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial import cKDTree
 
-from preprocessing.simulated_noise import lattice_random, noise_at
+from preprocessing.simulation.noise import lattice_random, noise_at
 
 REGIONS = ("glass", "proximal tubules", "distal tubules", "collecting ducts", "glomerulus", "stroma", "lymphoid", "vessel")
 GLASS, PROXIMAL, DISTAL, DUCT, GLOMERULUS, STROMA, LYMPHOID, VESSEL = range(8)

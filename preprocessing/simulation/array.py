@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,8 @@ import scipy.sparse as sp
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
-from preprocessing.simulated_expression import (
+from preprocessing.simulation.config import BIN_UM, SimulateConfig
+from preprocessing.simulation.expression import (
     COMPONENTS,
     Genes,
     bin_weights,
@@ -26,8 +26,7 @@ from preprocessing.simulated_expression import (
     slide_profiles,
     spot_weights,
 )
-from preprocessing.simulated_tissue import CELL_NAMES, REGIONS, Cells, Tissue
-from preprocessing.write_space_ranger import (
+from preprocessing.simulation.space_ranger_files import (
     hd_barcodes,
     positions_table,
     visium_barcodes,
@@ -35,12 +34,9 @@ from preprocessing.write_space_ranger import (
     write_count_matrix,
     write_positions,
 )
-
-if TYPE_CHECKING:
-    from preprocessing.simulate_sample import SimulateConfig
+from preprocessing.simulation.tissue import CELL_NAMES, REGIONS, Cells, Tissue
 
 COLUMN_STEP_UM, ROW_STEP_UM = 50.0, 50.0 * 3 ** 0.5     # Visium: neighbours in a row are two column steps apart
-BIN_UM = 2.0
 CLUSTER_BLOCK_BINS = 16                                 # Visium HD: side of the squares that are clustered, in bins
 BLOCK_BINS, BLOCK_SPOTS = 200_000, 512                  # rows whose counts are in memory at a time
 SOFTWARE = {"visium-v1": ("spaceranger-1.3.1", "Spatial 3' v1"), "visium-v2": ("spaceranger-2.1.0", "Spatial 3' v2"),

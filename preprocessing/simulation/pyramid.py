@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from preprocessing.simulated_slide import SlidePainter
+    from preprocessing.simulation.slide import SlidePainter
 
 TILE_PX = 256
 STRIP_PX = 2048          # widest rectangle drawn at once

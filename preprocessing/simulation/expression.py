@@ -12,7 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.spatial import cKDTree
 
-from preprocessing.simulated_tissue import CELL_NAMES, CELL_TYPES, TUBULAR, Cells, Layout
+from preprocessing.simulation.tissue import CELL_NAMES, CELL_TYPES, TUBULAR, Cells, Layout
 
 PROGRAMMES = ("dilation", "fibrosis", "inflammation")     # fields of Layout, 0..1
 COMPONENTS = (*CELL_NAMES, *PROGRAMMES, "ambient")

@@ -1,0 +1,55 @@
+"""What a simulated sample is told: one table, checked when it is built."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from preprocessing.errors import OptionError
+
+PLATFORMS = ("visium-v1", "visium-v2", "visium-hd")
+BIN_UM = 2.0                     # Visium HD
+
+
+@dataclass(frozen=True)
+class SimulateConfig:
+    """One simulated sample."""
+
+    out_dir: Path
+    platform: Literal["visium-v1", "visium-v2", "visium-hd"] = "visium-v2"
+    sample_id: str = "SIM1"
+    width_um: float = 2000.0          # of the slide; tissue leaves a rim of glass
+    height_um: float = 2000.0
+    mpp: float = 0.5                  # µm per level-0 pixel
+    genes: int = 500
+    seed: int = 0                     # tissue, counts and slide effect of this sample
+    biology_seed: int = 0             # which genes carry which morphology: the same for a cohort
+    stain_seed: int | None = None     # stain vectors; None: follows the seed
+    slide_effect: float = 0.15        # deviation of the log batch effect of a gene
+    umis: float | None = None         # mean UMIs of a spot or bin; None: 6000 a spot, 12 a bin
+    zero_read_fraction: float = 0.004  # spots in tissue that caught nothing; at least two unless 0
+    clusters: int = 6
+    region_um: float = 280.0          # scale at which tubules, stroma and lymphoid tissue alternate
+    jpeg_quality: int = 90
+
+    def __post_init__(self):
+        limits = {"width_um": (300, 50_000), "height_um": (300, 50_000), "mpp": (0.1, 2), "genes": (30, 40_000), "slide_effect": (0, 2),
+                  "zero_read_fraction": (0, 0.5), "clusters": (1, 50), "region_um": (50, 5000), "jpeg_quality": (30, 100)}
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise OptionError(f"--{name.replace('_', '-')}", f"{low:g} to {high:g}", str(getattr(self, name)))
+        if self.platform not in PLATFORMS:
+            raise OptionError("--platform", f"one of {', '.join(PLATFORMS)}", self.platform)
+        for name in ("seed", "biology_seed", "stain_seed"):
+            if (getattr(self, name) or 0) < 0:
+                raise OptionError(f"--{name.replace('_', '-')}", "0 or more", str(getattr(self, name)))
+        if self.umis is not None and self.umis <= 0:
+            raise OptionError("--umis", "more than 0", str(self.umis))
+
+    @property
+    def is_hd(self) -> bool:
+        return self.platform == "visium-hd"
+
+    @property
+    def mean_umis(self) -> float:
+        return self.umis if self.umis is not None else (12.0 if self.is_hd else 6000.0)
