@@ -1,0 +1,45 @@
+# Sourced by demo.sh and real_tissue.sh: run a step, say what runs, keep its wall time in $OUT/steps.jsonl.
+# With DRY_RUN=1 a step only prints its command.
+
+# step NAME COMMAND...       run it always (preprocessing commands skip by themselves what is finished)
+step() {
+    local name=$1 start seconds; shift
+    if [ "${DRY_RUN:-0}" = 1 ]; then shown "$@"; return; fi
+    printf '\n\033[1m[%s]\033[0m %s\n' "$name" "$(shown "$@")"
+    start=$(date +%s.%N)
+    "$@"
+    seconds=$(awk -v a="$start" -v b="$(date +%s.%N)" 'BEGIN { printf "%.1f", b - a }')
+    mkdir -p "$OUT"
+    echo "{\"step\": \"$name\", \"seconds\": $seconds}" >> "$OUT/steps.jsonl"
+}
+
+# step_once NAME OUTPUT COMMAND...   run it unless OUTPUT was finished by this very command on these very inputs
+step_once() {
+    local name=$1 output=$2 key; shift 2
+    if [ "${DRY_RUN:-0}" = 1 ]; then shown "$@"; return; fi
+    key=$({ echo "$*"; finished_inputs; } | sha256sum | cut -d' ' -f1)
+    if [ -e "$output" ] && [ "$(cat "$OUT/.steps/$name" 2>/dev/null)" = "$key" ]; then
+        printf '\n[%s] finished before: %s\n' "$name" "$output"
+        return
+    fi
+    rm -rf "$output" "$OUT/.steps/$name"
+    step "$name" "$@"
+    mkdir -p "$OUT/.steps"
+    echo "$key" > "$OUT/.steps/$name"
+}
+
+# What a later step reads: the done-manifests of preprocessing (they hold every input's hash) and the steps before it.
+finished_inputs() {
+    find "$OUT" -name '*.done.json' | LC_ALL=C sort | xargs -r cat
+    cat "$OUT"/.steps/clip "$OUT"/.steps/judge "$OUT"/.steps/gan 2>/dev/null || true
+}
+
+# A command as one would type it: words with characters the shell would touch stand in single quotes.
+shown() {
+    local word line=""
+    for word in "$@"; do
+        [[ $word =~ ^[A-Za-z0-9_@%+=:,./*-]+$ ]] || word="'$word'"
+        line+="$word "
+    done
+    echo "${line% }"
+}
