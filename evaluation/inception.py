@@ -77,3 +77,26 @@ def require_published_file(path: Path) -> None:
     digest = file_sha256(path)
     if not digest.startswith(FILE_NAME.removesuffix(".pth").rsplit("-", 1)[1]):
         raise WeightsError(path, "SHA-256", "6726825d...", digest[:8])
+
+
+def write_random_weights(path: Path | str, seed: int = 0) -> None:
+    """A weight file of the right shapes with seeded random tensors: for tests and timings, where no number is quoted from it."""
+    keep = FeatureExtractorInceptionV3.load_state_dict
+    FeatureExtractorInceptionV3.load_state_dict = lambda self, *_, **__: None      # build it without its weights
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save({}, Path(folder) / "none.pth")
+            extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=f"{folder}/none.pth")
+    finally:
+        FeatureExtractorInceptionV3.load_state_dict = keep
+    generator = torch.Generator().manual_seed(seed)
+    tensors = extractor.state_dict()
+    for name, tensor in tensors.items():
+        if tensor.dim() > 1:                   # He's deviation keeps the signal alive through all layers
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * (2 / tensor[0].numel()) ** 0.5)
+        elif name.endswith(("running_var", "bn.weight")):
+            tensor.fill_(1)
+        else:
+            tensor.zero_()
+    with finished_file(path) as temporary:
+        torch.save(tensors, temporary)

@@ -22,24 +22,8 @@ def write_images():
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory):
     """A weight file of torch-fidelity's Inception with seeded random tensors: real shapes, no download."""
-    import torch
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from evaluation.inception import write_random_weights
 
-    folder = tmp_path_factory.mktemp("inception")
-    torch.save({}, folder / "none.pth")
-    keep = FeatureExtractorInceptionV3.load_state_dict
-    FeatureExtractorInceptionV3.load_state_dict = lambda self, *_, **__: None      # build it without its weights
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"],
-                                                    feature_extractor_weights_path=str(folder / "none.pth"))
-    finally:
-        FeatureExtractorInceptionV3.load_state_dict = keep
-    generator = torch.Generator().manual_seed(2)
-    tensors = extractor.state_dict()
-    for name, tensor in tensors.items():
-        if name.endswith("conv.weight"):       # He's deviation keeps the signal alive through all layers
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * (2 / tensor[0].numel()) ** 0.5)
-    torch.save(tensors, folder / "inception.pth")
-    return folder / "inception.pth"
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    write_random_weights(path)
+    return path
