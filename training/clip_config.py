@@ -4,7 +4,7 @@ The defaults are the published values. Relative paths mean the folder the comman
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,17 +49,20 @@ class DataConfig:
         if not 0 <= self.val_fraction < 1:
             raise OptionError("data.val_fraction", "0 up to 1", str(self.val_fraction))
 
-    def train_and_val(self) -> tuple[list[SampleFiles], list[SampleFiles]]:
-        """The samples to learn from and those to validate on (perhaps none)."""
+    def train_and_val(self, resolve: Callable[[str], Path]) -> tuple[list[SampleFiles], list[SampleFiles]]:
+        """The samples to learn from and those to validate on (perhaps none); `resolve` makes the user's paths absolute."""
         if self.samples:
-            sheet = read_sample_sheet(self.samples)
+            sheet = read_sample_sheet(resolve(self.samples))
             return [sample for sample in sheet if sample.split == "train"], [sample for sample in sheet if sample.split == "val"]
         if not self.train_gex or not self.train_image_dir:
             raise OptionError("data", "data.train_gex and data.train_image_dir, or data.samples", "neither")
         if bool(self.val_gex) != bool(self.val_image_dir):
             raise OptionError("data", "both data.val_gex and data.val_image_dir, or neither", "one of them")
-        val = sample_files(self.val_image_dir, self.val_gex) if self.val_gex else []
-        return sample_files(self.train_image_dir, self.train_gex), val
+        def files(images: str, gex: str) -> list[SampleFiles]:
+            lists = ([str(resolve(part.strip())) for part in text.split(",") if part.strip()] for text in (images, gex))
+            return sample_files(*map(",".join, lists))
+
+        return files(self.train_image_dir, self.train_gex), files(self.val_image_dir, self.val_gex) if self.val_gex else []
 
 
 @dataclass

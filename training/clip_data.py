@@ -99,8 +99,7 @@ class ClipData:
 
 def load_clip_data(config: ClipConfig, resolve: Callable[[str], Path]) -> ClipData:
     """Read, pair and split the samples that the config names. Image features are not computed here."""
-    train_files, val_files = config.data.train_and_val()
-    train_files, val_files = _resolved(train_files, resolve), _resolved(val_files, resolve)
+    train_files, val_files = config.data.train_and_val(resolve)
     options = {"target_sum": config.data.target_sum, "already_normalised": config.data.already_normalised, "image_px": config.data.patch_px}
     dataset = ImageGeneDataset(train_files, max_size=config.data.max_size, seed=config.seed, **options)
     train, split, val = _pairs(dataset, config), None, None
@@ -163,10 +162,6 @@ def _require_enough(train: Pairs, val: Pairs | None, config: ClipConfig) -> None
     if val is not None and len(val) < 2:
         raise InputError("validation", "spots", "at least 2", str(len(val)),
                          "Give data.val_gex, or a larger data.val_fraction, or 0 for none")
-
-
-def _resolved(files: list[SampleFiles], resolve: Callable[[str], Path]) -> list[SampleFiles]:
-    return [SampleFiles(file.sample_id, resolve(file.images), resolve(file.gex), file.split) for file in files]
 
 
 def _patch_side_px(files: list[SampleFiles], dataset: ImageGeneDataset) -> float:

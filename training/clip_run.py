@@ -40,7 +40,7 @@ def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path:
                 training={**data.record, "seed": config.seed})
     if clip.needs_fitting:
         clip.fit_inputs(*fitting_rows(data, tower, device))
-    clip = fit_clip(clip, data, config, run_dir, _checkpoint(config, run_dir))
+    clip = fit_clip(clip, data, config, run_dir, _checkpoint(config, run_dir, resolve))
     if int(torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0) == 0:
         clip.save_pretrained(run_dir / "clip")
         if data.val is not None:
@@ -75,10 +75,10 @@ def _tower_device(config: ClipConfig) -> torch.device:
     return torch.device("cuda" if wants_gpu else "cpu")
 
 
-def _checkpoint(config: ClipConfig, run_dir: Path) -> Path | None:
+def _checkpoint(config: ClipConfig, run_dir: Path, resolve: Callable[[str], Path]) -> Path | None:
     if config.ckpt_path is None:
         return None
-    path = run_dir / "checkpoints" / "last.ckpt" if config.ckpt_path == "last" else Path(config.ckpt_path)
+    path = run_dir / "checkpoints" / "last.ckpt" if config.ckpt_path == "last" else resolve(config.ckpt_path)
     if not path.is_file():
         raise InputError(path, "checkpoint", "a file to resume from", "nothing there")
     return path

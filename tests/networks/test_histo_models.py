@@ -107,7 +107,8 @@ def test_a_file_of_another_model_is_refused(tmp_path):
 
 def test_a_missing_gated_model_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.delenv("UNI_STATE_DICT_PATH", raising=False)
-    with pytest.raises(InputError, match=r"MahmoodLab/UNI \(gated.*log in.*dump_model_to_disk\(\"uni\", out_location=.*UNI_STATE_DICT_PATH"):
+    how = r"MahmoodLab/UNI \(gated.*log in.*dump_model_to_disk\(\"uni\", out_location=.*UNI_STATE_DICT_PATH"
+    with pytest.raises(InputError, match=how):
         build_encoder("uni")
     monkeypatch.setenv("UNI_STATE_DICT_PATH", str(tmp_path / "absent.bin"))
     with pytest.raises(InputError, match="absent.bin"):

@@ -127,10 +127,11 @@ def test_a_spots_view_depends_on_step_and_row_and_not_on_its_batch(patches):
 
 def test_the_published_values_are_the_defaults():
     config = clip_config({})
-    assert (config.trainer.batch_size, config.optimizer.name, config.optimizer.lr, config.optimizer.weight_decay) == (128, "adamw", 5e-6, 0.01)
+    optimizer, model = config.optimizer, config.model
+    assert (config.trainer.batch_size, optimizer.name, optimizer.lr, optimizer.weight_decay) == (128, "adamw", 5e-6, 0.01)
     assert (config.trainer.max_epochs, config.data.max_size, config.seed, config.trainer.val_every_steps) == (1000, 10000, 71, 10)
     assert (config.trainer.limit_val_batches, config.trainer.save_top, config.data.patch_px) == (50, 5, 128)
-    assert (config.model.gene_encoder, config.model.projection, config.model.dropout, config.model.temperature) == ("linear_block", 512, 0.8, 1.0)
+    assert (model.gene_encoder, model.projection, model.dropout, model.temperature) == ("linear_block", 512, 0.8, 1.0)
     assert (config.model.residual, config.model.layer_norm, config.model.image_encoder) == (True, False, "uni")
     augment = config.image.augment
     assert augment.flip and (augment.brightness, augment.contrast, augment.saturation, augment.hue) == (0.2, 0.2, 0.2, 0.2)
@@ -138,7 +139,8 @@ def test_the_published_values_are_the_defaults():
 
 @pytest.mark.parametrize("loaded, said", [
     ({"modle": {}}, "modle"), ({"optimizer": {"learning_rate": 1}}, "learning_rate"), ({"optimizer": {"lr": "fast"}}, "optimizer.lr"),
-    ({"optimizer": {"name": "lion"}}, "adamw, adam, sgd, rmsprop"), ({"trainer": {"batch_size": 1}}, "trainer.batch_size: expected at least 2"),
+    ({"optimizer": {"name": "lion"}}, "adamw, adam, sgd, rmsprop"),
+    ({"trainer": {"batch_size": 1}}, "trainer.batch_size: expected at least 2"),
     ({"model": {"_target_": "os.system"}}, "_target_"), ({"logger": "papers"}, "csv, tensorboard, wandb"),
     ({"data": {"target_sum": "mean"}}, "data.target_sum"), ({"ckpt_path": "last"}, "run_dir"),
 ], ids=str)

@@ -1,0 +1,222 @@
+"""train_clip.py and clip_embeddings.py from paired files to weights and embeddings, on tiny samples on the CPU."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+from click.testing import CliRunner
+from omegaconf import OmegaConf
+
+from clip_embeddings import main as clip_embeddings
+from networks.clip import CLIP
+from networks.weights import read_plain_file
+from preprocessing.errors import InputError, OptionError, WeightsError
+from preprocessing.expression import write_expression
+from preprocessing.patches import write_patch_folder
+from train_clip import quote_paths, train
+
+ROOT = Path(__file__).resolve().parent.parent
+GENES = [f"g{i}" for i in range(12)]
+
+
+def write_sample(folder: Path, sample_id: str, n_spots: int, seed: int, genes=GENES) -> dict[str, str]:
+    """Spots on a grid; the first three genes are the patch's colour."""
+    generator = np.random.default_rng(seed)
+    counts = generator.poisson(20, (n_spots, len(genes))).astype(np.float32)
+    colours = generator.integers(20, 235, (n_spots, 3))
+    counts[:, :3] = colours * 4
+    barcodes = [f"{sample_id}{i:03d}-1" for i in range(n_spots)]
+    adata = ad.AnnData(sp.csr_matrix(counts), obs=pd.DataFrame({"sample_id": sample_id}, index=barcodes), var=pd.DataFrame(index=genes))
+    adata.obsm["spatial"] = np.stack([np.arange(n_spots) % 8, np.arange(n_spots) // 8], 1) * 100.0
+    (folder / sample_id).mkdir(parents=True)
+    write_expression(folder / sample_id / "gex_filt.h5ad", adata)
+    patches = (np.full((32, 32, 3), colour, dtype=np.uint8) for colour in colours)
+    write_patch_folder(folder / sample_id / "patches", patches, barcodes=barcodes, sample_id=sample_id, xy=adata.obsm["spatial"],
+                       stain={"normalised": False})
+    return {"gex": f"{sample_id}/gex_filt.h5ad", "images": f"{sample_id}/patches"}
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("samples")
+    for seed, name in enumerate(("A", "B", "C")):
+        write_sample(folder, name, 32, seed)
+    return folder
+
+
+def config(train_samples="A,B", val="C", **sections):
+    data = {"train_gex": ",".join(f"{name}/gex_filt.h5ad" for name in train_samples.split(",")),
+            "train_image_dir": ",".join(f"{name}/patches" for name in train_samples.split(",")), "patch_px": 32}
+    if val:
+        data |= {"val_gex": f"{val}/gex_filt.h5ad", "val_image_dir": f"{val}/patches"}
+    base = {"data": data, "model": {"gene_encoder": "bottleneck", "gene_hidden": 16, "gene_width": 16, "projection": 8, "dropout": 0.1,
+                                    "image_dropout": 0.1, "temperature": 0.1, "image_encoder": "random_tiny"},
+            "image": {"augment": {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}},
+            "optimizer": {"lr": 1e-2}, "logger": "none",
+            "trainer": {"max_epochs": 2, "batch_size": 16, "accelerator": "cpu", "progress_bar": False, "val_every_steps": 3}}
+    return OmegaConf.merge(base, sections)
+
+
+@pytest.fixture(scope="module")
+def run(samples):
+    return train(config(run_dir="run", logger="csv,tensorboard", trainer={"max_epochs": 4}), samples)
+
+
+def test_a_run_ends_with_weights_logs_checkpoints_and_its_configuration(run, samples):
+    assert run == samples / "run"   # relative to the launch folder
+    metrics = pd.read_csv(run / "csv" / "metrics.csv")
+    assert {"train/loss", "val/loss", "val/gene_to_image_r1", "val/gene_to_image_r5", "val/gene_to_image_r10",
+            "val/gene_to_image_median_rank", "val/image_to_gene_r10"} <= set(metrics.columns)
+    assert list((run / "tensorboard").glob("events.*"))
+    assert len(list((run / "checkpoints").glob("step*.ckpt"))) == 5 and (run / "checkpoints" / "last.ckpt").is_file()
+    assert json.loads((run / "config.json").read_text())["optimizer"]["lr"] == 1e-2
+    assert json.loads((run / "retrieval.json").read_text())["n_spots"] == 32
+
+
+def test_the_weights_are_those_of_the_best_validation_loss(run):
+    metrics = pd.read_csv(run / "csv" / "metrics.csv").dropna(subset="val/loss")
+    best = metrics.loc[metrics["val/loss"].idxmin()]
+    chosen = CLIP.from_pretrained(run / "clip").training_record["chosen"]
+    assert chosen == f"best val/loss at step {int(best['step']) + 1}"
+
+
+def test_checkpoints_hold_no_frozen_tower_and_convert_to_one_plain_file(run, tmp_path):
+    ckpt = run / "checkpoints" / "last.ckpt"
+    assert not any("image_encoder" in name for name in read_plain_file(ckpt)["state_dict"])
+    model = CLIP.from_pretrained(CLIP.convert_ckpt_to_dict(ckpt, None, tmp_path / "mymodel.pt"))
+    assert model.gene_names == GENES and model.training_record["samples"] == ["A", "B"]
+
+
+def test_genes_that_are_the_colour_find_their_patch(samples):
+    run = train(config(run_dir="learns", trainer={"max_epochs": 60, "val_every_steps": 60, "select": "last"},
+                       image={"cache_features": 2}), samples)
+    metrics = json.loads((run / "retrieval.json").read_text())
+    assert metrics["gene_to_image_r10"] > 0.55 and metrics["image_to_gene_r10"] > 0.55   # chance 0.31
+
+
+@pytest.mark.parametrize("cached", [0, 3])
+def test_a_run_resumed_in_the_middle_of_an_epoch_equals_one_that_never_stopped(samples, tmp_path, cached):
+    options = {"image": {"cache_features": cached}, "trainer": {"max_epochs": 3, "select": "last"}, "optimizer": {"schedule": "one_cycle"}}
+    straight = train(config(run_dir=str(tmp_path / "straight"), **options), samples)
+    middle = next((straight / "checkpoints").glob("step000003*.ckpt"))
+    assert read_plain_file(middle)["global_step"] == 3   # four steps an epoch
+    resumed = train(config(run_dir=str(tmp_path / "resumed"), ckpt_path=str(middle), **options), samples)
+    first, second = (CLIP.from_pretrained(folder / "clip").weights() for folder in (straight, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_without_a_validation_sample_a_spatial_block_is_held_out_and_saved(samples, tmp_path):
+    run = train(config(val=None, data={"val_fraction": 0.2, "val_buffer_px": 120.0}, run_dir=str(tmp_path / "run")), samples)
+    split = json.loads((run / "split.json").read_text())
+    assert not set(split["train"]) & set(split["val"]) and {name.split("__")[0] for name in split["val"]} == {"A", "B"}
+    assert len(split["train"]) + len(split["val"]) < 64   # the buffer belongs to neither
+
+
+def test_another_model_cannot_continue_a_checkpoint(run, samples, tmp_path):
+    with pytest.raises(WeightsError, match="another model"):
+        train(config(run_dir=str(tmp_path / "x"), ckpt_path=str(run / "checkpoints" / "last.ckpt"), model={"projection": 9}), samples)
+
+
+@pytest.mark.parametrize("options, error, said", [
+    ({"trainer": {"batch_size": 65}}, OptionError, "trainer.batch_size: expected at most the 64 training spots"),
+    ({"data": {"train_gex": None}}, OptionError, "data.train_gex and data.train_image_dir"),
+    ({"data": {"val_gex": None}}, OptionError, "both data.val_gex and data.val_image_dir"),
+    ({"data": {"train_gex": "A/gex_filt.h5ad"}}, OptionError, "two comma-separated lists of equal length"),
+    ({"data": {"train_gex": "A/gex_filt.h5ad,no/gex_filt.h5ad"}}, InputError, "nothing there"),
+    ({"model": {"image_encoder": "uni"}}, InputError, "MahmoodLab/UNI"),
+    ({"ckpt_path": "absent.ckpt"}, InputError, "a file to resume from"),
+], ids=["N < batch", "no data", "half a validation sample", "unequal lists", "missing file", "gated weights", "no checkpoint"])
+def test_what_cannot_be_trained_on_is_refused_before_training(samples, tmp_path, monkeypatch, options, error, said):
+    monkeypatch.delenv("UNI_STATE_DICT_PATH", raising=False)
+    with pytest.raises(error, match=said):
+        train(config(run_dir=str(tmp_path / "run"), **options), samples)
+    assert not (tmp_path / "run" / "clip").exists()
+
+
+@pytest.mark.parametrize("n_spots", [1])
+def test_one_spot_is_not_enough(tmp_path, n_spots):
+    write_sample(tmp_path, "A", n_spots, 0)
+    with pytest.raises(OptionError, match="at most the 1 training spots"):
+        train(config("A", val=None, data={"val_fraction": 0.0}, run_dir="run"), tmp_path)
+
+
+def test_a_validation_sample_of_one_spot_is_refused(samples, tmp_path):
+    one = write_sample(tmp_path, "D", 1, 5)
+    with pytest.raises(InputError, match="validation: spots: expected at least 2; found 1"):
+        val = {"val_gex": str(tmp_path / one["gex"]), "val_image_dir": str(tmp_path / one["images"])}
+        train(config(run_dir=str(tmp_path / "run"), data=val), samples)
+
+
+def test_bare_paths_and_comma_lists_are_quoted_for_hydra():
+    assert quote_paths(["data.train_gex=a,b", "++data.val_gex=c d", "optimizer.lr=1,2", "data.train_gex=[a,b]", 'data.samples="x"']) == [
+        'data.train_gex="a,b"', '++data.val_gex="c d"', "optimizer.lr=1,2", "data.train_gex=[a,b]", 'data.samples="x"']
+
+
+def hydra(samples, *arguments):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "online"}
+    command = [sys.executable, str(ROOT / "train_clip.py"), *arguments]
+    return subprocess.run(command, cwd=samples, env=environment, capture_output=True, text=True)
+
+
+def test_the_command_line_of_the_readme_runs_offline(samples):
+    result = hydra(samples, "--config-name", "clip_small", "++data.train_gex=A/gex_filt.h5ad,B/gex_filt.h5ad",
+                   "data.train_image_dir=A/patches,B/patches", "data.val_gex=C/gex_filt.h5ad", "data.val_image_dir=C/patches",
+                   "model.image_encoder=random_tiny", "trainer.max_epochs=2", "trainer.batch_size=16", "trainer.progress_bar=false",
+                   "out_dir=my runs")
+    assert result.returncode == 0, result.stderr
+    assert (samples / "my runs" / "00000-clip" / "clip" / "model.safetensors").is_file()
+    assert "A, B: 64 training spots, 32 validation spots, 12 genes" in result.stdout and "wrote " in result.stdout.splitlines()[-1]
+    assert not (samples / "wandb").exists() and not (samples / "outputs").exists()
+
+
+@pytest.mark.parametrize("arguments, code, said", [
+    (["modle.dropout=0.1"], 2, "modle"), (["data.train_gex=no.h5ad", "data.train_image_dir=no"], 3, "no")])
+def test_a_wrong_command_line_is_one_line_and_its_exit_code(samples, arguments, code, said):
+    result = hydra(samples, "--config-name", "clip_small", *arguments)
+    assert result.returncode == code, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and said in errors[0] and "Traceback" not in result.stderr
+
+
+def embed(*arguments):
+    return CliRunner().invoke(clip_embeddings, [str(argument) for argument in arguments])
+
+
+def test_embeddings_are_unit_rows_in_h5ad_order(run, samples, tmp_path):
+    gex = tmp_path / "gex_filt.h5ad"
+    adata = ad.read_h5ad(samples / "C" / "gex_filt.h5ad")[::-1].copy()   # re-sorted
+    adata.write_h5ad(gex)
+    result = embed("--network", run / "clip", "--gex", gex, "--images", samples / "C" / "patches", "--out-dir", tmp_path, "--null",
+                   "--add-to-h5ad", "--batch-size", 5, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    genes, images = np.load(tmp_path / "gene_clip_emb.npy"), np.load(tmp_path / "image_clip_emb.npy")
+    assert genes.dtype == np.float32 and np.allclose(np.linalg.norm(genes, axis=1), 1, atol=1e-5)
+    assert np.load(tmp_path / "null_clip_emb.npy").shape == (1, 8)
+    straight = tmp_path / "straight"
+    assert embed("--network", run / "clip", "--gex", samples / "C" / "gex_filt.h5ad", "--out-dir", straight).exit_code == 0
+    assert np.allclose(np.load(straight / "gene_clip_emb.npy"), genes[::-1], atol=1e-5) and not (straight / "image_clip_emb.npy").exists()
+    alone = tmp_path / "alone"
+    assert embed("--network", run / "clip", "--images", samples / "C" / "patches", "--out-dir", alone).exit_code == 0
+    assert np.allclose(np.load(alone / "image_clip_emb.npy"), images[::-1], atol=1e-5)
+    written = ad.read_h5ad(gex)
+    assert np.array_equal(written.obsm["X_clip_gene"], genes) and np.array_equal(written.obsm["X_clip_image"], images)
+    assert (written.X != adata.X).nnz == 0
+
+
+def test_expression_with_other_genes_is_refused_with_exit_5(run, tmp_path):
+    write_sample(tmp_path, "E", 4, 0, genes=["x", *GENES[1:]])
+    result = embed("--network", run / "clip", "--gex", tmp_path / "E" / "gex_filt.h5ad", "--out-dir", tmp_path / "out")
+    assert result.exit_code == 5 and "first difference at gene 1: g0 expected, x found" in result.output
+    assert not (tmp_path / "out" / "gene_clip_emb.npy").exists()
+
+
+def test_nothing_to_embed_is_a_usage_error(run):
+    result = embed("--network", run / "clip")
+    assert result.exit_code == 2 and "--gex / --images / --null" in result.output
