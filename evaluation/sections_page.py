@@ -15,7 +15,7 @@ ROWS, SEEDS, CELL_PX = 10, 6, 96
 
 def write_sections_page(path: Path, results: Mapping, sheets: Mapping[str, tuple[Section, Generated] | None]) -> None:
     """Write the page; `sheets` holds the patches of each section, where there are generated ones."""
-    parts = [page.paragraph(f"Trained on {', '.join(results['train'])}. Nothing below was trained on or selected on the sections shown.",
+    parts = [page.paragraph(f"Trained on {', '.join(results['train'])}. None of these is among the sections shown.",
                             "lead")]
     for name, scores in results["sections"].items():
         parts += section_parts(name, scores, sheets.get(name), results["seed"])
