@@ -118,14 +118,20 @@ def test_a_dry_run_reads_and_checks_but_writes_nothing(world):
 
 
 def test_a_sample_sheet_splits_training_from_validation(world):
-    sheet = world / "sheet.csv"
-    sheet.write_text("sample_id,images,gex,split\nS,imgs.h5,gex.h5ad,train\nV,imgs.h5,gex.h5ad,val\n")
-    options = {name: value for name, value in train_options(world).items() if name not in ("data", "gex")}
-    options["outdir"] = world / "sheet_runs"
-    result = call(train_gan, **options, samples=sheet, kimg=0.016)
-    assert result.exit_code in (0, 3)
-    if result.exit_code == 3:       # both names claim one file whose own record says S: the pairing may refuse that
-        assert "sample_id" in result.output
+    from preprocessing.expression import write_expression
+    from preprocessing.patches import read_patch_file, write_patch_file
+    held_out = ad.read_h5ad(world / "gex.h5ad")
+    held_out.obs["sample_id"] = "V"
+    write_expression(world / "val.h5ad", held_out)
+    with read_patch_file(world / "imgs.h5") as file:
+        write_patch_file(world / "val.h5", file.images(slice(None)), count=N, patch_px=PX, coords=np.zeros((N, 2), np.int64),
+                         barcodes=held_out.obs_names.tolist(), patch_size_src=PX, pixel_size=0.5, name="V")
+    (world / "sheet.csv").write_text("sample_id,images,gex,split\nS,imgs.h5,gex.h5ad,train\nV,val.h5,val.h5ad,val\n")
+    options = {name: value for name, value in train_options(world, outdir=world / "sheet_runs", kimg=0.016).items()
+               if name not in ("data", "gex")}
+    result = call(train_gan, **options, samples=world / "sheet.csv")
+    assert result.exit_code == 0 and "S: 16 patches" in result.output, result.output
+    assert call(train_gan, **train_options(world), samples=world / "sheet.csv").exit_code == 2    # both ways at once
 
 
 @pytest.mark.parametrize(("changes", "code", "says"), [

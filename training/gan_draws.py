@@ -53,7 +53,7 @@ def draw(seed: int, step: int, batch: int, *, z_dim: int, noise_size: int, c_dim
 
 def seeded_draws(keys: Sequence[tuple[int, int]], z_dim: int, noise_size: int) -> tuple[Tensor, Tensor]:
     """z (N, z_dim) and per-pixel noise (N, noise_size) for sampling; row i depends on its key, (seed, number), alone."""
-    streams = [np.random.Generator(np.random.Philox(key=[seed, SAMPLING + number])) for seed, number in keys]
+    streams = [np.random.Generator(np.random.Philox(key=np.array([seed, SAMPLING + number], np.uint64))) for seed, number in keys]
     normal = np.stack([stream.standard_normal(z_dim + noise_size, dtype=np.float32) for stream in streams])
     return torch.from_numpy(normal).split([z_dim, noise_size], dim=1)
 
