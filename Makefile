@@ -14,7 +14,7 @@ $(STAMP): requirements.txt pyproject.toml
 	touch $@
 
 demo: $(STAMP)             ## the whole walk on a simulated sample: demo_run/index.html
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash assets/demo.sh
+	bash assets/demo.sh
 
 test: $(STAMP)             ## every test
 	$(BIN)/python -m pytest -q --durations=15

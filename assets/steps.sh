@@ -1,6 +1,8 @@
 # Sourced by demo.sh and real_tissue.sh: run a step, say what runs, keep its wall time in $OUT/steps.jsonl.
 # With DRY_RUN=1 a step only prints its command.
 
+if [ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/python ]; then PATH=$PWD/.venv/bin:$PATH; fi   # what `make setup` installed
+
 # step NAME COMMAND...       run it always (preprocessing commands skip by themselves what is finished)
 step() {
     local name=$1 start seconds; shift
