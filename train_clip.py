@@ -45,6 +45,9 @@ def train(loaded, launch_folder: Path) -> Path:
 
 def main() -> None:
     """Hydra's door: its own errors become one line too."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(f"{__doc__}\n--cfg job shows every key with its value; --hydra-help what Hydra itself understands.")
+        return
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException

@@ -185,6 +185,11 @@ def test_a_wrong_command_line_is_one_line_and_its_exit_code(samples, arguments, 
     assert len(errors) == 1 and said in errors[0] and "Traceback" not in result.stderr
 
 
+def test_help_shows_the_manual_without_loading_torch(samples):
+    result = hydra(samples, "--help")
+    assert result.returncode == 0 and "--config-name clip_small" in result.stdout and "ckpt_path=last" in result.stdout
+
+
 def embed(*arguments):
     return CliRunner().invoke(clip_embeddings, [str(argument) for argument in arguments])
 
