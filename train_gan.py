@@ -60,10 +60,10 @@ def show_progress(run) -> None:
     """Train with one progress bar in kimg."""
     from tqdm import tqdm
 
-    form = "{desc}{percentage:3.0f}%|{bar}| {n:.2f}/{total:g} kimg {elapsed}"
-    with tqdm(total=run.config.kimg, initial=run.kimg, unit="kimg", bar_format=form) as bar:
+    with tqdm(total=1.0, initial=run.share, bar_format="{percentage:3.0f}%|{bar}| {desc}, {elapsed}<{remaining}") as bar:
         for _ in run.train():
-            bar.update(run.kimg - bar.n)
+            bar.set_description_str(f"{run.kimg:.2f} kimg", refresh=False)
+            bar.update(run.share - bar.n)
 
 
 def _samples(data, gex, samples, val_data, val_gex):

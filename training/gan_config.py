@@ -15,7 +15,8 @@ from training.gan_losses import Schedule
 
 #            channels at resolution r: min(cbase // r, cmax); residual pairs; GroupNorm groups
 SIZES = {
-    "small": {"cbase": 1024, "cmax": 96, "res_blocks": 1, "norm_groups": 8},      # demo, tests, small machines
+    "small": {"cbase": 1024, "cmax": 96, "res_blocks": 1, "norm_groups": 8,      # demo, tests, small machines: runs of a few kimg
+              "g_lr": 0.005, "d_lr": 0.004},
     "lite": {"cbase": 32768, "cmax": 512, "res_blocks": 2, "norm_groups": 32},
     "full": {"cbase": 65536, "cmax": 2048, "res_blocks": 3, "norm_groups": 32},
 }
@@ -27,7 +28,7 @@ PRESETS = {
         "clip_weight_factor": 8.0, "prompt_bias": 0.0, "colour_start": False,
     },
     "best": {
-        "cond_norm": "standardize", "statistics": "own", "backbone": "efficientnet_lite0", "g_lr": 0.004, "d_lr": 0.004, "noise_init": 0.2,
+        "cond_norm": "standardize", "statistics": "own", "backbone": "efficientnet_lite0", "noise_init": 0.2,
         "flips": True, "max_shift_px": 4, "diversity_weight": 0.0, "cond_noise": 0.1, "shared_pass": True, "colour_strength": 0.5,
         "clip_weight_factor": 1.0, "prompt_bias": 1.0, "colour_start": True,
     },
@@ -96,10 +97,10 @@ class GanConfig:
 
 
 def resolve(preset: str, size: str, **said: object) -> GanConfig:
-    """Lay preset and size (`custom`: none) under what the user said; None means not said."""
+    """Lay size (`custom`: none), preset and what the user said over each other; None means not said."""
     if preset not in PRESETS:
         raise OptionError("--preset", f"one of {', '.join(PRESETS)}", preset)
     if size != "custom" and size not in SIZES:
         raise OptionError("--cfg", f"one of {', '.join([*SIZES, 'custom'])}", size)
     spoken = {name: value for name, value in said.items() if value is not None}
-    return GanConfig(**{**PRESETS[preset], **SIZES.get(size, {}), **spoken})
+    return GanConfig(**{**SIZES.get(size, {}), **PRESETS[preset], **spoken})

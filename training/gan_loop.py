@@ -138,14 +138,14 @@ class GanRun:
         config, progress = self.config, self.progress
         fade = config.blur_fade_kimg
         sigma = blur_sigma(self.share, config.blur_init, SHORT_RUN_FADE) if fade is None else blur_sigma(self.kimg, config.blur_init, fade)
-        clip_weight = scheduled_weight(config.clip_weight * config.clip_weight_factor, config.clip_schedule, self.kimg, config.kimg)
+        clip_weight = scheduled_weight(config.clip_weight * config.clip_weight_factor, config.clip_schedule, self.share, 1.0)
         losses = self.gan.gradients(progress.step, sigma=sigma, clip_weight=clip_weight)
         progress.step += 1
         if not self.gan.finite(losses):
             self._skip(losses)
             return None
         progress.bad_in_a_row = 0
-        self.gan.move(*(scheduled_weight(lr, schedule, self.kimg, config.kimg) for lr, schedule in
+        self.gan.move(*(scheduled_weight(lr, schedule, self.share, 1.0) for lr, schedule in
                         ((config.g_lr, config.g_lr_schedule), (config.d_lr, config.d_lr_schedule))))
         beta = ema_beta(progress.step * config.batch, config.batch, half_life_kimg(config.batch))
         update_average(self.average, self.gan.generator, beta)

@@ -75,7 +75,7 @@ def _tap_matrix(taps: Tensor, side: int) -> Tensor:
 
 
 def scheduled_weight(weight: float, schedule: Schedule, kimg: float, total_kimg: float) -> float:
-    """A loss weight or learning rate at `kimg` of a run of `total_kimg`.
+    """A loss weight or learning rate at `kimg` of a run of `total_kimg` (or any other clock of a run, in one unit).
 
     const: always `weight`. step: a tenth from half of the run on. linear: 0 at the start, `weight` at the end.
     exp: 1 % of `weight` at the start, growing evenly in the logarithm to `weight` at the end.

@@ -228,8 +228,9 @@ def test_alternating_rows():
 
 
 @pytest.mark.parametrize("said", [{"diversity_weight": 5.0}, {"rec_weight": 1.0}, {"cond_noise": 0.5}, {"flips": False},
-                                  {"max_shift_px": 0}, {"colour_strength": 0.1}, {"statistics": "imagenet"}, {"shared_pass": False}, {"noise_init": 0.0},
-                                  {"prompt_bias": 0.0}, {"cond_norm": "l2"}, {"seed": 1}, {"blur_init": 8.0}, {"backbone_px": 32}], ids=str)
+                                  {"max_shift_px": 0}, {"colour_strength": 0.1}, {"statistics": "imagenet"},
+                                  {"shared_pass": False}, {"noise_init": 0.0}, {"prompt_bias": 0.0},
+                                  {"cond_norm": "l2"}, {"seed": 1}, {"blur_init": 8.0}, {"backbone_px": 32}], ids=str)
 def test_every_option_of_a_step_changes_what_is_learned(tmp_path, said):
     runs = [make_run(tmp_path / name, **{"max_shift_px": 2, **options}) for name, options in (("a", {}), ("b", said))]
     for run in runs:
