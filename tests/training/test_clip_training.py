@@ -81,7 +81,7 @@ def test_cached_features_equal_the_online_path_for_the_same_views(patches, tmp_p
     cached = cached_features(patches, views, tower, tower_sha256="t", cache_dir=tmp_path, progress=False)
     for row in range(5):
         online = tower(apply_views(patches[row:row + 1].expand(10, -1, -1, -1), views[row]))
-        assert torch.allclose(cached[row], online, atol=1e-6)
+        assert torch.allclose(cached[row], online, atol=1e-5)
     assert torch.equal(views[:, 0], plain_views(5))
 
 
