@@ -19,7 +19,7 @@ from networks.layers import images_to_uint8
 from training.gan_data import GanData
 from training.gan_draws import seeded_draws
 
-N_PROMPTS, PICTURE_SEEDS, DIVERSITY_SEEDS = 8, 4, 8
+N_PROMPTS, PICTURE_SEEDS, DIVERSITY_SEEDS = 8, 4, 4
 TRUNCATIONS = (1.0, 0.5)
 BATCH = 16
 

@@ -111,9 +111,9 @@ class GanRun:
         """Train to the end of the run or its budget; yields the losses of every step. Saves, also when stopped by a signal."""
         stats = StatsLog(self.folder, self.tensorboard)
         stats.forget_after(self.progress.step)
+        clock = time.monotonic() - self.progress.elapsed_s
         if self.progress.step == 0:
             self._snapshot(stats)
-        clock = time.monotonic() - self.progress.elapsed_s
         totals: dict[str, float] = {}
         n_steps, tick_start = 0, self.progress.elapsed_s
         with _stop_signals() as stopped:
