@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${DEMO_OUT:-demo_run} UM=${DEMO_UM:-2000} MINUTES=${DEMO_MINUTES:-4} DRY_RUN=${DRY_RUN:-0}
 source assets/steps.sh
-[ "$DRY_RUN" = 1 ] || { mkdir -p "$OUT"; rm -f "$OUT/steps.jsonl"; }
+[ "$DRY_RUN" = 1 ] || mkdir -p "$OUT"
 
 # 1. Two sections: one biology, two tissues, two stains
 for sample in A B; do

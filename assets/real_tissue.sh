@@ -80,7 +80,9 @@ if [ -n "$ENCODER_WEIGHTS" ]; then
     [ -e "$ENCODER_WEIGHTS" ] || { echo "error: $ENCODER_WEIGHTS: encoder weights: expected a file; found nothing there" >&2; exit 3; }
     tower=("model.image_encoder_weights=$ENCODER_WEIGHTS"); metric_encoder=$ENCODER=$ENCODER_WEIGHTS
 fi
-judge_tower=("model.image_encoder=$ENCODER" "${tower[@]}"); features=$metric_encoder
+tower=("model.image_encoder=$ENCODER" "${tower[@]}")
+[ "$ENCODER" = efficientnet_lite0 ] || tower+=(model.image_encoder_px=null)
+judge_tower=("${tower[@]}"); features=$metric_encoder
 [ "$ENCODER" = efficientnet_lite0 ] || features=efficientnet_lite0,$metric_encoder
 default_judge=../shared/weights/mobilenetv2_100.imagenet_features.safetensors
 if [ -z "$JUDGE_WEIGHTS" ] && [ -f "$default_judge" ]; then JUDGE_WEIGHTS=$default_judge; fi
@@ -90,7 +92,7 @@ if [ -n "$JUDGE_WEIGHTS" ]; then
     features=$features,timm:mobilenetv2_100=$JUDGE_WEIGHTS
 fi
 gan_minutes=$(awk -v m="$BUDGET" 'BEGIN { if (m + 0 <= 0) exit 1; printf "%.2f", m * 0.5 }') || fail "--budget-minutes: expected a positive number; found $BUDGET"
-[ "$DRY_RUN" = 1 ] || { mkdir -p "$OUT"; rm -f "$OUT/steps.jsonl"; }
+[ "$DRY_RUN" = 1 ] || mkdir -p "$OUT"
 
 # 1. Sections -> patches, expression, the genes that the training sections share
 for section in ${TRAIN//,/ } ${VAL//,/ }; do
@@ -109,9 +111,9 @@ done
 # 2. CLIP for conditioning, and another one - other seed, other image tower - that judges
 trained_on=("data.train_gex=$(joined "$TRAIN" gex_filt.h5ad)" "data.train_image_dir=$(joined "$TRAIN" patches)")
 step_once clip "$OUT/clip" python train_clip.py --config-name clip_small "${trained_on[@]}" "run_dir=$OUT/clip" "seed=$SEED" \
-    "model.image_encoder=$ENCODER" "${tower[@]}"
+    "${tower[@]}"
 step_once judge "$OUT/judge" python train_clip.py --config-name clip_small "${trained_on[@]}" "run_dir=$OUT/judge" "seed=$((SEED + 1000))" \
-    "${judge_tower[@]}"
+    model.image_views=1 "${judge_tower[@]}"
 
 # 3. The generator; then patches for every held-out spot, from it and from its untrained start
 step_once gan "$OUT/gan" python train_gan.py --data "$(joined "$TRAIN" patches)" --gex "$(joined "$TRAIN" gex_filt.h5ad)" \

@@ -12,7 +12,8 @@ step() {
     "$@"
     seconds=$(awk -v a="$start" -v b="$(date +%s.%N)" 'BEGIN { printf "%.1f", b - a }')
     mkdir -p "$OUT"
-    echo "{\"step\": \"$name\", \"seconds\": $seconds}" >> "$OUT/steps.jsonl"
+    { grep -v "\"step\": \"$name\"," "$OUT/steps.jsonl" || true; echo "{\"step\": \"$name\", \"seconds\": $seconds}"; } > "$OUT/steps.tmp.$$" 2>/dev/null
+    mv "$OUT/steps.tmp.$$" "$OUT/steps.jsonl"
 }
 
 # step_once NAME OUTPUT COMMAND...   run it unless OUTPUT was finished by this very command on these very inputs

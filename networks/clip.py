@@ -52,6 +52,7 @@ class ClipModelConfig:
     learn_temperature: bool = False
     image_encoder: str = "uni"           # a name of networks.histo_models, or timm:<model>
     image_encoder_weights: str | None = None   # local weight file; uni: else UNI_STATE_DICT_PATH
+    image_encoder_px: int | None = None   # side at which a convolutional tower sees patches; none = its own
 
     def __post_init__(self):
         for name, choices in (("gene_encoder", GENE_ENCODERS), ("gene_scaling", SCALINGS), ("feature_scaling", SCALINGS),
@@ -258,7 +259,7 @@ def _build(description: dict, path: Path | str, image_encoder: bool, weights: Pa
     config = ClipModelConfig(**settings)
     encoder = None
     if image_encoder:
-        encoder = build_encoder(config.image_encoder, weights or config.image_encoder_weights)
+        encoder = build_encoder(config.image_encoder, weights or config.image_encoder_weights, config.image_encoder_px)
         if encoder.source != description.get("image_encoder_sha256"):
             raise WeightsError(weights or config.image_encoder, "SHA-256 of the image encoder",
                                f"{description.get('image_encoder_sha256')}, with which this CLIP was trained", encoder.source)

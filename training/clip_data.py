@@ -122,7 +122,7 @@ def load_clip_data(config: ClipConfig, resolve: Callable[[str], Path]) -> ClipDa
 def use_features(data: ClipData, tower: Encoder, config: ClipConfig, resolve: Callable[[str], Path], device: torch.device | str) -> None:
     """Replace the patches of `data` by cached features: K views each for training, the test views for validation."""
     image = config.image
-    options = {"tower_sha256": tower.source, "cache_dir": resolve(image.cache_dir) if image.cache_dir else None, "device": device,
+    options = {"tower_key": f"{tower.source}@{tower.input_px}px", "cache_dir": resolve(image.cache_dir) if image.cache_dir else None, "device": device,
                "progress": config.trainer.progress_bar}
     views = view_table(len(data.train), image.cache_features, image.augment, config.seed)
     data.train.features = cached_features(data.train.images, views, tower, **options)

@@ -41,22 +41,23 @@ def compute_features(images: Tensor, views: Tensor, tower: Callable[[Tensor], Te
     with tqdm(total=len(source), desc="image features", unit="patch", disable=not progress) as bar:
         for rows in torch.arange(len(source)).split(IMAGES_A_BATCH):
             seen = apply_views(images[source[rows]], flat[rows]).to(device)
-            blocks.append(tower(seen.contiguous(memory_format=torch.channels_last)).float().cpu())   # 1.6 x faster on a CPU
+            blocks.append(tower(seen).float().cpu())
             bar.update(len(rows))
     return torch.cat(blocks).unflatten(0, (len(images), n_views))
 
 
-def cached_features(images: Tensor, views: Tensor, tower: Callable[[Tensor], Tensor], *, tower_sha256: str, cache_dir: Path | None,
+def cached_features(images: Tensor, views: Tensor, tower: Callable[[Tensor], Tensor], *, tower_key: str, cache_dir: Path | None,
                     device: torch.device | str = "cpu", progress: bool = True) -> Tensor:
-    """`compute_features`, kept in `cache_dir` (if given) under the hash of the patches, the views and the tower's weights."""
+    """`compute_features`, kept in `cache_dir` (if given) under the hash of the patches, the views and the tower
+    (`tower_key`: its weights and input side)."""
     if cache_dir is None:
         return compute_features(images, views, tower, device=device, progress=progress)
-    key = config_sha256({"tower": tower_sha256, "views": tensor_sha256(views), "images": tensor_sha256(images)})
+    key = config_sha256({"tower": tower_key, "views": tensor_sha256(views), "images": tensor_sha256(images)})
     folder = Path(cache_dir) / key[:32]
     if folder.is_dir():
         return load_weights_folder(folder)[0]["features"]
     features = compute_features(images, views, tower, device=device, progress=progress)
-    save_weights_folder(folder, {"features": features}, {"class": "image features", "tower_sha256": tower_sha256})
+    save_weights_folder(folder, {"features": features}, {"class": "image features", "tower": tower_key})
     return features
 
 

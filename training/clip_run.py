@@ -23,7 +23,8 @@ def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path:
         torch.set_num_threads(config.trainer.num_threads)
     torch.manual_seed(config.seed)
     weights = config.model.image_encoder_weights
-    tower = build_encoder(config.model.image_encoder, resolve(weights) if weights else None)   # fails early: before data is read
+    tower = build_encoder(config.model.image_encoder, resolve(weights) if weights else None,
+                          config.model.image_encoder_px)   # fails early: before data is read
     data = load_clip_data(config, resolve)
     run_dir = _run_folder(config, resolve)
     print(f"{', '.join(data.record['samples'])}: {data.record['n_spots']:,} training spots, {data.record['n_val_spots']:,} validation "

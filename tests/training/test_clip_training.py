@@ -78,7 +78,7 @@ def test_grey_has_no_hue_to_turn():
 def test_cached_features_equal_the_online_path_for_the_same_views(patches, tmp_path):
     tower = build_encoder("random_tiny")
     views = view_table(5, 10, AugmentConfig(rotate=True), seed=3)
-    cached = cached_features(patches, views, tower, tower_sha256="t", cache_dir=tmp_path, progress=False)
+    cached = cached_features(patches, views, tower, tower_key="t", cache_dir=tmp_path, progress=False)
     for row in range(5):
         online = tower(apply_views(patches[row:row + 1].expand(10, -1, -1, -1), views[row]))
         assert torch.allclose(cached[row], online, atol=1e-5)
@@ -87,13 +87,13 @@ def test_cached_features_equal_the_online_path_for_the_same_views(patches, tmp_p
 
 def test_the_cache_is_read_back_and_not_mixed_up(patches, tmp_path):
     tower, views = build_encoder("random_tiny"), plain_views(5)[:, None]
-    first = cached_features(patches, views, tower, tower_sha256="t", cache_dir=tmp_path, progress=False)
+    first = cached_features(patches, views, tower, tower_key="t", cache_dir=tmp_path, progress=False)
 
     def broken(images):
         raise AssertionError("computed again")
 
-    assert torch.equal(cached_features(patches, views, broken, tower_sha256="t", cache_dir=tmp_path, progress=False), first)
-    other = cached_features(255 - patches, views, tower, tower_sha256="t", cache_dir=tmp_path, progress=False)
+    assert torch.equal(cached_features(patches, views, broken, tower_key="t", cache_dir=tmp_path, progress=False), first)
+    other = cached_features(255 - patches, views, tower, tower_key="t", cache_dir=tmp_path, progress=False)
     assert torch.equal(other, compute_features(255 - patches, views, tower, progress=False)) and not torch.equal(other, first)
 
 
