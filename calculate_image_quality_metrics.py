@@ -51,6 +51,7 @@ def folders(_context, _parameter, value: str) -> tuple[Path, ...]:
 @click.option("--device", default="auto", help="auto, cpu or cuda.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Keep the reference's features here, by content.")
 @click.option("--splits", "n_splits", default=20, help="Random halves behind floors and intervals.")
+@click.option("--match-px", type=int, help="Bring both sides to this side by area first. Default: as they are.")
 @click.option("--report", type=click.Path(path_type=Path), help="Also write this HTML page, and the same as JSON beside it.")
 def main(**options):
     """Append one row a feature set to image_quality_metrics.csv: FID and KID of generated patches against real ones.

@@ -128,7 +128,7 @@ done
 # 4. Scores
 for section in ${VAL//,/ }; do
     step "metrics $section" python calculate_image_quality_metrics.py --experiment "$section" --ref-img-path "$OUT/$section/patches" \
-        --gen-img-path "$OUT/generated/$section" --features "$features" --out-dir "$OUT" --report "$OUT/metrics_$section.html"
+        --gen-img-path "$OUT/generated/$section" --features "$features" --match-px 64 --out-dir "$OUT" --report "$OUT/metrics_$section.html"
 done
 step scores python evaluate_sections.py --train "$(joined "$TRAIN")" --val "$(joined "$VAL")" \
     --network "$OUT/clip/clip" --judge "$OUT/judge/clip" --generated "$(folders "$VAL" generated)" \

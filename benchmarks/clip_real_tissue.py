@@ -65,7 +65,8 @@ def main(out: Path, sections: str, held_out: str | None, seeds: str, recipes: st
     with tempfile.TemporaryDirectory() as work:
         for name in recipes.split(","):
             for title, pairs in (("cross-validated", folds), *([(held_out, [(folders, out / held_out)])] if held_out else [])):
-                found = [score(RECIPES[name.strip()], train, val, int(seed), Path(work)) for train, val in pairs for seed in seeds.split(",")]
+                found = [score(RECIPES[name.strip()], train, val, int(seed), Path(work))
+                         for train, val in pairs for seed in seeds.split(",")]
                 means = [sum(one[column] for one in found) / len(found) for column in COLUMNS]
                 rows.append(f"{name:26s} {title:16s} " + "  ".join(f"{mean:7.3f}" for mean in means))
     click.echo(f"\n{'recipe':26s} {'scored on':16s} " + "  ".join(("g2i R@1", "g2i R@5", "g2i R@10", "g2i rank", "i2g R@10")))

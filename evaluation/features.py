@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -115,17 +116,26 @@ def build_features(spec: FeatureSpec) -> nn.Module:
     return build_encoder(spec.name, spec.weights)
 
 
+def resize_by_area(images: np.ndarray, px: int) -> np.ndarray:
+    """uint8 (N, H, W, 3) -> (N, px, px, 3): the mean of what each new pixel covers; bicubic if it has to grow."""
+    if images.shape[1:3] == (px, px):
+        return images
+    method = Image.Resampling.BOX if px < max(images.shape[1:3]) else Image.Resampling.BICUBIC
+    return np.stack([np.asarray(Image.fromarray(image).resize((px, px), method)) for image in images])
+
+
 def image_features(images: Sequence[Path] | np.ndarray | Tensor, encoder: nn.Module, batch_size: int = 64,
-                   device: str | torch.device = "cpu", progress: bool = True) -> np.ndarray:
+                   device: str | torch.device = "cpu", progress: bool = True, match_px: int | None = None) -> np.ndarray:
     """Features float32 (N, D) of image files of any size, or of uint8 (N, H, W, 3) arrays or (N, 3, H, W) tensors.
 
-    Only one batch of images is in memory at a time. Row order is that of the images.
+    Files are first brought to `match_px` by area, if given, so that no side of a comparison is sharper. Only one batch
+    of images is in memory at a time. Row order is that of the images.
     """
     encoder = encoder.to(device).eval()
     features: np.ndarray | None = None
     bar = tqdm(total=len(images), unit="image", desc=getattr(encoder, "name", "features"), disable=not progress)
     with torch.inference_mode(), bar:
-        for rows, batch in same_size_batches(images, batch_size):
+        for rows, batch in same_size_batches(images, batch_size, match_px):
             block = encoder(images_to_float(batch.to(device))).float().cpu().numpy()
             if features is None:
                 features = np.empty((len(images), block.shape[1]), dtype=np.float32)
@@ -136,7 +146,8 @@ def image_features(images: Sequence[Path] | np.ndarray | Tensor, encoder: nn.Mod
     return features
 
 
-def same_size_batches(images: Sequence[Path] | np.ndarray | Tensor, batch_size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
+def same_size_batches(images: Sequence[Path] | np.ndarray | Tensor, batch_size: int,
+                      match_px: int | None = None) -> Iterator[tuple[np.ndarray, Tensor]]:
     """(rows, uint8 (n, 3, H, W)); a batch of mixed sizes comes in parts. Files are read one batch ahead."""
     blocks = [np.arange(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
     if isinstance(images, Tensor):
@@ -147,9 +158,12 @@ def same_size_batches(images: Sequence[Path] | np.ndarray | Tensor, batch_size: 
         for rows in blocks:
             yield rows, torch.from_numpy(np.ascontiguousarray(images[rows[0]:rows[-1] + 1].transpose(0, 3, 1, 2)))
         return
+    def read(path: Path) -> np.ndarray:
+        return read_patch(path) if match_px is None else resize_by_area(read_patch(path)[None], match_px)[0]
+
     with ThreadPoolExecutor(READERS) as pool:
         def submit(rows):
-            return [pool.submit(read_patch, images[row]) for row in rows]
+            return [pool.submit(read, images[row]) for row in rows]
         ahead = submit(blocks[0]) if blocks else []
         for number, rows in enumerate(blocks):
             patches = [future.result() for future in ahead]
@@ -160,24 +174,25 @@ def same_size_batches(images: Sequence[Path] | np.ndarray | Tensor, batch_size: 
 
 
 def cached_features(paths: Sequence[Path], encoder: nn.Module, cache_dir: Path | None, batch_size: int = 64,
-                    device: str | torch.device = "cpu", progress: bool = True) -> tuple[np.ndarray, bool]:
+                    device: str | torch.device = "cpu", progress: bool = True,
+                    match_px: int | None = None) -> tuple[np.ndarray, bool]:
     """`image_features`, or the same from `cache_dir` if these very contents went through these very weights before.
 
     Returns the features and whether they came from the cache. Names, dates and places of the files do not matter.
     """
     if cache_dir is None:
-        return image_features(paths, encoder, batch_size, device, progress), False
+        return image_features(paths, encoder, batch_size, device, progress, match_px), False
     cache_dir = Path(cache_dir)
     with ThreadPoolExecutor(READERS) as pool:
         contents = list(pool.map(file_sha256, paths))
-    key = hashlib.sha256(json.dumps([encoder.name, encoder.source, contents]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([encoder.name, encoder.source, match_px, contents]).encode()).hexdigest()[:32]
     target = cache_dir / f"{encoder.name.replace(':', '_')}_{key}.npy"
     if target.is_file():
         features = np.load(target, mmap_mode="r", allow_pickle=False)
         if features.ndim == 2 and len(features) == len(paths):
             return features, True
         raise InputError(target, "shape", f"{len(paths)} rows", f"{features.shape}", "Delete this cache file")
-    features = image_features(paths, encoder, batch_size, device, progress)
+    features = image_features(paths, encoder, batch_size, device, progress, match_px)
     with finished_file(target) as temporary, open(temporary, "wb") as stream:
         np.save(stream, features, allow_pickle=False)
     return features, False

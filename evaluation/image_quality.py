@@ -26,6 +26,7 @@ from evaluation.distances import (
 from evaluation.features import FeatureSpec, build_features, cached_features, display_name, list_images, pick_device
 from preprocessing.errors import InputError, OptionError
 from preprocessing.outputs import finished_file, locked
+from preprocessing.patches import read_patch
 
 KID_SUBSET, KID_SUBSETS = 1000, 100      # torch-fidelity's
 CSV_NAME = "image_quality_metrics.csv"
@@ -34,7 +35,7 @@ COLUMNS = (
     "features", "n_reference", "n_generated", "FID_low", "FID_high", "KID_low", "KID_high",
     "n_floor", "FID_at_floor_n", "FID_at_floor_n_low", "FID_at_floor_n_high", "FID_floor", "FID_floor_low", "FID_floor_high",
     "KID_at_floor_n", "KID_at_floor_n_low", "KID_at_floor_n_high", "KID_floor", "KID_floor_low", "KID_floor_high",
-    "kid_subset", "n_ignored", "flags", "reference", "generated", "weights_sha256",
+    "kid_subset", "match_px", "n_ignored", "flags", "reference", "generated", "weights_sha256",
 )
 
 
@@ -52,9 +53,11 @@ class QualityConfig:
     device: str = "auto"                    # auto | cpu | cuda
     cache_dir: Path | None = None           # keeps the reference's features
     n_splits: int = 20                      # random halves for floors and intervals
+    match_px: int | None = None             # bring both sides to this side by area first; None = as they are
 
     def __post_init__(self):
-        for option, value, least in (("--num", self.num, 4), ("--batch-size", self.batch_size, 1), ("--splits", self.n_splits, 2)):
+        for option, value, least in (("--num", self.num, 4), ("--batch-size", self.batch_size, 1), ("--splits", self.n_splits, 2),
+                                     ("--match-px", self.match_px, 8)):
             if value is not None and value < least:
                 raise OptionError(option, f"at least {least}", str(value))
         if not 0 <= self.seed < 2**32:
@@ -96,14 +99,14 @@ def measure(config: QualityConfig, reference: ImageSet, generated: ImageSet, pro
     device = pick_device(config.device)
     for spec in config.features:
         encoder = build_features(spec)
-        real, _ = cached_features(reference.paths, encoder, config.cache_dir, config.batch_size, device, progress)
-        fake, _ = cached_features(generated.paths, encoder, None, config.batch_size, device, progress)
+        real, _ = cached_features(reference.paths, encoder, config.cache_dir, config.batch_size, device, progress, config.match_px)
+        fake, _ = cached_features(generated.paths, encoder, None, config.batch_size, device, progress, config.match_px)
         for side, values in ((reference, real), (generated, fake)):
             if not np.isfinite(values).all():
                 raise InputError(side.name, f"{spec.label} features", "finite numbers", "NaN or infinity", "Are the weights damaged?")
         yield {"experiment": config.experiment, "seed": config.seed, "features": spec.label, **distance_columns(real, fake, config),
-               "n_ignored": reference.n_ignored + generated.n_ignored, "reference": reference.name, "generated": generated.name,
-               "weights_sha256": encoder.source}
+               "n_ignored": reference.n_ignored + generated.n_ignored, "match_px": config.match_px or "",
+               "reference": reference.name, "generated": generated.name, "weights_sha256": encoder.source}
 
 
 def distance_columns(real: np.ndarray, fake: np.ndarray, config: QualityConfig) -> dict[str, object]:
@@ -147,6 +150,10 @@ def notices(config: QualityConfig, reference: ImageSet, generated: ImageSet) -> 
         lines.append(f"notice: KID subsets hold {smaller:,} images instead of {KID_SUBSET:,}: there are no more")
     if smaller < RELIABLE_N:
         lines.append(f"notice: below {RELIABLE_N:,} images a Frechet distance is mostly bias: read it beside its floor at equal n")
+    real, made = (read_patch(images.paths[0]).shape[0] for images in (reference, generated))
+    if config.match_px is None and real != made:
+        lines.append(f"notice: reference patches are {real} px, generated ones {made} px: the distance includes that difference in "
+                     f"sharpness; --match-px {min(real, made)} takes it away")
     return lines
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from evaluation.distances import distances_to_halves, frechet_distance, full_kernel_distance, half_size, mean_and_interval
 from evaluation.diversity import mean_group_deviation, within_prompt_diversity
-from evaluation.features import image_features, read_samples_csv
+from evaluation.features import image_features, read_samples_csv, resize_by_area
 from evaluation.linear_baseline import LinearBaseline
 from evaluation.retrieval import places, retrieval_metrics, summarise_places
 from networks.clip import CLIP
@@ -87,14 +86,6 @@ def read_generated(folder: Path, sample_id: str, barcodes: Sequence[str]) -> Gen
     if len({image.shape for image in images}) > 1 or images[0].shape[0] != images[0].shape[1]:
         raise InputError(folder, "size", "square patches of one size", first_few(sorted({f"{i.shape[1]} x {i.shape[0]}" for i in images})))
     return Generated(np.array(prompts), seeds, np.stack(images).reshape(len(prompts), len(seeds), *images[0].shape))
-
-
-def resize_by_area(images: np.ndarray, px: int) -> np.ndarray:
-    """uint8 (N, H, H, 3) -> (N, px, px, 3): the mean of what each new pixel covers; bicubic if it has to grow."""
-    if images.shape[1] == px:
-        return images
-    method = Image.Resampling.BOX if px < images.shape[1] else Image.Resampling.BICUBIC
-    return np.stack([np.asarray(Image.fromarray(image).resize((px, px), method)) for image in images])
 
 
 @dataclass

@@ -7,18 +7,25 @@ from pathlib import Path
 import numpy as np
 
 from evaluation import page
-from evaluation.contact_sheet import contact_sheet
-from evaluation.sections import Generated, Section, resize_by_area
+from evaluation.contact_sheet import contact_sheet, save_png
+from evaluation.features import resize_by_area
+from evaluation.sections import Generated, Section
 
 ROWS, SEEDS, CELL_PX = 10, 6, 96
 
 
 def write_sections_page(path: Path, results: Mapping, sheets: Mapping[str, tuple[Section, Generated] | None]) -> None:
-    """Write the page; `sheets` holds the patches of each section, where there are generated ones."""
+    """Write the page, and each section's contact sheet as contact_sheet_<section>.png beside it.
+
+    `sheets` holds the patches of each section, where there are generated ones.
+    """
     parts = [page.paragraph(f"Trained on {', '.join(results['train'])}. None of these is among the sections shown.",
                             "lead")]
     for name, scores in results["sections"].items():
-        parts += section_parts(name, scores, sheets.get(name), results["seed"])
+        sheet = section_sheet(*sheets[name], np.random.default_rng(results["seed"])) if sheets.get(name) else None
+        if sheet is not None:
+            save_png(path.with_name(f"contact_sheet_{name}.png"), sheet)
+        parts += section_parts(name, scores, sheet)
     parts += [page.heading("Wall time"), page.table(["step", "seconds"], list(results["wall_time_s"].items()), "Seconds by step"),
               page.heading("Weights and versions"),
               page.facts({"weights of " + name: digest for name, digest in results["weights_sha256"].items() if digest}),
@@ -26,16 +33,16 @@ def write_sections_page(path: Path, results: Mapping, sheets: Mapping[str, tuple
     page.write_page(path, page.page(f"Held-out sections: {', '.join(results['sections'])}", parts))
 
 
-def section_parts(name: str, scores: Mapping, patches: tuple[Section, Generated] | None, seed: int) -> list[str]:
+def section_parts(name: str, scores: Mapping, sheet: np.ndarray | None) -> list[str]:
     """One section: sentences, tables, contact sheet."""
     parts = [page.heading(f"Section {name}: {scores['n_spots']:,} spots"), page.paragraph(retrieval_sentence(scores)),
              retrieval_table(scores)]
-    if patches is None:
+    if sheet is None:
         return [*parts, page.paragraph("No generated patches were given, so only retrieval was measured.", "note")]
     parts += [page.paragraph(sentence) for sentence in generation_sentences(scores)]
     if "paired" in scores:
         parts.append(paired_table(scores["paired"]))
-    parts += [distance_table(scores), page.picture(section_sheet(*patches, np.random.default_rng(seed)),
+    parts += [distance_table(scores), page.picture(sheet,
               f"{name}: the real patch of a spot at {scores['generated_px']} px, then patches generated from its genes, one a seed.")]
     return parts
 

@@ -157,7 +157,7 @@ def build_encoder(name: str, weights: Path | str | None = None, input_px: int | 
     encoder = _build_at_its_own_size(name, weights)
     if input_px is not None and input_px != encoder.input_px:
         if hasattr(encoder.body, "patch_embed") or isinstance(encoder.body, (ClassToken, ConchTower)) or input_px < 32:
-            raise OptionError("image encoder side", f"{encoder.input_px} px ({name}); others, from 32 px up, for convolutional encoders only",
+            raise OptionError("image encoder side", f"{encoder.input_px} px ({name}); another, from 32 px up, only for convolutional ones",
                               f"{input_px} px")
         encoder.input_px = input_px
     return encoder

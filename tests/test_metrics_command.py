@@ -159,3 +159,19 @@ def test_help_names_the_options_at_once():
     answer = CliRunner().invoke(command.main, ["--help"])
     assert answer.exit_code == 0 and time.monotonic() - started < 2
     assert all(option in answer.output for option in ("--experiment", "--ref-img-path", "--gen-img-path", "--out-dir", "--cache-dir"))
+
+
+def test_match_px_takes_a_difference_in_sharpness_away(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        large = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+        for folder, image in (("real", large), ("generated", large.resize((32, 32), Image.Resampling.BOX))):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            image.save(tmp_path / folder / f"{i}.png")
+    options = ["--experiment", "e", "--ref-img-path", str(tmp_path / "real"), "--gen-img-path", str(tmp_path / "generated"),
+               "--features", "random_tiny", "--out-dir", str(tmp_path)]
+    plain, matched = (CliRunner().invoke(command.main, [*options, *extra]) for extra in ([], ["--match-px", "32"]))
+    assert plain.exit_code == matched.exit_code == 0, plain.output + matched.output
+    assert "--match-px 32 takes it away" in plain.output and "--match-px 32 takes" not in matched.output
+    first, second = pd.read_csv(tmp_path / "image_quality_metrics.csv").to_dict("records")
+    assert abs(second["FID"]) < 1e-4 < first["FID"] and second["match_px"] == 32

@@ -18,7 +18,8 @@ def readme_commands() -> list[str]:
 
 def steps(command: str) -> list[str]:
     """What a walk would run, as it prints it itself."""
-    found = subprocess.run(["bash", "-c", command], cwd=ROOT, env={**os.environ, "DRY_RUN": "1"}, capture_output=True, text=True, check=True)
+    found = subprocess.run(["bash", "-c", command], cwd=ROOT, env={**os.environ, "DRY_RUN": "1"}, capture_output=True, text=True,
+                           check=True)
     return found.stdout.splitlines()
 
 

@@ -62,7 +62,8 @@ def test_real_tissue_walk_scores_a_held_out_section(tmp_path, shared_data):
     ("--data D --train A --val", 2, "--val needs a value"),
 ], ids=["nothing", "overlap", "no such section", "unknown option", "no value"])
 def test_a_mistake_in_the_real_tissue_command_is_one_line(arguments, exit_code, message, tmp_path):
-    done = subprocess.run(["bash", str(ROOT / "assets" / "real_tissue.sh"), *arguments.split()], cwd=tmp_path, capture_output=True, text=True)
+    walk = ROOT / "assets" / "real_tissue.sh"
+    done = subprocess.run(["bash", str(walk), *arguments.split()], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == exit_code
     assert message in done.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())

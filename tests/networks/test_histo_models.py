@@ -155,3 +155,25 @@ def test_the_unit_test_encoder_is_seeded_and_leaves_the_global_generator_alone(i
     first = build_encoder("random_tiny")
     assert torch.rand(1) == expected
     assert torch.equal(first(images), build_encoder("random_tiny")(images)) and first(images).shape == (2, 32)
+
+
+def test_a_convolutional_tower_sees_patches_at_the_side_it_is_told():
+    own, small = build_encoder("efficientnet_lite0"), build_encoder("efficientnet_lite0", input_px=128)
+    images = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert own.resize(images).shape[-1] == 224 and small.resize(images) is images
+    assert small(images).shape == own(images).shape == (2, 1280)
+    assert not torch.allclose(small(images), own(images), atol=1e-3)
+
+
+def test_a_transformer_keeps_its_own_side(tmp_path):
+    path = tmp_path / "vit.pt"
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), path)
+    with pytest.raises(OptionError, match="only for convolutional"):
+        build_encoder("timm:vit_tiny_patch16_224", path, input_px=128)
+
+
+def test_features_do_not_depend_on_how_many_patches_are_encoded_at_once():
+    encoder = build_encoder("efficientnet_lite0", input_px=64)
+    images = torch.rand(19, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        assert torch.allclose(encoder(images), torch.cat([encoder(image[None]) for image in images]), atol=1e-4)
