@@ -16,8 +16,8 @@ $(STAMP): requirements.txt pyproject.toml
 demo: $(STAMP)             ## the whole walk on a simulated sample: demo_run/index.html
 	bash assets/demo.sh
 
-test: $(STAMP)             ## every test
-	$(BIN)/python -m pytest -q --durations=15
+test: $(STAMP)             ## every test, one file at a time on each core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations=15
 
 lint: $(STAMP)             ## style
 	$(BIN)/ruff check .
