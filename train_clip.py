@@ -6,6 +6,13 @@
 Configurations lie in assets/: clip_config.yaml (the published values, default), clip_small.yaml (real tissue, few spots, on a
 CPU), clip_demo.yaml; choose with --config-name clip_small. Several samples: data.train_gex=A.h5ad,B.h5ad. Relative paths mean
 the folder the command is started in. Continue a run: run_dir=runs/00000-clip ckpt_path=last. --debug shows tracebacks.
+
+Several devices: trainer.devices=4, or auto for all; trainer.batch_size is that of all together, a multiple of their number, and
+every spot is contrasted with the whole of it. Several machines that share a file system: the same command on each, with
+trainer.num_nodes=2 trainer.devices=4, started by one of
+    srun --nodes 2 --ntasks-per-node 4 python train_clip.py ...
+    torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint FIRST_HOST:29500 train_clip.py ...
+    MASTER_ADDR=FIRST_HOST MASTER_PORT=29500 NODE_RANK=0 python train_clip.py ...       (NODE_RANK=1 on the second)
 """
 from __future__ import annotations
 
@@ -33,8 +40,8 @@ def quote_paths(arguments: list[str]) -> list[str]:
     return quoted
 
 
-def train(loaded, launch_folder: Path) -> Path:
-    """Train as a Hydra configuration says; returns the run folder."""
+def train(loaded, launch_folder: Path) -> Path | None:
+    """Train as a Hydra configuration says; returns the run folder, on the first process of several."""
     from training.clip_config import clip_config, from_launch_folder
 
     config = clip_config(loaded)   # whatever is wrong with it is said before torch is asked for anything
@@ -59,8 +66,10 @@ def main() -> None:
 
     @hydra.main(version_base="1.3", config_path=str(ASSETS), config_name="clip_config")
     def task(loaded) -> None:
-        run_dir = train(loaded, launch_folder)
-        print(f"wrote {run_dir}/clip (weights), {run_dir}/config.json, {run_dir}/checkpoints", flush=True)
+        with one_line_errors(debug=debug):   # here already: Hydra would add a line of its own
+            run_dir = train(loaded, launch_folder)
+        if run_dir:
+            print(f"wrote {run_dir}/clip (weights), {run_dir}/config.json, {run_dir}/checkpoints", flush=True)
 
     with one_line_errors(debug=debug):
         try:

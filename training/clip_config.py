@@ -97,7 +97,8 @@ class TrainerConfig:
     batch_size: int = 128            # over all devices
     accelerator: str = "auto"        # auto | cpu | gpu
     devices: Any = 1                 # number, or auto
-    num_nodes: int = 1
+    num_nodes: int = 1               # machines; each has `devices`
+    timeout_minutes: float = 30.0    # a process that leaves the others waiting for so long ends the run
     precision: str | None = None     # none = bf16-mixed on a GPU, 32-true on a CPU
     val_every_steps: int = 10
     limit_val_batches: int = 50
@@ -112,6 +113,8 @@ class TrainerConfig:
                             ("save_top", 0), ("log_every_steps", 1)):
             if getattr(self, name) < least:
                 raise OptionError(f"trainer.{name}", f"at least {least}", str(getattr(self, name)))
+        if not self.timeout_minutes > 0:
+            raise OptionError("trainer.timeout_minutes", "above 0", str(self.timeout_minutes))
         if self.select not in ("best", "last"):
             raise OptionError("trainer.select", "one of best, last", self.select)
 

@@ -20,7 +20,7 @@ from networks.histo_models import Encoder
 from preprocessing.errors import InputError, OptionError
 from training.augment import AugmentConfig, apply_views, draw_views, plain_views, turned_views
 from training.clip_config import ClipConfig
-from training.clip_features import cached_features, view_table
+from training.clip_features import cached_features, compute_features, view_table
 from training.data import ImageGeneDataset, SampleFiles, spatial_block_split
 
 FIT_PATCHES = 1000   # patches from which the scaling of image features is fitted when none are cached
@@ -122,8 +122,8 @@ def load_clip_data(config: ClipConfig, resolve: Callable[[str], Path]) -> ClipDa
 def use_features(data: ClipData, tower: Encoder, config: ClipConfig, resolve: Callable[[str], Path], device: torch.device | str) -> None:
     """Replace the patches of `data` by cached features: K views each for training, the test views for validation."""
     image = config.image
-    options = {"tower_key": f"{tower.source}@{tower.input_px}px", "cache_dir": resolve(image.cache_dir) if image.cache_dir else None, "device": device,
-               "progress": config.trainer.progress_bar}
+    options = {"tower_key": f"{tower.source}@{tower.input_px}px", "device": device,
+               "cache_dir": resolve(image.cache_dir) if image.cache_dir else None, "progress": config.trainer.progress_bar}
     views = view_table(len(data.train), image.cache_features, image.augment, config.seed)
     data.train.features = cached_features(data.train.images, views, tower, **options)
     data.train.images = None
@@ -140,9 +140,7 @@ def fitting_rows(data: ClipData, tower: Encoder, device: torch.device | str) -> 
         return expression, data.train.features.flatten(0, 1)
     chosen = np.sort(np.random.default_rng(0).choice(len(data.train), min(len(data.train), FIT_PATCHES), replace=False))
     images = data.train.images[torch.from_numpy(chosen)]
-    with torch.no_grad():
-        blocks = [tower(apply_views(part, plain_views(len(part))).to(device)).float().cpu() for part in images.split(64)]
-    return expression, torch.cat(blocks)
+    return expression, compute_features(images, plain_views(len(images))[:, None], tower, device=device, progress=False).flatten(0, 1)
 
 
 def _pairs(dataset: ImageGeneDataset, config: ClipConfig, training: bool = True) -> Pairs:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from networks.weights import load_weights_folder, save_weights_folder
 from preprocessing.outputs import config_sha256, strings_sha256
 from training.augment import AugmentConfig, apply_views, draw_views, plain_views, turned_views
+from training.clip_ranks import gather_rows, own_rows, rank_and_size
 
 IMAGES_A_BATCH = 64
 
@@ -33,15 +34,16 @@ def view_table(n_patches: int, n_views: int, augment: AugmentConfig, seed: int) 
 @torch.no_grad()
 def compute_features(images: Tensor, views: Tensor, tower: Callable[[Tensor], Tensor], *, device: torch.device | str = "cpu",
                      progress: bool = True) -> Tensor:
-    """uint8 (N, 3, H, W) and (N, K, 7) -> float32 (N, K, F) on the CPU."""
+    """uint8 (N, 3, H, W) and (N, K, 7) -> float32 (N, K, F) on the CPU. Several ranks share the work; each gets the whole."""
     n_views = views.shape[1]
     flat = views.flatten(0, 1)
     source = torch.arange(len(images)).repeat_interleave(n_views)
     blocks = []
     with tqdm(total=len(source), desc="image features", unit="patch", disable=not progress) as bar:
-        for rows in torch.arange(len(source)).split(IMAGES_A_BATCH):
-            seen = apply_views(images[source[rows]], flat[rows]).to(device)
-            blocks.append(tower(seen).float().cpu())
+        for rows in torch.arange(len(source)).split(IMAGES_A_BATCH * rank_and_size()[1]):
+            own = rows[own_rows(len(rows))]
+            seen = apply_views(images[source[own]], flat[own]).to(device)
+            blocks.append(gather_rows(tower(seen).float())[:len(rows)].cpu())
             bar.update(len(rows))
     return torch.cat(blocks).unflatten(0, (len(images), n_views))
 
@@ -54,10 +56,11 @@ def cached_features(images: Tensor, views: Tensor, tower: Callable[[Tensor], Ten
         return compute_features(images, views, tower, device=device, progress=progress)
     key = config_sha256({"tower": tower_key, "views": tensor_sha256(views), "images": tensor_sha256(images)})
     folder = Path(cache_dir) / key[:32]
-    if folder.is_dir():
+    if gather_rows(torch.tensor([float(folder.is_dir())], device=device)).all():   # each rank sees it: all read, or all compute
         return load_weights_folder(folder)[0]["features"]
     features = compute_features(images, views, tower, device=device, progress=progress)
-    save_weights_folder(folder, {"features": features}, {"class": "image features", "tower": tower_key})
+    if rank_and_size()[0] == 0:
+        save_weights_folder(folder, {"features": features}, {"class": "image features", "tower": tower_key})
     return features
 
 

@@ -6,6 +6,7 @@ stopped and resumed equals one that was not.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -17,12 +18,14 @@ from torch.utils.data import DataLoader
 
 from evaluation.retrieval import retrieval_metrics
 from networks.clip import CLIP
-from preprocessing.errors import InputError, OptionError, WeightsError
+from preprocessing.errors import InputError, WeightsError
 from training.clip_config import ClipConfig, OptimizerConfig
 from training.clip_data import ClipData, StepBatches, whole_batch
-from training.clip_losses import clip_loss, gather_rows
+from training.clip_losses import clip_loss
+from training.clip_ranks import gather_rows, own_rows
 
 MONITOR = "val/loss"
+MAX_SKIPPED_IN_A_ROW = 20   # steps without a finite gradient; more than a float16 gradient scaler needs to find its scale
 SHOWN = ("val/loss", "val/gene_to_image_r10", "val/image_to_gene_r10")
 
 
@@ -31,9 +34,11 @@ class ClipModule(pl.LightningModule):
 
     strict_loading = False   # checkpoints hold no frozen tower
 
-    def __init__(self, clip: CLIP, optimizer: OptimizerConfig, total_steps: int, seed: int):
+    def __init__(self, clip: CLIP, optimizer: OptimizerConfig, total_steps: int, seed: int, val_sizes: Sequence[int] = ()):
         super().__init__()
         self.clip, self.optimizer_config, self.total_steps, self.seed = clip, optimizer, total_steps, seed
+        self.val_sizes = val_sizes   # spots of each validation batch, over all ranks
+        self.skipped_steps = self.skipped_in_a_row = 0
         self.val_metrics: dict[str, float] = {}
         self._val_genes: list[Tensor] = []
         self._val_images: list[Tensor] = []
@@ -46,11 +51,22 @@ class ClipModule(pl.LightningModule):
         genes = gather_rows(self.clip.encode_genes(expression).float())
         images = gather_rows(self._embed_images(seen).float())
         loss = clip_loss(images, genes, self.clip.temperature)
-        if not torch.isfinite(loss):
-            raise InputError("training", f"loss at step {self.global_step}", "a finite number", str(loss.item()),
-                             "Lower optimizer.lr; the last checkpoint is whole")
-        self.log_dict({"train/loss": loss, "train/temperature": self.clip.temperature}, prog_bar=True)
+        self.log_dict({"train/loss": loss, "train/temperature": self.clip.temperature, "train/skipped_steps": float(self.skipped_steps)},
+                      prog_bar=True)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """A step without a finite gradient changes nothing. Gradients are the same on every rank, and so is what is decided here."""
+        gradients = [parameter.grad for parameter in self.clip.parameters() if parameter.grad is not None]
+        if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_steps, self.skipped_in_a_row = self.skipped_steps + 1, self.skipped_in_a_row + 1
+        self.print(f"step {self.global_step:>6}   gradient not finite: step skipped, {self.skipped_steps} in all")
+        optimizer.zero_grad(set_to_none=True)   # without gradients neither weights nor moments move
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise InputError("training", f"gradient at step {self.global_step}", "finite numbers",
+                             f"none for {self.skipped_in_a_row} steps", "Lower optimizer.lr; the last checkpoint is good")
 
     def _embed_images(self, seen: Tensor) -> Tensor:
         """Images (N, 3, H, W), cached features (N, F), or features of several views (N, V, F) -> (N, D)."""
@@ -59,9 +75,10 @@ class ClipModule(pl.LightningModule):
         return self.clip.project_image_features(seen) if seen.dim() == 2 else self.clip.project_views(seen)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        seen, expression = batch
-        self._val_images.append(self._embed_images(seen).float())
-        self._val_genes.append(self.clip.encode_genes(expression).float())
+        seen, expression = batch   # this rank's share
+        n_spots = self.val_sizes[batch_idx]
+        self._val_images.append(gather_rows(self._embed_images(seen).float())[:n_spots])
+        self._val_genes.append(gather_rows(self.clip.encode_genes(expression).float())[:n_spots])
 
     def on_validation_epoch_end(self) -> None:
         genes, images = torch.cat(self._val_genes), torch.cat(self._val_images)
@@ -70,7 +87,7 @@ class ClipModule(pl.LightningModule):
         self._val_genes.clear()
         self._val_images.clear()
         self.val_metrics = {MONITOR: float(torch.stack(losses).mean()), **retrieval_both_ways(genes, images, n_bootstrap=1)}
-        self.log_dict(self.val_metrics)
+        self.log_dict(self.val_metrics, sync_dist=True)   # to the last bit the same: all ranks keep the same checkpoints
         shown = "   ".join(f"{name.removeprefix('val/')} {self.val_metrics[name]:.3f}" for name in SHOWN)
         self.print(f"step {self.global_step:>6}   {shown}")   # rank 0 alone
 
@@ -109,7 +126,7 @@ def retrieval_both_ways(genes: Tensor, images: Tensor, n_bootstrap: int = 1000) 
 
 
 def fit_clip(clip: CLIP, data: ClipData, config: ClipConfig, run_dir: Path, ckpt_path: Path | None) -> CLIP:
-    """Train; returns the model the run ends with (`trainer.select`). Logs and checkpoints go to `run_dir`."""
+    """Train; returns, on rank 0, the model the run ends with (`trainer.select`). Logs and checkpoints go to `run_dir`."""
     options = config.trainer
     trainer = pl.Trainer(
         accelerator=options.accelerator, devices=options.devices, num_nodes=options.num_nodes, precision=_precision(config),
@@ -118,17 +135,19 @@ def fit_clip(clip: CLIP, data: ClipData, config: ClipConfig, run_dir: Path, ckpt
         limit_val_batches=options.limit_val_batches if data.val is not None else 0, log_every_n_steps=options.log_every_steps,
         num_sanity_val_steps=0, use_distributed_sampler=False, enable_model_summary=False, enable_progress_bar=options.progress_bar,
         default_root_dir=run_dir)
-    if options.batch_size % trainer.world_size:
-        raise OptionError("trainer.batch_size", f"a multiple of the {trainer.world_size} devices", str(options.batch_size))
     batches = StepBatches(len(data.train), options.batch_size, config.seed, lambda: trainer.global_step,
                           rank=trainer.global_rank, world_size=trainer.world_size)
-    module = ClipModule(clip, config.optimizer, len(batches) * options.max_epochs, config.seed)
+    val_batches = _val_batches(data, config)
+    module = ClipModule(clip, config.optimizer, len(batches) * options.max_epochs, config.seed, [len(batch) for batch in val_batches])
     loader = DataLoader(data.train, batch_sampler=batches, collate_fn=whole_batch)
-    trainer.fit(module, loader, _val_loader(data, config), ckpt_path=ckpt_path, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    val_loader = None if data.val is None else DataLoader(
+        data.val, batch_sampler=[[batch[place] for place in own_rows(len(batch))] for batch in val_batches], collate_fn=whole_batch)
+    try:
+        trainer.fit(module, loader, val_loader, ckpt_path=ckpt_path, weights_only=True)
+    except SystemExit as error:   # Lightning's answer to Ctrl-C
+        raise KeyboardInterrupt from error
     best = trainer.checkpoint_callback.best_model_path if data.val is not None and options.select == "best" else ""
-    if best:
+    if best and trainer.is_global_zero:
         trained = torch.load(best, map_location="cpu", weights_only=True)
         module.load_state_dict(trained["state_dict"], strict=False)
         clip.training_record["chosen"] = f"best {MONITOR} at step {trained['global_step']}"
@@ -137,12 +156,9 @@ def fit_clip(clip: CLIP, data: ClipData, config: ClipConfig, run_dir: Path, ckpt
     return clip.cpu().eval()
 
 
-def _val_loader(data: ClipData, config: ClipConfig) -> DataLoader | None:
-    if data.val is None:
-        return None
-    keys = [(0, row) for row in range(len(data.val))]
-    size = min(config.trainer.batch_size, len(data.val))
-    return DataLoader(data.val, batch_sampler=[keys[start:start + size] for start in range(0, len(keys), size)], collate_fn=whole_batch)
+def _val_batches(data: ClipData, config: ClipConfig) -> list[list[tuple[int, int]]]:
+    keys = [(0, row) for row in range(len(data.val))] if data.val is not None else []
+    return [keys[start:start + config.trainer.batch_size] for start in range(0, len(keys), config.trainer.batch_size)]
 
 
 def _precision(config: ClipConfig) -> str:

@@ -3,49 +3,68 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 
 from networks.clip import CLIP
-from networks.histo_models import build_encoder
+from networks.histo_models import Encoder, build_encoder
 from preprocessing.errors import InputError
 from preprocessing.outputs import program_versions, write_json
 from training.clip_config import ClipConfig
-from training.clip_data import fitting_rows, load_clip_data, use_features
+from training.clip_data import ClipData, fitting_rows, load_clip_data, use_features
 from training.clip_module import fit_clip, retrieval_both_ways
+from training.clip_ranks import all_ranks, find_devices
 
 
-def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path:
-    """Train and write the run folder: config.json, split.json, csv/, tensorboard/, checkpoints/, clip/. Returns it."""
+def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
+    """Train and write the run folder: config.json, split.json, csv/, tensorboard/, checkpoints/, clip/.
+
+    Returns the folder; None on the ranks that write nothing. What is wrong with the input is said before other ranks start.
+    """
     if config.trainer.num_threads:
         torch.set_num_threads(config.trainer.num_threads)
     torch.manual_seed(config.seed)
+    ranks = find_devices(config.trainer)
+    if rank_zero_only.rank:   # known from the environment before ranks are joined
+        config = replace(config, trainer=replace(config.trainer, progress_bar=False))
     weights = config.model.image_encoder_weights
     tower = build_encoder(config.model.image_encoder, resolve(weights) if weights else None,
                           config.model.image_encoder_px)   # fails early: before data is read
     data = load_clip_data(config, resolve)
-    run_dir = _run_folder(config, resolve)
+    ckpt_path = _checkpoint(config, resolve)
+    with all_ranks(ranks):
+        run_dir = ranks.broadcast(_open_run(config, data, tower, resolve) if ranks.is_global_zero else None)
+        tower.to(ranks.device)
+        if config.image.cache_features:
+            use_features(data, tower, config, resolve, ranks.device)
+        torch.manual_seed(config.seed)
+        clip = CLIP(config.model, data.gene_names, target_sum=config.data.target_sum, image_encoder=tower,
+                    training={**data.record, "seed": config.seed})
+        if clip.needs_fitting:
+            clip.fit_inputs(*fitting_rows(data, tower, ranks.device))
+        clip = fit_clip(clip, data, config, run_dir, ckpt_path)
+        if not ranks.is_global_zero:
+            return None
+        clip.save_pretrained(run_dir / "clip")
+        if data.val is not None:
+            _write_retrieval(clip, data.val, run_dir)
+    return run_dir
+
+
+def _open_run(config: ClipConfig, data: ClipData, tower: Encoder, resolve: Callable[[str], Path]) -> Path:
+    """Make the run folder, write what is known before training, and say it."""
+    from training.run_folder import next_run_folder
+
+    run_dir = resolve(config.run_dir) if config.run_dir else next_run_folder(resolve(config.out_dir), "clip")
+    run_dir.mkdir(parents=True, exist_ok=True)
     print(f"{', '.join(data.record['samples'])}: {data.record['n_spots']:,} training spots, {data.record['n_val_spots']:,} validation "
           f"spots, {len(data.gene_names):,} genes; {tower.name} {tower.width}-d; {run_dir}", flush=True)
     write_json(run_dir / "config.json", {**asdict(config), "versions": program_versions()})
     if data.split:
         write_json(run_dir / "split.json", data.split)
-    device = _tower_device(config)
-    tower.to(device)
-    if config.image.cache_features:
-        use_features(data, tower, config, resolve, device)
-    torch.manual_seed(config.seed)
-    clip = CLIP(config.model, data.gene_names, target_sum=config.data.target_sum, image_encoder=tower,
-                training={**data.record, "seed": config.seed})
-    if clip.needs_fitting:
-        clip.fit_inputs(*fitting_rows(data, tower, device))
-    clip = fit_clip(clip, data, config, run_dir, _checkpoint(config, run_dir, resolve))
-    if int(torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0) == 0:
-        clip.save_pretrained(run_dir / "clip")
-        if data.val is not None:
-            _write_retrieval(clip, data.val, run_dir)
     return run_dir
 
 
@@ -62,24 +81,10 @@ def _write_retrieval(clip: CLIP, val, run_dir: Path) -> None:
     write_json(run_dir / "retrieval.json", {"n_spots": len(val), **metrics})
 
 
-def _run_folder(config: ClipConfig, resolve: Callable[[str], Path]) -> Path:
-    if config.run_dir:
-        run_dir = resolve(config.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        return run_dir
-    from training.run_folder import next_run_folder
-    return Path(next_run_folder(resolve(config.out_dir), "clip"))
-
-
-def _tower_device(config: ClipConfig) -> torch.device:
-    wants_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return torch.device("cuda" if wants_gpu else "cpu")
-
-
-def _checkpoint(config: ClipConfig, run_dir: Path, resolve: Callable[[str], Path]) -> Path | None:
+def _checkpoint(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
     if config.ckpt_path is None:
         return None
-    path = run_dir / "checkpoints" / "last.ckpt" if config.ckpt_path == "last" else resolve(config.ckpt_path)
+    path = resolve(config.run_dir) / "checkpoints" / "last.ckpt" if config.ckpt_path == "last" else resolve(config.ckpt_path)
     if not path.is_file():
         raise InputError(path, "checkpoint", "a file to resume from", "nothing there")
     return path

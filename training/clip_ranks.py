@@ -1,0 +1,123 @@
+"""Run CLIP training as several processes, one a device ("ranks"), that end together.
+
+The process that the user started is rank 0. It reads and checks everything before it starts the others, so that what is wrong
+is said once. Under torchrun, SLURM or on several nodes the processes are there already; nothing else differs.
+Collectives here do nothing in a run of one process.
+"""
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from subprocess import Popen
+from threading import Thread
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from preprocessing.errors import EXIT_IO, OptionError
+from training.clip_config import TrainerConfig
+
+GRACE_S = 3.0   # a rank that only suffers from another's end waits so long for that one's message and exit code
+LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|recv|socket", re.IGNORECASE)
+
+
+def find_devices(options: TrainerConfig) -> Fabric:
+    """The devices a run is asked to use: `.world_size`, `.global_rank`, `.device`; no process is started yet."""
+    asked = {"accelerator": options.accelerator, "devices": options.devices, "num_nodes": options.num_nodes}
+    try:
+        ranks = Fabric(**asked)
+        if ranks.world_size > 1:
+            ranks = Fabric(**asked, strategy=DDPStrategy(timeout=timedelta(minutes=options.timeout_minutes)))
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        raise OptionError("trainer.accelerator, devices, num_nodes", "devices of this machine",
+                          f"{', '.join(map(str, asked.values()))}: {str(error).splitlines()[0]}") from error
+    size = options.batch_size
+    if size % ranks.world_size:
+        below = size // ranks.world_size * ranks.world_size
+        nearest = f"{below} or {below + ranks.world_size}" if below else str(ranks.world_size)
+        raise OptionError("trainer.batch_size", f"a multiple of the {ranks.world_size} devices, such as {nearest}", str(size))
+    return ranks
+
+
+@contextmanager
+def all_ranks(ranks: Fabric) -> Iterator[None]:
+    """Start the other ranks and join them; whatever ends one of them inside ends all, with one message and its exit code."""
+    if ranks.world_size == 1:
+        yield
+        return
+    started: list[Popen] = []
+    try:
+        ranks.launch()
+        started = ranks.strategy.launcher.procs
+        for process in started:
+            Thread(target=_end_with, args=(process, started), daemon=True).start()
+        yield
+    except BaseException as error:
+        lost = isinstance(error, RuntimeError) and LOST.search(str(error))
+        if lost or not started:   # the rank that failed first speaks, and ends us where it started us
+            time.sleep(GRACE_S)
+        for process in started:
+            process.kill()
+        if lost:
+            reason = " ".join(str(error).split())[:160]
+            raise OSError(f"rank {ranks.global_rank}: another process of this run ended or did not answer ({reason})") from error
+        raise
+
+
+def _end_with(process: Popen, started: list[Popen]) -> None:
+    """Wait for one started rank; when it fails, end this process and the rest with its exit code."""
+    code = process.wait()
+    if code:
+        for other in started:
+            other.kill()
+        sys.stdout.flush()
+        os._exit(code if code > 0 else EXIT_IO)   # killed by a signal: a negative code
+
+
+class _GatherRows(torch.autograd.Function):
+    """All ranks' rows in rank order; the gradient of a row is summed over ranks and goes back to its owner."""
+
+    @staticmethod
+    def forward(context, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        torch.distributed.all_reduce(gradient)
+        share = len(gradient) // torch.distributed.get_world_size()
+        start = share * torch.distributed.get_rank()
+        return gradient[start:start + share]
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's place among those of the run, (0, 1) when it is alone."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """(N, ...) of this rank -> (ranks x N, ...) of all; every rank must hold the same N. One process: the rows themselves.
+
+    Every rank computes the same global loss, so the summed gradient counts it once a rank; averaging gradients over
+    ranks, as data-parallel training does, brings back the gradient of one rank with the whole batch.
+    """
+    return _GatherRows.apply(rows) if rank_and_size()[1] > 1 else rows
+
+
+def own_rows(n_rows: int) -> Tensor:
+    """Places (int64) of this rank's share of `n_rows`, as many on every rank: `gather_rows(share)[:n_rows]` is whole and in order."""
+    rank, size = rank_and_size()
+    share = -(-n_rows // size)
+    return (rank * share + torch.arange(share)).clamp(max=n_rows - 1)   # the last row repeats where the shares are uneven
