@@ -190,16 +190,19 @@ class CLIP(nn.Module):
         load_into(_WithoutTower(model, own), tensors, path)
         return model.eval()
 
-    def push_to_hub(self, repo_id: str, **upload_options) -> str:
-        """Upload the weights folder to a model repository of the hub; returns its address."""
+    def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
+        """Upload the weights folder to a model repository of the hub, made if it is not there; returns the address of the upload.
+
+        Whoever downloads that repository into a folder opens it with `from_pretrained`. The frozen tower is not uploaded.
+        """
         from tempfile import TemporaryDirectory
 
         from huggingface_hub import HfApi
-        api = HfApi()
-        api.create_repo(repo_id, exist_ok=True)
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
         with TemporaryDirectory() as folder:
             self.save_pretrained(Path(folder) / "clip")
-            return str(api.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "clip", **upload_options))
+            return str(api.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "clip"))
 
     @staticmethod
     def convert_ckpt_to_dict(ckpt: Path | str, config: Mapping | Path | str | None, path: Path | str) -> Path:

@@ -1,5 +1,6 @@
 """train_clip.py and clip_embeddings.py from paired files to weights and embeddings, on tiny samples on the CPU."""
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from preprocessing.errors import InputError, OptionError, WeightsError
 from preprocessing.expression import write_expression
 from preprocessing.patches import write_patch_folder
 from train_clip import quote_paths, train
+from training.clip_module import ClipModule
 
 ROOT = Path(__file__).resolve().parent.parent
 GENES = [f"g{i}" for i in range(12)]
@@ -110,6 +112,46 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_equals_one_that_never_stopped(s
     resumed = train(config(run_dir=str(tmp_path / "resumed"), ckpt_path=str(middle), **options), samples)
     first, second = (CLIP.from_pretrained(folder / "clip").weights() for folder in (straight, resumed))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def broken_loss(monkeypatch):
+    """Make the training loss of chosen steps infinite or not a number."""
+    def break_at(steps: dict[int, float]) -> None:
+        sound = ClipModule.training_step
+        monkeypatch.setattr(ClipModule, "training_step", lambda self, batch, place:
+                            sound(self, batch, place) * steps.get(self.global_step, 1.0))
+    return break_at
+
+
+def state_at(run, step):
+    return read_plain_file(next((run / "checkpoints").glob(f"step{step:06d}*.ckpt")))
+
+
+def test_a_step_without_a_finite_loss_changes_nothing_and_is_counted(samples, tmp_path, broken_loss, capsys):
+    broken_loss({2: math.nan, 5: math.inf})
+    trainer = {"val_every_steps": 1, "save_top": 20, "log_every_steps": 1}
+    run = train(config(run_dir=str(tmp_path / "run"), logger="csv", trainer=trainer), samples)
+    steps = {step: state_at(run, step) for step in (1, 2, 3, 4, 5, 6)}
+    same = {step: all(torch.equal(steps[step]["state_dict"][name], tensor) for name, tensor in steps[step + 1]["state_dict"].items())
+            for step in range(1, 6)}
+    assert same == {1: False, 2: True, 3: False, 4: False, 5: True}   # checkpoint n holds the weights before step n
+    moments = [steps[step]["optimizer_states"][0]["state"] for step in (2, 3)]
+    assert all(torch.equal(moments[0][key]["exp_avg"], moments[1][key]["exp_avg"]) for key in moments[0])
+    assert pd.read_csv(run / "csv" / "metrics.csv")["train/skipped_steps"].max() == 2
+    said = capsys.readouterr().out
+    assert "step      2   gradient not finite: step skipped, 1 in all" in said and "step skipped, 2 in all" in said
+
+
+def test_a_loss_that_stays_broken_ends_the_run_and_the_last_good_checkpoint_stays(samples, tmp_path, broken_loss, monkeypatch):
+    monkeypatch.setattr("training.clip_module.MAX_SKIPPED_IN_A_ROW", 3)
+    broken_loss(dict.fromkeys(range(4, 100), math.nan))
+    with pytest.raises(InputError, match="gradient at step 6: expected finite numbers; found none for 3 steps") as error:
+        train(config(run_dir=str(tmp_path / "run"), trainer={"val_every_steps": 1}), samples)
+    assert error.value.exit_code == 3 and not (tmp_path / "run" / "clip").exists()
+    kept = read_plain_file(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+    assert all(torch.equal(kept[name], tensor) for name, tensor in state_at(tmp_path / "run", 4)["state_dict"].items())
 
 
 def test_without_a_validation_sample_a_spatial_block_is_held_out_and_saved(samples, tmp_path):

@@ -1,5 +1,6 @@
 """The CLIP model: published sizes, unit embeddings, a temperature that is used, weights that come back or are refused."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -125,6 +126,31 @@ def test_weights_come_back_and_leave_the_frozen_tower_out(tmp_path, expression, 
     genes_only = CLIP.from_pretrained(folder, image_encoder=False)
     assert genes_only.image_encoder is None and torch.equal(genes_only.encode_genes(expression), clip.encode_genes(expression))
     assert len(clip_weights_sha256(folder)) == 64
+
+
+def test_what_is_pushed_to_the_hub_is_a_weights_folder_that_comes_back(tmp_path, expression, monkeypatch):
+    asked = []
+
+    class FakeHub:
+        def __init__(self, token):
+            asked.append(("token", token))
+
+        def create_repo(self, repo_id, *, private, exist_ok):
+            asked.append((repo_id, private, exist_ok))
+
+        def upload_folder(self, *, repo_id, folder_path):
+            shutil.copytree(folder_path, tmp_path / repo_id)
+            return f"https://hub/{repo_id}/commit/1"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    clip = tiny()
+    assert clip.push_to_hub("me/clip", token="secret", private=True) == "https://hub/me/clip/commit/1"
+    assert asked == [("token", "secret"), ("me/clip", True, True)]
+    downloaded = tmp_path / "me" / "clip"
+    assert torch.equal(CLIP.from_pretrained(downloaded).encode_genes(expression), clip.encode_genes(expression))
+    assert sorted(path.name for path in downloaded.iterdir()) == ["SHA256SUMS", "config.json", "model.safetensors"]
+    assert not any("image_encoder" in name or "secret" in name for name in load_weights_folder(downloaded)[0])
+    assert "secret" not in (downloaded / "config.json").read_text()
 
 
 def edited(folder, change):
