@@ -126,7 +126,7 @@ def test_diversity_of_the_seeds_is_the_planted_noise(results):
 
 def test_the_page_is_whole_and_says_what_the_numbers_say(run, results):
     html = (run / "index.html").read_text()
-    assert "src=\"data:image/png;base64," in html and "http" not in html and "<script" not in html
+    assert "src=\"data:image/png;base64," in html and "http:" not in html and "https:" not in html and "<script" not in html
     found = results["sections"]["C"]["retrieval"]["gene_to_image"]
     assert f"R@10 {found['r10']:.3f}" in html and "linear baseline" in html and "Section C: 40 spots" in html
 

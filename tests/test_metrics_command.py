@@ -126,7 +126,7 @@ def test_the_report_is_one_file_with_the_rows_numbers(folders, tmp_path):
     answer = run(folders, tmp_path, "blurred", "--report", tmp_path / "page.html")
     assert answer.exit_code == 0, answer.output
     html, (row,) = (tmp_path / "page.html").read_text(), rows(tmp_path).to_dict("records")
-    assert "data:image/png;base64," in html and "http" not in html and "<script" not in html and 'name="viewport"' in html
+    assert "data:image/png;base64," in html and "http:" not in html and "https:" not in html and "<script" not in html and 'name="viewport"' in html
     assert f"{row['n_floor']:,}" in html and "n &lt; 2048" in html and (tmp_path / "page.json").exists()
 
 
