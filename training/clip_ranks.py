@@ -78,8 +78,10 @@ def _end_with(process: Popen, started: list[Popen]) -> None:
     if code:
         for other in started:
             other.kill()
+        if code < 0:   # it could not say so itself
+            print(f"error: process {process.pid} of this run: ended by signal {-code}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(code if code > 0 else EXIT_IO)   # killed by a signal: a negative code
+        os._exit(code if code > 0 else EXIT_IO)
 
 
 class _GatherRows(torch.autograd.Function):
