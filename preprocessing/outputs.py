@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +19,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 MIB = 1 << 20
+WHOLE_FILE_MIB = 256              # inputs up to this size are hashed whole
+SILENT_WAIT_S = 2                 # a lock that is free within this time is not worth a line
 
 
 @contextmanager
@@ -26,7 +29,7 @@ def finished_file(path: Path | str, validate: Callable[[Path], object] | None = 
 
     On any error the temporary is removed and the old `path`, if there was one, stays as it was.
     """
-    path = Path(path)
+    path = _named(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
@@ -43,8 +46,9 @@ def finished_file(path: Path | str, validate: Callable[[Path], object] | None = 
 @contextmanager
 def finished_folder(path: Path | str, validate: Callable[[Path], object] | None = None) -> Iterator[Path]:
     """As `finished_file` for a whole folder. An older folder of that name is replaced only once the new one stands."""
-    path = Path(path)
+    path = _named(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    working_here = path.is_dir() and path.samefile(Path.cwd())
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     old = path.with_name(f"{path.name}.old.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -56,12 +60,23 @@ def finished_folder(path: Path | str, validate: Callable[[Path], object] | None 
         if path.exists():
             os.rename(path, old)
         os.rename(temporary, path)
+        if working_here:
+            os.chdir(path)
         _fsync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists() and not path.exists():   # killed between the two renames: put the old one back
             os.rename(old, path)
+
+
+def _named(path: Path | str) -> Path:
+    """An absolute path with a last name, which `.`, `..` and `S1/..` lack, so that names can be made beside it."""
+    path = Path(path)
+    path = path.resolve() if ".." in path.parts else path.absolute()
+    if not path.name:
+        raise OSError(errno.EINVAL, "nothing can be written in its place", str(path))
+    return path
 
 
 def _fsync(path: Path) -> None:
@@ -92,15 +107,17 @@ def _digest(stream) -> str:                      # Python 3.10 has no hashlib.fi
 
 
 def fingerprint(path: Path | str) -> dict[str, object]:
-    """Name, size and SHA-256 of the first and last MiB: tells two slides apart without reading gigabytes."""
+    """Name, size and SHA-256 of a file. Of more than 256 MiB, without reading gigabytes: time of last change, SHA-256 of both ends."""
     path = Path(path)
-    size = path.stat().st_size
+    about = path.stat()
+    if about.st_size <= WHOLE_FILE_MIB * MIB:
+        return {"name": path.name, "bytes": about.st_size, "sha256": file_sha256(path)}
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         digest.update(stream.read(MIB))
-        stream.seek(max(size - MIB, 0))
+        stream.seek(-MIB, os.SEEK_END)
         digest.update(stream.read(MIB))
-    return {"name": path.name, "bytes": size, "ends_sha256": digest.hexdigest()}
+    return {"name": path.name, "bytes": about.st_size, "mtime_ns": about.st_mtime_ns, "ends_sha256": digest.hexdigest()}
 
 
 def strings_sha256(strings) -> str:
@@ -115,7 +132,7 @@ def config_sha256(config: Mapping) -> str:
 
 def done_path(path: Path | str) -> Path:
     """Where the done-manifest of a file or folder lies: beside it."""
-    path = Path(path)
+    path = _named(path)
     return path.with_name(f"{path.name}.done.json")
 
 
@@ -134,18 +151,22 @@ def write_done(path: Path | str, *, config: Mapping, inputs: Mapping[str, Path |
     })
 
 
-def is_done(path: Path | str, *, config: Mapping, inputs: Mapping[str, Path | str]) -> bool:
-    """True if `path` was finished from exactly these inputs with exactly this config."""
-    path, manifest = Path(path), done_path(path)
-    if not path.exists() or not manifest.exists():
+def is_done(path: Path | str, *, config: Mapping, inputs: Mapping[str, Path | str], **facts: object) -> bool:
+    """True if `path` was finished from exactly these inputs with exactly this config and is as it was, which `facts` may witness."""
+    path, done = Path(path), read_done(path)
+    if not path.exists() or done.get("config_sha256") != config_sha256(config) or any(done.get(name) != facts[name] for name in facts):
         return False
-    try:
-        done = json.loads(manifest.read_text())
-    except json.JSONDecodeError:
-        return False
-    return (done.get("config_sha256") == config_sha256(config)
-            and done.get("inputs") == {name: fingerprint(file) for name, file in inputs.items()}
+    return (done.get("inputs") == {name: fingerprint(file) for name, file in inputs.items()}
             and (not path.is_file() or done.get("sha256") == file_sha256(path)))
+
+
+def read_done(path: Path | str) -> dict:
+    """The done-manifest of a file or folder; empty where there is none that can be read."""
+    try:
+        done = json.loads(done_path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return done if isinstance(done, dict) else {}
 
 
 def program_versions() -> dict[str, str]:
@@ -173,12 +194,15 @@ def require_free_space(folder: Path | str, needed_bytes: int) -> None:
 def locked(path: Path | str, wait_s: float = 3600) -> Iterator[None]:
     """Hold the lock of one output while writing it. A live process's lock is waited for, never taken;
     the lock of a dead process is free (the kernel releases it)."""
-    path = Path(path)
+    path = _named(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock_file = path.with_name(f".{path.name}.lock")
-    lock = FileLock(lock_file)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
-        lock.acquire(timeout=wait_s)
+        try:
+            lock.acquire(timeout=min(SILENT_WAIT_S, wait_s))
+        except Timeout:
+            print(f"waiting for another process writing {path}", file=sys.stderr, flush=True)
+            lock.acquire(timeout=max(wait_s - SILENT_WAIT_S, 0))
     except Timeout as error:
         raise OSError(errno.EAGAIN, "another process is still writing it", str(path)) from error
     try:

@@ -193,7 +193,7 @@ def test_a_written_file_carries_the_record_of_its_patches_and_what_scanpy_draws(
     adata = anndata()
     hires = np.zeros((4, 4, 3), np.uint8)
     adata.uns["spatial"] = {"S1": {"images": {"hires": hires}, "scalefactors": {"tissue_hires_scalef": 0.1}, "metadata": {}}}
-    slide = {"name": "slide.tif", "bytes": 9, "ends_sha256": "ab"}
+    slide = {"name": "slide.tif", "bytes": 9, "sha256": "ab"}
     adata.uns["morphology"] = morphology_record(barcodes=adata.obs_names, mpp=0.5, patch_um=55.0, patch_px=128, slide=slide,
                                                 settings={"edge": "drop"}, bin_um=None)
     write_expression(tmp_path / "gex.h5ad", adata, config={"edge": "drop"}, inputs={})

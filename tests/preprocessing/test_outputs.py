@@ -1,0 +1,90 @@
+"""When a file counts as finished, from which inputs, and who may write it."""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from preprocessing import outputs
+from preprocessing.outputs import done_path, fingerprint, finished_file, finished_folder, is_done, locked, write_done
+
+ROOT = Path(__file__).resolve().parents[2]
+HOLDS_A_LOCK = """
+import sys, time
+from preprocessing.outputs import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(1)
+"""
+
+
+def finished_from(tmp_path, content: bytes):
+    """An output and the input it was finished from."""
+    source, out = tmp_path / "source.bin", tmp_path / "out.txt"
+    source.write_bytes(content)
+    out.write_text("result")
+    write_done(out, config={}, inputs={"source": source})
+    return source, out
+
+
+def test_a_byte_changed_in_the_middle_of_an_input_is_another_input(tmp_path):
+    content = bytearray(3 << 20)
+    source, out = finished_from(tmp_path, content)
+    assert is_done(out, config={}, inputs={"source": source})
+    content[len(content) // 2] = 1
+    source.write_bytes(content)
+    assert not is_done(out, config={}, inputs={"source": source})
+
+
+def test_a_larger_input_is_known_by_its_ends_its_size_and_the_time_of_its_last_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "WHOLE_FILE_MIB", 2)
+    source, out = finished_from(tmp_path, bytes(3 << 20))
+    assert is_done(out, config={}, inputs={"source": source})
+    os.utime(source, ns=(0, 1_000))
+    assert not is_done(out, config={}, inputs={"source": source})
+    assert fingerprint(source)["mtime_ns"] == 1_000 and "sha256" not in fingerprint(source)
+
+
+@pytest.mark.parametrize("manifest", [b"[]", b"\xff\xfe", b"{"], ids=["no object", "not text", "cut short"])
+def test_a_damaged_manifest_means_not_done(tmp_path, manifest):
+    source, out = finished_from(tmp_path, b"1")
+    done_path(out).write_bytes(manifest)
+    assert not is_done(out, config={}, inputs={"source": source})
+
+
+@pytest.mark.parametrize("name", [".", "../here", "sub/..", ""], ids=["dot", "by its parent", "down and up", "empty"])
+def test_the_working_folder_itself_can_be_an_output(tmp_path, monkeypatch, name):
+    (tmp_path / "here" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    with locked(name), finished_folder(name) as temporary:
+        (temporary / "new.txt").write_text("new")
+    write_done(".", config={}, inputs={})
+    assert Path("new.txt").read_text() == "new" and [path.name for path in Path.cwd().iterdir()] == ["new.txt"]
+    assert done_path(Path(".")) == tmp_path / "here.done.json" and is_done(".", config={}, inputs={})
+
+
+def test_a_file_cannot_replace_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="directory"), finished_file(".") as temporary:
+        temporary.write_text("x")
+    assert not list(tmp_path.parent.glob("*.tmp.*"))
+
+
+def test_waiting_for_a_lock_says_so_once(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(outputs, "SILENT_WAIT_S", 0.2)
+    other = subprocess.Popen([sys.executable, "-c", HOLDS_A_LOCK, str(tmp_path / "out")], stdout=subprocess.PIPE, env={"PYTHONPATH": str(ROOT)})
+    assert other.stdout.readline() == b"held\n"
+    start = time.monotonic()
+    with locked(tmp_path / "out"):
+        assert time.monotonic() - start > 0.3
+    other.wait()
+    assert capfd.readouterr().err == f"waiting for another process writing {tmp_path / 'out'}\n"
+
+
+def test_a_free_lock_is_taken_silently_and_a_held_one_ends_in_an_error(tmp_path, capfd):
+    with locked(tmp_path / "out"):
+        assert capfd.readouterr().err == ""
+        with pytest.raises(OSError, match="another process is still writing it"), locked(tmp_path / "out", wait_s=0.1):
+            pass
