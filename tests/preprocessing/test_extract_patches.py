@@ -10,6 +10,8 @@ import pytest
 import scipy.sparse as sp
 import tifffile
 from click.testing import CliRunner
+from extract_runs import WRITTEN, fails, run
+from hd_phantoms import MPP, phantom_hd_folder
 from PIL import Image
 
 from preprocessing.extract_patches import main
@@ -17,138 +19,8 @@ from preprocessing.extraction import ExtractConfig, choose_spots
 from preprocessing.patches import read_patch_file
 from preprocessing.pseudo_spots import group_bins, sum_members, take_spots
 from preprocessing.sample import Spots
-from preprocessing.simulation.space_ranger_files import hd_barcodes, positions_table, write_count_matrix, write_images, write_positions
 from preprocessing.slide import open_slide
 from preprocessing.space_ranger import read_sample
-from preprocessing.windows import cut_patches
-
-BIN_PX, MPP, MARGIN_BINS = 4, 0.5, 20
-OFFSETS = [(0, 0), (3, 0), (10, 20), (30, 30), (80, 90)]
-HOLES = ((5, 38), (36, 3), (37, 3))
-WRITTEN = ("imgs.h5", "gex.h5ad", "dropped_spots.tsv", "qc.png", "qc.html")
-
-
-def run(*arguments) -> str:
-    """Run the command; it must succeed."""
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def fails(exit_code: int, *arguments) -> str:
-    """Run the command; it must end with this exit code in one line, without a traceback. Returns what it said."""
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code == exit_code, result.output
-    assert "Traceback" not in result.output
-    return result.output
-
-
-# ---- position-coded phantoms ----------------------------------------------------------------------------------------
-
-def phantom_hd_folder(folder, *, offset, columns_run_left=False, holes=(), shape=(40, 45), rows_run_up=False):
-    """Space Ranger folder and slide of `shape` bins in tissue from array position `offset` on.
-
-    Colour (red, green) of a bin = its array (row, column) + MARGIN_BINS, all over the slide; a bin's counts are 1, row, column.
-    """
-    n_rows, n_cols = (start + size for start, size in zip(offset, shape, strict=True))
-    slide_bins = (n_rows + 2 * MARGIN_BINS, n_cols + 2 * MARGIN_BINS)
-    code = np.zeros((*slide_bins, 3), dtype=np.uint8)
-    code[..., 0], code[..., 1], code[..., 2] = np.arange(slide_bins[0])[:, None], np.arange(slide_bins[1]), 200
-    flip = (slice(None, None, -1 if rows_run_up else 1), slice(None, None, -1 if columns_run_left else 1))
-    pixels = np.kron(code[flip], np.ones((BIN_PX, BIN_PX, 1), dtype=np.uint8))
-    tifffile.imwrite(folder / "slide.tif", pixels, tile=(64, 64), resolution=(1e4 / MPP, 1e4 / MPP), resolutionunit="CENTIMETER",
-                     photometric="rgb")
-    row, col = (index.ravel() for index in np.indices((n_rows, n_cols)))
-    in_tissue = (row >= offset[0]) & (col >= offset[1])
-    for hole in holes:
-        in_tissue &= ~((row == offset[0] + hole[0]) & (col == offset[1] + hole[1]))
-    place_row, place_col = ((size - 1 - index if reverse else index) for index, size, reverse in (
-        (row + MARGIN_BINS, slide_bins[0], rows_run_up), (col + MARGIN_BINS, slide_bins[1], columns_run_left)))
-    row_px, col_px = (place_row + 0.5) * BIN_PX, (place_col + 0.5) * BIN_PX
-    bin_folder = folder / "SAMPLE" / "binned_outputs" / "square_002um"
-    (bin_folder / "spatial").mkdir(parents=True)
-    barcodes = hd_barcodes(row, col)
-    shuffled = np.random.default_rng(0).permutation(len(row))
-    table = positions_table(barcodes, in_tissue, row, col, row_px, col_px, whole_px=False)
-    write_positions(bin_folder / "spatial", table.iloc[shuffled], "visium-hd")
-    write_images(bin_folder / "spatial", pixels, pixels.shape[1], pixels.shape[0], MPP, bin_um=2.0)
-    counted = shuffled[::-1][in_tissue[shuffled[::-1]]]
-    counts = sp.csr_matrix(np.stack([np.ones(len(counted)), row[counted], col[counted]], axis=1).astype(np.int32))
-    write_count_matrix(bin_folder / "filtered_feature_bc_matrix.h5", [(barcodes[counted], counts)], gene_names=["One", "Row", "Col"],
-                       gene_ids=["ENS1", "ENS2", "ENS3"], library_id="phantom", chemistry="Visium HD", software="spaceranger-3.0.0",
-                       genome="mm10")
-    return folder / "SAMPLE", folder / "slide.tif"
-
-
-def decode_counts(counts) -> np.ndarray:
-    """(P, 2) centre of mass (row, column) of the member bins, from the summed counts."""
-    counts = np.asarray(counts.todense(), dtype=float)
-    return counts[:, 1:] / counts[:, :1]
-
-
-def decode_colour(patches: np.ndarray) -> np.ndarray:
-    """(P, 2) the array position (row, column) that the middle of each patch shows."""
-    return patches[..., :2].mean(axis=(1, 2)) - MARGIN_BINS
-
-
-def n_windows(offset, shape, holes, n, stride) -> int:
-    """Windows of the array, stepping from (0, 0), that are all tissue: counted the slow way."""
-    in_tissue = np.zeros((offset[0] + shape[0], offset[1] + shape[1]), dtype=bool)
-    in_tissue[offset[0]:, offset[1]:] = True
-    for row, col in holes:
-        in_tissue[offset[0] + row, offset[1] + col] = False
-    return sum(in_tissue[top:top + n, left:left + n].all() for top in range(0, in_tissue.shape[0] - n + 1, stride)
-               for left in range(0, in_tissue.shape[1] - n + 1, stride))
-
-
-@pytest.mark.parametrize("holes", [(), HOLES], ids=["full", "holes"])
-@pytest.mark.parametrize("columns_run_left", [False, True], ids=["columns right", "columns left"])
-@pytest.mark.parametrize("offset", OFFSETS, ids=str)
-def test_the_molecules_of_every_hd_patch_come_from_where_its_picture_was_taken(tmp_path, offset, columns_run_left, holes):
-    folder, slide_file = phantom_hd_folder(tmp_path, offset=offset, columns_run_left=columns_run_left, holes=holes)
-    with open_slide(slide_file) as slide:
-        sample = read_sample(folder, slide=slide)
-        for patch_um, stride in ((55, 5), (55, 2), (18, 1), (18, 7)):
-            spots = group_bins(sample, patch_um, stride)
-            patches = dict(cut_patches(slide, spots.centre_xy_px, patch_um, sample.mpp, 64))
-            assert len(spots) == len(patches) == n_windows(offset, (40, 45), holes, int(patch_um // 2), stride) > 0
-            error_bins = np.abs(decode_counts(sum_members(spots, sample.counts)) - decode_colour(np.stack(list(patches.values()))))
-            assert error_bins.max() <= 0.5, (patch_um, stride)
-
-
-@pytest.mark.parametrize("direction", [{}, {"columns_run_left": True}, {"rows_run_up": True}], ids=["plain", "columns left", "rows up"])
-def test_rows_of_the_hd_files_pair_the_picture_with_its_molecules(tmp_path, direction):
-    folder, slide_file = phantom_hd_folder(tmp_path, offset=(10, 20), holes=HOLES, **direction)
-    said = run("--space-ranger-dir", folder, "--wsi-file", slide_file, "--stride", 3, "--out-dir", tmp_path / "out")
-    expression = ad.read_h5ad(tmp_path / "out" / "gex.h5ad")
-    with read_patch_file(tmp_path / "out" / "imgs.h5") as patches:
-        assert patches.barcodes == expression.obs_names.tolist()
-        assert np.abs(decode_counts(expression.X) - decode_colour(patches.images(slice(None)))).max() <= 0.5
-        assert np.abs(patches.centre_xy_px - expression.obsm["spatial"]).max() <= 0.5
-    centre = expression.obs[["array_row", "array_col"]].to_numpy()
-    assert np.array_equal(decode_counts(expression.X), centre) and (expression.obs["n_members"] == 729).all()
-    assert expression.obs_names.tolist() == hd_barcodes(*centre.T).tolist()
-    record = expression.uns["morphology"]
-    assert (record["mpp"], record["patch_um"], record["patch_px"], record["stride_bins"], record["bin_um"]) == (MPP, 55, 128, 3, 2)
-    kept = n_windows((10, 20), (40, 45), HOLES, 27, 3)
-    assert expression.n_obs == kept and f"kept {kept} of " in said and "have a bin outside tissue" in said
-
-
-def test_any_of_the_hd_folders_names_the_sample(tmp_path):
-    folder, slide_file = phantom_hd_folder(tmp_path, offset=(0, 0))
-    run("--space-ranger-dir", folder / "binned_outputs" / "square_002um", "--wsi-file", slide_file, "--out-dir", tmp_path / "a")
-    run("--space-ranger-dir", folder, "--wsi-file", slide_file, "--out-dir", tmp_path / "b")
-    a, b = (ad.read_h5ad(tmp_path / name / "gex.h5ad") for name in "ab")
-    assert a.obs_names.equals(b.obs_names) and (a.X != b.X).nnz == 0
-
-
-@pytest.mark.parametrize(("patch_um", "message"), [(56, r"54 µm (27 bins) or 58 µm (29 bins); found 56 µm = 28 bins"),
-                                                   (1.5, "2 µm (1 bin); found 1.5 µm = 0 bins")], ids=["even", "zero"])
-def test_a_patch_of_an_impossible_number_of_bins_is_a_usage_error(tmp_path, patch_um, message):
-    folder, slide_file = phantom_hd_folder(tmp_path, offset=(0, 0))
-    said = fails(2, "--space-ranger-dir", folder, "--wsi-file", slide_file, "--patch-sz-um", patch_um, "--out-dir", tmp_path / "out")
-    assert message in said and not any((tmp_path / "out" / name).exists() for name in WRITTEN)
-
 
 # ---- the edge of the slide ------------------------------------------------------------------------------------------
 

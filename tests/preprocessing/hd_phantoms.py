@@ -1,0 +1,64 @@
+"""Visium HD samples whose picture and counts both say which bin they come from: any wrong pairing can be read off."""
+import numpy as np
+import scipy.sparse as sp
+import tifffile
+
+from preprocessing.simulation.space_ranger_files import hd_barcodes, positions_table, write_count_matrix, write_images, write_positions
+
+BIN_PX, MPP, MARGIN_BINS = 4, 0.5, 20
+
+
+def phantom_hd_folder(folder, *, offset, columns_run_left=False, holes=(), shape=(40, 45), rows_run_up=False):
+    """Space Ranger folder and slide of `shape` bins in tissue from array position `offset` on.
+
+    Colour (red, green) of a bin = its array (row, column) + MARGIN_BINS, all over the slide; a bin's counts are 1, row, column.
+    """
+    n_rows, n_cols = (start + size for start, size in zip(offset, shape, strict=True))
+    slide_bins = (n_rows + 2 * MARGIN_BINS, n_cols + 2 * MARGIN_BINS)
+    code = np.zeros((*slide_bins, 3), dtype=np.uint8)
+    code[..., 0], code[..., 1], code[..., 2] = np.arange(slide_bins[0])[:, None], np.arange(slide_bins[1]), 200
+    flip = (slice(None, None, -1 if rows_run_up else 1), slice(None, None, -1 if columns_run_left else 1))
+    pixels = np.kron(code[flip], np.ones((BIN_PX, BIN_PX, 1), dtype=np.uint8))
+    tifffile.imwrite(folder / "slide.tif", pixels, tile=(64, 64), resolution=(1e4 / MPP, 1e4 / MPP), resolutionunit="CENTIMETER",
+                     photometric="rgb")
+    row, col = (index.ravel() for index in np.indices((n_rows, n_cols)))
+    in_tissue = (row >= offset[0]) & (col >= offset[1])
+    for hole in holes:
+        in_tissue &= ~((row == offset[0] + hole[0]) & (col == offset[1] + hole[1]))
+    place_row, place_col = ((size - 1 - index if reverse else index) for index, size, reverse in (
+        (row + MARGIN_BINS, slide_bins[0], rows_run_up), (col + MARGIN_BINS, slide_bins[1], columns_run_left)))
+    row_px, col_px = (place_row + 0.5) * BIN_PX, (place_col + 0.5) * BIN_PX
+    bin_folder = folder / "SAMPLE" / "binned_outputs" / "square_002um"
+    (bin_folder / "spatial").mkdir(parents=True)
+    barcodes = hd_barcodes(row, col)
+    shuffled = np.random.default_rng(0).permutation(len(row))
+    table = positions_table(barcodes, in_tissue, row, col, row_px, col_px, whole_px=False)
+    write_positions(bin_folder / "spatial", table.iloc[shuffled], "visium-hd")
+    write_images(bin_folder / "spatial", pixels, pixels.shape[1], pixels.shape[0], MPP, bin_um=2.0)
+    counted = shuffled[::-1][in_tissue[shuffled[::-1]]]
+    counts = sp.csr_matrix(np.stack([np.ones(len(counted)), row[counted], col[counted]], axis=1).astype(np.int32))
+    write_count_matrix(bin_folder / "filtered_feature_bc_matrix.h5", [(barcodes[counted], counts)], gene_names=["One", "Row", "Col"],
+                       gene_ids=["ENS1", "ENS2", "ENS3"], library_id="phantom", chemistry="Visium HD", software="spaceranger-3.0.0",
+                       genome="mm10")
+    return folder / "SAMPLE", folder / "slide.tif"
+
+
+def decode_counts(counts) -> np.ndarray:
+    """(P, 2) centre of mass (row, column) of the member bins, from the summed counts."""
+    counts = np.asarray(counts.todense(), dtype=float)
+    return counts[:, 1:] / counts[:, :1]
+
+
+def decode_colour(patches: np.ndarray) -> np.ndarray:
+    """(P, 2) the array position (row, column) that the middle of each patch shows."""
+    return patches[..., :2].mean(axis=(1, 2)) - MARGIN_BINS
+
+
+def n_windows(offset, shape, holes, n, stride) -> int:
+    """Windows of the array, stepping from (0, 0), that are all tissue: counted the slow way."""
+    in_tissue = np.zeros((offset[0] + shape[0], offset[1] + shape[1]), dtype=bool)
+    in_tissue[offset[0]:, offset[1]:] = True
+    for row, col in holes:
+        in_tissue[offset[0] + row, offset[1] + col] = False
+    return sum(in_tissue[top:top + n, left:left + n].all() for top in range(0, in_tissue.shape[0] - n + 1, stride)
+               for left in range(0, in_tissue.shape[1] - n + 1, stride))
