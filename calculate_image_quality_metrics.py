@@ -26,7 +26,8 @@ def calculate_image_quality(out_dir: Path, report: Path | None = None, progress:
 
 def describe(row: dict[str, object]) -> str:
     """The row in one line."""
-    return (f"{row['experiment']}, {row['features']}: FID {row['FID']:.4g} ({row['FID_low']:.4g} to {row['FID_high']:.4g}), "
+    name = "FID" if row["features"] == "inception" else f"Frechet distance on {row['features']}"
+    return (f"{row['experiment']}: {name} {row['FID']:.4g} ({row['FID_low']:.4g} to {row['FID_high']:.4g}), "
             f"at n = {row['n_floor']:,}: {row['FID_at_floor_n']:.4g}, real vs real {row['FID_floor']:.4g}; "
             f"KID {row['KID_mean']:.4g} +- {row['KID_std']:.2g}, real vs real {row['KID_floor']:.2g}"
             + (f"  [{row['flags']}]" if row["flags"] else ""))

@@ -13,17 +13,19 @@ from preprocessing.errors import Command, InputError, OptionError
 
 
 def evaluate_sections(*, train: str, val: str, network: Path, judge: Path | None, generated: str | None, untrained: str | None,
-                      features: str, steps: Path | None, out: Path, report: Path | None, encoder_weights: Path | None = None,
-                      judge_encoder_weights: Path | None = None, seed: int = 0, batch_size: int = 32, device: str = "auto",
-                      progress: bool = True) -> dict:
+                      noise_held: str | None, features: str, steps: Path | None, out: Path, report: Path | None,
+                      encoder_weights: Path | None = None, judge_encoder_weights: Path | None = None, seed: int = 0, batch_size: int = 32,
+                      device: str = "auto", progress: bool = True) -> dict:
     """Score every validation section; writes and returns the results."""
     from evaluation.features import build_features, feature_specs, pick_device
     from evaluation.sections import FeatureBank
     from networks.clip import CLIP, clip_weights_sha256
+    from networks.histo_models import build_encoder
     from preprocessing.outputs import program_versions, write_json
     started = time.monotonic()
     train_files, val_files = section_files(train, "train"), section_files(val, "val")
-    folders = {"generated": listed(generated, val_files, "--generated"), "untrained": listed(untrained, val_files, "--untrained")}
+    folders = {name: listed(text, val_files, f"--{name.replace('_', '-')}")
+               for name, text in (("generated", generated), ("untrained", untrained), ("noise_held", noise_held))}
     require_apart(train_files, val_files)
     specs = feature_specs(features)
     device = pick_device(device)
@@ -33,13 +35,15 @@ def evaluate_sections(*, train: str, val: str, network: Path, judge: Path | None
     if hashes["judge"] == hashes["network"]:
         raise OptionError("--judge", "another CLIP than --network: a model cannot judge what was made with it", str(judge))
     bank = FeatureBank(batch_size, device, progress)
-    baseline = fit_baseline(train_files, clip, bank, seed)
+    tower = build_encoder(clip.config.image_encoder, encoder_weights or clip.config.image_encoder_weights)   # at its own side
+    baseline = fit_baseline(train_files, clip, tower, bank, seed)
     encoders = {spec.label: build_features(spec) for spec in specs} if generated else {}
     sections, sheets = {}, {}
     for number, files in enumerate(val_files):
         section = load_section(files, clip, second, progress)
         chosen = {name: paths[number] if paths else None for name, paths in folders.items()}
-        sections[files.sample_id], sheets[files.sample_id] = score_section(section, clip, second, baseline, encoders, bank, chosen, seed)
+        sections[files.sample_id], sheets[files.sample_id] = score_section(section, clip, second, (baseline, tower), encoders, bank, chosen,
+                                                                              seed)
     results = {"sections": sections, "wall_time_s": {**read_steps(steps), "evaluate sections": round(time.monotonic() - started, 1)},
                "train": [files.sample_id for files in train_files], "ridge_strength": baseline.strength, "seed": seed,
                "weights_sha256": {**hashes, **{label: encoder.source for label, encoder in encoders.items()}},
@@ -103,30 +107,31 @@ def load_section(files, clip, judge, progress: bool):
                    judged, clusters)
 
 
-def fit_baseline(train_files, clip, bank, seed: int):
-    """The linear baseline on the training sections, in the features of the CLIP's own image tower."""
+def fit_baseline(train_files, clip, tower, bank, seed: int):
+    """The linear baseline on the training sections, in the features of the CLIP's image tower at the tower's own side."""
     from evaluation.linear_baseline import fit_linear_baseline
     from training.data import ImageGeneDataset
     data = ImageGeneDataset(train_files, target_sum=clip.target_sum, vocabulary=clip.gene_names)
     images = data.load_images(progress=bank.progress).permute(0, 2, 3, 1).numpy()
-    features = bank.features("training", images, clip.image_encoder)
+    features = bank.features("training", images, tower)
     return fit_linear_baseline(data.expression, features, data.sample_ids, rng=np.random.default_rng(seed))
 
 
 def score_section(section, clip, judge, baseline, encoders, bank, folders: dict[str, Path | None], seed: int):
     """Every score that the given files allow, and the patches of the page's contact sheet."""
     from evaluation import sections
-    scores = {"n_spots": len(section.barcodes), **sections.score_retrieval(section, clip, baseline, bank, seed)}
+    scores = {"n_spots": len(section.barcodes), **sections.score_retrieval(section, clip, *baseline, bank, seed)}
     if folders["generated"] is None:
         return scores, None
     made = sections.read_generated(folders["generated"], section.sample_id, section.barcodes)
-    raw = sections.read_generated(folders["untrained"], section.sample_id, section.barcodes) if folders["untrained"] else None
+    raw, held = (sections.read_generated(folders[name], section.sample_id, section.barcodes) if folders[name] else None
+                 for name in ("untrained", "noise_held"))
     if raw is not None and raw.px != made.px:
         raise InputError(folders["untrained"], "size", f"{made.px} px, as the generated patches", f"{raw.px} px")
     scores |= sections.score_distances(section, made, raw, encoders, bank, seed)
     if judge is not None:
         scores["paired"] = sections.score_faithfulness(section, made, judge, bank, seed)
-    return scores | {"within_prompt_diversity": sections.score_diversity(section, made), "generated_px": made.px}, (section, made)
+    return scores | {"within_prompt_diversity": sections.score_diversity(section, made, held), "generated_px": made.px}, (section, made)
 
 
 def read_steps(path: Path | None) -> dict[str, float]:
@@ -152,6 +157,7 @@ def read_steps(path: Path | None) -> dict[str, float]:
 @click.option("--judge", type=click.Path(path_type=Path), help="Weights folder of a second CLIP, of another seed or image tower.")
 @click.option("--generated", help="Generated folder of each held-out section, separated by commas, in their order.")
 @click.option("--untrained", help="The same from the snapshot at 0 kimg.")
+@click.option("--noise-held", help="The same prompts and seeds made with --noise-mode const: what z alone changes.")
 @click.option("--features", default="efficientnet_lite0", help="Feature sets of the distances: NAME or NAME=WEIGHT_FILE, by commas.")
 @click.option("--encoder-weights", type=click.Path(path_type=Path), help="Weight file of the CLIP's image tower, if it has moved.")
 @click.option("--judge-encoder-weights", type=click.Path(path_type=Path), help="The same for the judge.")

@@ -121,6 +121,8 @@ step_once gan "$OUT/gan" python train_gan.py --data "$(joined "$TRAIN" patches)"
 for section in ${VAL//,/ }; do
     step_once "generate $section" "$OUT/generated/$section" python gen_images.py --network "$OUT"/gan/00000-* --gex "$OUT/$section/gex_filt.h5ad" \
         --images "$OUT/$section/patches" --seeds 0-3 --outdir "$OUT/generated/$section"
+    step_once "noise held $section" "$OUT/noise_held/$section" python gen_images.py --network "$OUT"/gan/00000-* \
+        --gex "$OUT/$section/gex_filt.h5ad" --images "$OUT/$section/patches" --seeds 0-3 --noise-mode const --outdir "$OUT/noise_held/$section"
     step_once "untrained $section" "$OUT/untrained/$section" python gen_images.py --network "$OUT"/gan/00000-*/snapshot-000000 \
         --gex "$OUT/$section/gex_filt.h5ad" --images "$OUT/$section/patches" --seeds 0 --outdir "$OUT/untrained/$section"
 done
@@ -132,6 +134,6 @@ for section in ${VAL//,/ }; do
 done
 step scores python evaluate_sections.py --train "$(joined "$TRAIN")" --val "$(joined "$VAL")" \
     --network "$OUT/clip/clip" --judge "$OUT/judge/clip" --generated "$(folders "$VAL" generated)" \
-    --untrained "$(folders "$VAL" untrained)" --features "$features" --steps "$OUT/steps.jsonl" \
+    --untrained "$(folders "$VAL" untrained)" --noise-held "$(folders "$VAL" noise_held)" --features "$features" --steps "$OUT/steps.jsonl" \
     --out "$OUT/results.json" --report "$OUT/index.html"
 [ "$DRY_RUN" = 1 ] || echo "open $OUT/index.html"

@@ -1,4 +1,5 @@
-# Sourced by demo.sh and real_tissue.sh: run a step, say what runs, keep its wall time in $OUT/steps.jsonl.
+# Sourced by demo.sh and real_tissue.sh: run a step, say what runs, keep its wall time in $OUT/steps.jsonl (of a step that
+# ran before the longest time stays: a rerun may only have found it finished).
 # With DRY_RUN=1 a step only prints its command.
 
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/python ]; then PATH=$PWD/.venv/bin:$PATH; fi   # what `make setup` installed
@@ -12,6 +13,7 @@ step() {
     "$@"
     seconds=$(awk -v a="$start" -v b="$(date +%s.%N)" 'BEGIN { printf "%.1f", b - a }')
     mkdir -p "$OUT"
+    seconds=$({ sed -n "s/.*\"step\": \"$name\", \"seconds\": \([0-9.]*\).*/\1/p" "$OUT/steps.jsonl" 2>/dev/null; echo "$seconds"; } | sort -g | tail -1)
     { grep -v "\"step\": \"$name\"," "$OUT/steps.jsonl" || true; echo "{\"step\": \"$name\", \"seconds\": $seconds}"; } > "$OUT/steps.tmp.$$" 2>/dev/null
     mv "$OUT/steps.tmp.$$" "$OUT/steps.jsonl"
 }

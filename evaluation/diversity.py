@@ -1,7 +1,7 @@
 """How much patches of one prompt differ from each other, in grey levels 0..255: a generator that ignores z scores 0.
 
-The deviation of a group is the root of the pixel variance (unbiased, so groups of any size compare), averaged over
-pixels and channels; groups are then averaged. Real patches of one cluster are the yardstick: about 45 on H&E.
+The deviation of a group is the root of its mean variance over pixels and channels (unbiased, so groups of any size compare);
+groups are then averaged. Real patches of one cluster are the yardstick: about 45 on H&E.
 """
 from __future__ import annotations
 

@@ -202,6 +202,10 @@ def pick_device(name: str) -> str:
     """`auto` -> cuda where there is one, else cpu; checks a named one."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise OptionError("--device", "auto, cpu, cuda or cuda:N", name) from error
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise OptionError("--device", "cpu, as no GPU is visible", name)
     return name

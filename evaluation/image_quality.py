@@ -96,7 +96,7 @@ def collect_both(config: QualityConfig) -> tuple[ImageSet, ImageSet]:
 
 def measure(config: QualityConfig, reference: ImageSet, generated: ImageSet, progress: bool = True) -> Iterator[dict[str, object]]:
     """One row of `COLUMNS` for each feature set."""
-    device = pick_device(config.device)
+    device, sizes = pick_device(config.device), unequal_sizes(config, reference, generated)
     for spec in config.features:
         encoder = build_features(spec)
         real, _ = cached_features(reference.paths, encoder, config.cache_dir, config.batch_size, device, progress, config.match_px)
@@ -104,8 +104,10 @@ def measure(config: QualityConfig, reference: ImageSet, generated: ImageSet, pro
         for side, values in ((reference, real), (generated, fake)):
             if not np.isfinite(values).all():
                 raise InputError(side.name, f"{spec.label} features", "finite numbers", "NaN or infinity", "Are the weights damaged?")
-        yield {"experiment": config.experiment, "seed": config.seed, "features": spec.label, **distance_columns(real, fake, config),
-               "n_ignored": reference.n_ignored + generated.n_ignored, "match_px": config.match_px or "",
+        columns = distance_columns(real, fake, config)
+        yield {"experiment": config.experiment, "seed": config.seed, "features": spec.label, **columns,
+               "flags": "; ".join([*columns["flags"], *sizes]), "n_ignored": reference.n_ignored + generated.n_ignored,
+               "match_px": config.match_px or "",
                "reference": reference.name, "generated": generated.name, "weights_sha256": encoder.source}
 
 
@@ -123,7 +125,7 @@ def distance_columns(real: np.ndarray, fake: np.ndarray, config: QualityConfig) 
         for column, key in ((f"{name}_at_floor_n", "generated"), (f"{name}_floor", "real_vs_real")):
             summary = mean_and_interval(splits[key])
             columns[column], (columns[f"{column}_low"], columns[f"{column}_high"]) = summary["mean"], summary["ci95"]
-    columns["flags"] = "; ".join(flags_of(len(real), len(fake)))
+    columns["flags"] = flags_of(len(real), len(fake))
     return columns
 
 
@@ -150,11 +152,16 @@ def notices(config: QualityConfig, reference: ImageSet, generated: ImageSet) -> 
         lines.append(f"notice: KID subsets hold {smaller:,} images instead of {KID_SUBSET:,}: there are no more")
     if smaller < RELIABLE_N:
         lines.append(f"notice: below {RELIABLE_N:,} images a Frechet distance is mostly bias: read it beside its floor at equal n")
-    real, made = (read_patch(images.paths[0]).shape[0] for images in (reference, generated))
-    if config.match_px is None and real != made:
-        lines.append(f"notice: reference patches are {real} px, generated ones {made} px: the distance includes that difference in "
-                     f"sharpness; --match-px {min(real, made)} takes it away")
+    if unequal_sizes(config, reference, generated):
+        lines.append(f"notice: {unequal_sizes(config, reference, generated)[0]}: the distance includes that difference in sharpness; "
+                     "--match-px takes it away")
     return lines
+
+
+def unequal_sizes(config: QualityConfig, reference: ImageSet, generated: ImageSet) -> list[str]:
+    """A flag if patches of the two sides (the first of each) are compared at different sizes; else nothing."""
+    real, made = (read_patch(images.paths[0]).shape[0] for images in (reference, generated))
+    return [f"unequal sizes: {real} and {made} px"] if config.match_px is None and real != made else []
 
 
 def append_rows(csv_path: Path, rows: Sequence[dict[str, object]]) -> None:

@@ -60,6 +60,17 @@ def summarise_places(runs: Sequence[tuple[np.ndarray, np.ndarray]], *, ks: Seque
     }
 
 
+def r10_difference(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], *, n_bootstrap: int = 1000,
+                   seed: int = 0) -> dict[str, float | list[float]]:
+    """R@10 of one (queries, pool) minus that of another on the same N spots: `mean`, and `ci95` of a bootstrap over the spots,
+    which are drawn for both at once: what is hard for both does not widen the interval."""
+    one, other = (np.clip((10 - above) / (level + 1), 0, 1) for above, level in (places(*first), places(*second)))
+    difference = one - other
+    rng = np.random.default_rng(seed)
+    means = [difference[rng.integers(len(difference), size=len(difference))].mean() for _ in range(n_bootstrap)]
+    return {"mean": float(difference.mean()), "ci95": [float(value) for value in np.quantile(means, [0.025, 0.975])]}
+
+
 def unit_rows(embeddings: np.ndarray) -> np.ndarray:
     """Float64 copy with rows of length 1; a zero row stays zero."""
     embeddings = np.asarray(embeddings, dtype=np.float64)

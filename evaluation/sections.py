@@ -18,7 +18,7 @@ from evaluation.distances import distances_to_halves, frechet_distance, full_ker
 from evaluation.diversity import mean_group_deviation, within_prompt_diversity
 from evaluation.features import image_features, read_samples_csv, resize_by_area
 from evaluation.linear_baseline import LinearBaseline
-from evaluation.retrieval import places, retrieval_metrics, summarise_places
+from evaluation.retrieval import places, r10_difference, retrieval_metrics, summarise_places
 from networks.clip import CLIP
 from preprocessing.errors import InputError, first_few
 from preprocessing.patches import read_patch
@@ -95,11 +95,11 @@ class FeatureBank:
     batch_size: int = 32
     device: str = "cpu"
     progress: bool = True
-    known: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    known: dict[tuple, np.ndarray] = field(default_factory=dict)
 
     def features(self, name: str, images: np.ndarray, encoder: nn.Module) -> np.ndarray:
         """float32 (N, F)."""
-        key = (name, encoder.source)
+        key = (name, encoder.source, getattr(encoder, "input_px", None))    # one weight file may be used at two sides
         if key not in self.known:
             self.known[key] = image_features(images, encoder, self.batch_size, self.device, self.progress)
         return self.known[key]
@@ -131,13 +131,19 @@ def both_ways(genes: np.ndarray, images: np.ndarray, seed: int) -> dict[str, dic
     return {"gene_to_image": retrieval_metrics(genes, images, seed=seed), "image_to_gene": retrieval_metrics(images, genes, seed=seed)}
 
 
-def score_retrieval(section: Section, clip: CLIP, baseline: LinearBaseline, bank: FeatureBank, seed: int = 0) -> dict[str, object]:
-    """The CLIP and the linear baseline on one section: `retrieval` and `baseline_linear`."""
+def score_retrieval(section: Section, clip: CLIP, baseline: LinearBaseline, tower: nn.Module, bank: FeatureBank,
+                    seed: int = 0) -> dict[str, object]:
+    """The CLIP and the linear baseline on one section: `retrieval`, `baseline_linear`, and how far apart they are on these spots.
+
+    `tower` is the encoder whose features the baseline was fitted to.
+    """
     name = f"{section.sample_id}, real"
     genes, images = clip.embed_expression(section.expression).numpy(), bank.embeddings(name, section.images, clip)
-    features = bank.features(name, section.images, clip.image_encoder)
-    return {"retrieval": both_ways(genes, images, seed),
-            "baseline_linear": both_ways(baseline.predict(section.expression), baseline.project(features), seed)}
+    predicted, projected = baseline.predict(section.expression), baseline.project(bank.features(name, section.images, tower))
+    difference = {way: r10_difference(*pairs, seed=seed) for way, pairs in (
+        ("gene_to_image", ((genes, images), (predicted, projected))), ("image_to_gene", ((images, genes), (projected, predicted))))}
+    return {"retrieval": both_ways(genes, images, seed), "baseline_linear": both_ways(predicted, projected, seed),
+            "r10_above_baseline": difference}
 
 
 def score_distances(section: Section, generated: Generated, untrained: Generated | None, encoders: Mapping[str, nn.Module],
@@ -183,10 +189,14 @@ def exchange(n: int, rng: np.random.Generator) -> np.ndarray:
     return exchanged
 
 
-def score_diversity(section: Section, generated: Generated) -> dict[str, object]:
-    """`within_prompt_diversity`, grey levels 0..255: over the seeds of one prompt, and over the real patches of one cluster."""
+def score_diversity(section: Section, generated: Generated, noise_held: Generated | None) -> dict[str, object]:
+    """`within_prompt_diversity`, grey levels 0..255: over the seeds of one prompt, and over the real patches of one cluster.
+
+    `noise_held` are patches of the same prompts whose per-pixel noise is one and the same: they differ by z alone (`generated_z`).
+    """
     real = resize_by_area(section.images, generated.px)
     groups = [real] if section.clusters is None else [real[section.clusters == name] for name in np.unique(section.clusters)]
     several = generated.images.shape[1] > 1
-    return {"generated": within_prompt_diversity(generated.images) if several else None, "real": mean_group_deviation(groups),
+    by_z = {} if noise_held is None else {"generated_z": within_prompt_diversity(noise_held.images)}
+    return {"generated": within_prompt_diversity(generated.images) if several else None, **by_z, "real": mean_group_deviation(groups),
             "real_groups": "section" if section.clusters is None else "cluster"}

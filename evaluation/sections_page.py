@@ -53,15 +53,17 @@ def retrieval_sentence(scores: Mapping) -> str:
     low, high = clip["r10_ci95"]
     chance = clip["chance_r10"]
     above = ("above chance" if low > chance else "not told apart from chance") + f" ({chance:.3f})"
-    if low > linear["r10"]:
-        verdict = "beats the linear baseline"
-    elif high < linear["r10"]:
-        verdict = "falls short of the linear baseline"
+    apart = scores["r10_above_baseline"]["gene_to_image"]
+    span = f"difference {apart['mean']:+.3f}, 95 % {apart['ci95'][0]:+.3f} to {apart['ci95'][1]:+.3f} over the same spots"
+    if apart["ci95"][0] > 0:
+        verdict = f"beats the linear baseline: {span}"
+    elif apart["ci95"][1] < 0:
+        verdict = f"falls short of the linear baseline: {span}"
     else:
-        side = {1: "higher than", 0: "equal to", -1: "lower than"}[int(np.sign(clip["r10"] - linear["r10"]))]
-        verdict = f"is {side} the linear baseline, but its interval holds the baseline, so this section cannot decide between them"
+        side = {1: "higher than", 0: "equal to", -1: "lower than"}[int(np.sign(apart["mean"]))]
+        verdict = f"is {side} the linear baseline, but this section cannot decide between them: {span}"
     return (f"From its genes, the CLIP finds a spot's own patch among the first 10 of {scores['n_spots']:,} with R@10 {clip['r10']:.3f} "
-            f"(95 % {low:.3f} to {high:.3f}), {above}. It {verdict} ({linear['r10']:.3f}).")
+            f"(95 % {low:.3f} to {high:.3f}), {above}. It {verdict} (baseline {linear['r10']:.3f}).")
 
 
 def generation_sentences(scores: Mapping) -> list[str]:
@@ -83,9 +85,11 @@ def generation_sentences(scores: Mapping) -> list[str]:
                          f"R@10 {own['r10']:.3f} with their own, {shuffled['r10']:.3f} with another spot's.")
     diversity = scores["within_prompt_diversity"]
     if diversity["generated"] is not None and diversity["real"] > 0:
-        share = diversity["generated"] / diversity["real"]
-        sentences.append(f"Patches of one prompt differ by {diversity['generated']:.1f} grey levels from seed to seed; real patches of one "
-                         f"{diversity['real_groups']} by {diversity['real']:.1f}"
+        by_z = diversity.get("generated_z")
+        share = (diversity["generated"] if by_z is None else by_z) / diversity["real"]
+        alone = "" if by_z is None else f" ({by_z:.1f} by z alone, with the per-pixel noise held)"
+        sentences.append(f"Patches of one prompt differ by {diversity['generated']:.1f} grey levels from seed to seed{alone}; real patches "
+                         f"of one {diversity['real_groups']} by {diversity['real']:.1f}"
                          + (". That is a collapsed generator: it hardly listens to its noise." if share < 0.25 else "."))
     return sentences
 

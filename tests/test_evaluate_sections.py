@@ -135,7 +135,7 @@ def test_without_generated_patches_only_retrieval_is_scored(run):
     answer = call(run, out="retrieval.json")
     assert answer.exit_code == 0, answer.output
     section = json.loads((run / "retrieval.json").read_text())["sections"]["C"]
-    assert set(section) == {"n_spots", "retrieval", "baseline_linear"}
+    assert set(section) == {"n_spots", "retrieval", "baseline_linear", "r10_above_baseline"}
 
 
 def test_the_same_seed_gives_the_same_results(run, results):

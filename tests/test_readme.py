@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_TISSUE = "bash assets/real_tissue.sh --data ../shared/data/her2st --train C2,C3 --val C4 --out runs/her2st"
-RUN_ELSEWHERE = {"make demo", "source .venv/bin/activate", REAL_TISSUE}   # set-up, and what test_real_tissue.py runs
+RUN_ELSEWHERE = {"make demo", "source .venv/bin/activate", REAL_TISSUE}   # set-up, and what test_walks.py runs
 
 
 def readme_commands() -> list[str]:

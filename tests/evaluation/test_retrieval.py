@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from evaluation.retrieval import places, retrieval_metrics, summarise_places
+from evaluation.retrieval import places, r10_difference, retrieval_metrics, summarise_places
 
 
 def test_planted_pairs_are_always_first(rng):
@@ -60,3 +60,13 @@ def test_more_pairing_means_better_scores_and_the_seed_fixes_the_interval(rng):
 def test_unpaired_shapes_are_refused(rng):
     with pytest.raises(ValueError, match=r"found \(5, 2\) and \(4, 2\)"):
         retrieval_metrics(np.zeros((5, 2)), np.zeros((4, 2)))
+
+
+def test_the_difference_to_another_model_is_drawn_over_the_same_spots():
+    rng = np.random.default_rng(0)
+    spots = rng.normal(size=(200, 8))
+    good, random = (spots, spots + 0.1 * rng.normal(size=spots.shape)), (spots, rng.normal(size=spots.shape))
+    better = r10_difference(good, random)
+    assert better["ci95"][0] > 0.5 and better["mean"] > 0.8
+    assert r10_difference(good, good) == {"mean": 0.0, "ci95": [0.0, 0.0]}
+    assert r10_difference(random, good)["mean"] == pytest.approx(-better["mean"])
