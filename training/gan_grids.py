@@ -76,9 +76,10 @@ class Showcase:
         save_png(path, contact_sheet(rows, row_labels=names, column_labels=self.labels))
 
     def diversity(self, generator: Generator) -> dict[str, float | str]:
-        """Mean pixel deviation over z within one prompt, grey levels, beside that of real patches of like spots.
+        """Pixel deviation within one prompt as `evaluation/diversity.py` defines it (root of the mean pixel variance), grey levels 0..255.
 
-        `generated_z`: with the per-pixel noise held still, so that z alone speaks.
+        `generated`: over z and the per-pixel noise. `generated_z`: the noise held still, so that z alone speaks; a generator that
+        ignores z scores 0 here. `real`: real patches of like spots, of which `real_groups` says how they were chosen.
         """
         prompts = self.prompts.repeat_interleave(DIVERSITY_SEEDS, dim=0)
         keys = [(seed, 0) for seed in range(DIVERSITY_SEEDS)] * len(self.prompts)

@@ -193,10 +193,10 @@ class GanRun:
                       training=self.data.record, backbone={"name": self.encoder.name, "source": self.encoder.source},
                       config=asdict(self.config), diversity=diversity)
         self.showcase.save_grid(self.folder / "samples" / f"{name}.png", self.average)
-        line = (f"kimg {self.kimg:<8.2f} {name}   diversity within a prompt {diversity['generated']:.1f} grey levels "
-                f"(real patches of {diversity['real_groups']}: {diversity['real']:.1f})")
-        stats.write(self.progress.step, {"kimg": self.kimg, "diversity/generated": diversity["generated"],
-                                         "diversity/real": diversity["real"]}, line)
+        line = (f"kimg {self.kimg:<8.2f} {name}   diversity within a prompt {diversity['generated']:.1f} grey levels, by z alone "
+                f"{diversity['generated_z']:.1f} (real patches of {diversity['real_groups']}: {diversity['real']:.1f})")
+        measured = {f"diversity/{what}": diversity[what] for what in ("generated", "generated_z", "real")}
+        stats.write(self.progress.step, {"kimg": self.kimg, **measured}, line)
         tqdm.write(line)
 
     def save(self) -> Path:

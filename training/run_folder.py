@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from preprocessing.errors import InputError, WeightsError
-from preprocessing.outputs import file_sha256, finished_folder
+from preprocessing.outputs import file_sha256, finished_file, finished_folder
 
 log = logging.getLogger(__name__)
 COMMIT, SUMS_FILE, STATE_FILE = "COMMIT", "SHA256SUMS", "state.json"
@@ -54,11 +54,17 @@ class StatsLog:
             self.writer = SummaryWriter(log_dir=str(self.folder))
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run will show again."""
+        """Drop the lines of steps that a resumed run will show again, and, with a notice, those that a kill or a full disk tore."""
         path = self.folder / "stats.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            path.write_text("".join(f"{line}\n" for line in kept))
+        if not path.exists():
+            return
+        lines = path.read_text(errors="replace").splitlines()
+        steps = [_step_of(line) for line in lines]
+        if torn := steps.count(None):
+            log.warning("%s: dropping %d unreadable line%s", path, torn, "" if torn == 1 else "s")
+        kept = [line for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
+        with finished_file(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept))
 
     def write(self, step: int, values: Mapping[str, float], line: str) -> None:
         with open(self.folder / "stats.jsonl", "a") as stream:
@@ -77,6 +83,15 @@ class StatsLog:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of stats.jsonl; None if the line is not whole."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 @dataclass(frozen=True)

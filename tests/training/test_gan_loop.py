@@ -11,6 +11,7 @@ import torch
 from networks.histo_models import build_encoder
 from networks.snapshot import load_snapshot
 from preprocessing.errors import InputError, OptionError, WeightsError
+from training.ema import frozen_copy
 from training.gan_config import PRESETS, GanConfig, resolve
 from training.gan_data import gan_data, neighbour_deviations
 from training.gan_grids import generate
@@ -112,6 +113,24 @@ def test_a_short_run_leaves_an_untrained_snapshot_and_at_least_five_more_with_pi
     snapshot = load_snapshot(run.folder / names[-1])
     keys = [(0, 0)] * 8
     assert torch.equal(generate(snapshot.generator, run.showcase.prompts, keys), generate(run.average, run.showcase.prompts, keys))
+
+
+def test_diversity_is_measured_with_and_without_the_per_pixel_noise_and_kept_in_the_snapshot(tmp_path):
+    run = make_run(tmp_path / "run", kimg=0.008)
+    list(run.train())
+    facts = load_snapshot(run.folder / "snapshot-000008").config["diversity"]
+    shown = [line for line in map(json.loads, (run.folder / "stats.jsonl").read_text().splitlines()) if "diversity/real" in line][-1]
+    assert {name: facts[name] for name in ("generated", "generated_z", "real")} == {
+        name: shown[f"diversity/{name}"] for name in ("generated", "generated_z", "real")}
+
+
+def test_a_generator_that_ignores_z_has_diversity_by_noise_but_none_by_z(tmp_path):
+    run = make_run(tmp_path / "run", noise_init=1.0)
+    with torch.no_grad():
+        run.average.mapping_network.fc1.weight.zero_()               # z no longer reaches the picture
+    found = run.showcase.diversity(run.average)
+    assert found["generated"] > 1 and found["generated_z"] == 0
+    assert run.showcase.diversity(frozen_copy(run.gan.generator))["generated_z"] > 0
 
 
 def test_the_blur_fades_over_a_tenth_of_the_run_also_under_a_time_budget(tmp_path, monkeypatch):

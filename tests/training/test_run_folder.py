@@ -91,6 +91,20 @@ def test_statistics_after_a_checkpoint_are_forgotten_when_it_is_resumed(tmp_path
     assert (tmp_path / "log.txt").read_text().splitlines()[-1] == "step 3"
 
 
+@pytest.mark.parametrize("torn", ['{"step": 2, "lo', "", "[1]", "\x00\x00", '{"loss": 1}'])
+def test_torn_lines_of_statistics_are_dropped_with_a_notice_and_the_run_goes_on(tmp_path, caplog, torn):
+    stats = StatsLog(tmp_path, tensorboard=False)
+    stats.write(1, {"loss": 0.5}, "step 1")
+    with open(tmp_path / "stats.jsonl", "a") as stream:
+        stream.write(torn + "\n" * (torn == ""))
+    with caplog.at_level(logging.WARNING):
+        stats.forget_after(5)
+    assert "dropping 1 unreadable line" in caplog.text and "stats.jsonl" in caplog.text
+    stats.write(2, {"loss": 0.25}, "step 2")
+    assert [json.loads(line)["step"] for line in (tmp_path / "stats.jsonl").read_text().splitlines()] == [1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "stats.jsonl"]
+
+
 def test_tensorboard_mirrors_the_statistics(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     stats = StatsLog(tmp_path)
