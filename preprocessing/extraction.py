@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
 OFF_EDGE, THIN_TISSUE = "reach over the slide's edge", "have less tissue than --min-tissue"
 SPOT_FILES = ("imgs.h5", "gex.h5ad", "dropped_spots.tsv", "qc.png", "qc.html")
-SAMPLE_FILES = ("filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix/*", "spatial/tissue_positions*",
-                "spatial/scalefactors_json.json", "analysis/clustering/*/clusters.csv")
-SAMPLE_FOLDERS = ("", "outs", "binned_outputs/square_002um", "outs/binned_outputs/square_002um")
 
 
 @dataclass(frozen=True)
@@ -101,9 +98,9 @@ class Request:
             return {"slide": self.wsi_file}
         if self.gex_file:
             return {"slide": self.wsi_file, "gex": self.gex_file}
-        base = self.space_ranger_dir
-        found = [file for folder in SAMPLE_FOLDERS for pattern in SAMPLE_FILES for file in (base / folder).glob(pattern) if file.is_file()]
-        return {"slide": self.wsi_file, **{str(file.relative_to(base)): file for file in sorted(found)}}
+        from preprocessing.space_ranger_folder import find_folder
+
+        return {"slide": self.wsi_file, **find_folder(self.space_ranger_dir).files()}
 
 
 def read_any_sample(config: ExtractConfig, request: Request, slide: Slide) -> Sample:

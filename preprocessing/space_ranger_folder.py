@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from preprocessing.errors import InputError, OptionError, first_few
+from preprocessing.tenx_matrix import matrix_files
 
 POSITIONS = {"tissue_positions.parquet": "Visium HD", "tissue_positions.csv": "Visium (Space Ranger 2.x and later)",
              "tissue_positions_list.csv": "Visium (Space Ranger 1.x)"}
@@ -39,6 +40,13 @@ class SpaceRangerFolder:
         names = self.folder.resolve().parts[1:]
         own = [name for name in names if name not in ("outs", "binned_outputs") and not BIN_FOLDER.fullmatch(name)]
         return own[-1] if own else "sample"
+
+    def files(self) -> dict[str, Path]:
+        """Every file that is read, by its part: of an MTX folder its members."""
+        single = {"positions": self.positions, "scalefactors": self.scalefactors, "clusters": self.clusters,
+                  **{f"{kind} image": path for kind, path in self.images.items()}}
+        matrix = {f"matrix {path.name}": path for path in matrix_files(self.matrix)}
+        return {**matrix, **{part: path for part, path in single.items() if path}}
 
 
 def find_folder(space_ranger_dir: Path | str, is_hd: bool | None = None, below_v2: bool | None = None) -> SpaceRangerFolder:

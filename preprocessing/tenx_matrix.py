@@ -113,10 +113,16 @@ def _matrix(path: Path, counts: sp.csr_matrix, barcodes, ids, names, types, soft
     return TenxMatrix(path, counts, barcodes, unique_names.to_numpy(str), ids[is_gene], software)
 
 
+def matrix_files(path: Path) -> tuple[Path, ...]:
+    """The `.h5` file itself, or features, barcodes and matrix of an MTX folder."""
+    if not path.is_dir():
+        return (path,)
+    return _member(path, "features.tsv", "genes.tsv"), _member(path, "barcodes.tsv"), _member(path, "matrix.mtx")
+
+
 def _read_folder(path: Path) -> TenxMatrix:
-    features = _read_columns(_member(path, "features.tsv", "genes.tsv"))
-    barcodes = _read_columns(_member(path, "barcodes.tsv"))[0]
-    mtx = _member(path, "matrix.mtx")
+    features_tsv, barcodes_tsv, mtx = matrix_files(path)
+    features, barcodes = _read_columns(features_tsv), _read_columns(barcodes_tsv)[0]
     try:
         with _open(mtx) as stream:
             by_feature = scipy.io.mmread(stream)
