@@ -15,7 +15,9 @@ from preprocessing.errors import InputError
 ENOUGH = 20               # positions in and out of tissue below which contrast says nothing
 MIN_CONTRAST = 25.0       # grey levels between tissue and glass that the exchanged columns must show
 NO_CONTRAST = 5.0         # and that the columns as given must not
-GLASS_GREY = 180.0        # brightfield: off the tissue the slide is bright. Other pictures (fluorescence, phantoms) say nothing
+GLASS_GREY = 180.0        # brightfield: off the tissue the slide is bright, ...
+GLASS_RANGE = 20.0        # without colour (highest less lowest channel; 0 to 9 on real slides), ...
+GLASS_SPREAD = 8.0        # and alike everywhere (0 to 2.5 on real slides). Other pictures (fluorescence, phantoms) say nothing
 SWAPPED = "With x and y exchanged they lie {where}: the two pixel columns of the positions are swapped"
 
 
@@ -47,11 +49,10 @@ def check_over_tissue(path: Path | str, xy: np.ndarray, in_tissue: np.ndarray, i
     `xy` (P, 2) in pixels of `image` uint8 (H, W, 3). Says nothing about images that are not brightfield or show no contrast,
     or positions all in tissue.
     """
-    grey = image.mean(axis=2)
-    given, exchanged = _contrast(xy, in_tissue, grey), _contrast(xy[:, ::-1], in_tissue, grey)
+    given, exchanged = _contrast(xy, in_tissue, image), _contrast(xy[:, ::-1], in_tissue, image)
     if given is None or exchanged is None:
         return
-    if exchanged.glass >= GLASS_GREY and exchanged.difference >= MIN_CONTRAST and given.difference <= NO_CONTRAST:
+    if exchanged.off_tissue_is_glass and exchanged.difference >= MIN_CONTRAST and given.difference <= NO_CONTRAST:
         raise InputError(path, "pixel positions", f"positions in tissue where {image_path} is dark",
                          f"a contrast to the other positions of {given.difference:.0f} grey levels, "
                          f"and of {exchanged.difference:.0f} with x and y exchanged",
@@ -59,17 +60,21 @@ def check_over_tissue(path: Path | str, xy: np.ndarray, in_tissue: np.ndarray, i
 
 
 class _Contrast(NamedTuple):
-    difference: float     # how much darker the image is under positions in tissue than under the others, grey levels
-    glass: float          # median grey under the others
+    difference: float            # how much darker the image is under positions in tissue than under the others, grey levels
+    off_tissue_is_glass: bool    # under the others the image is bright, neutral and uniform
 
 
-def _contrast(xy: np.ndarray, in_tissue: np.ndarray, grey: np.ndarray) -> _Contrast | None:
+def _contrast(xy: np.ndarray, in_tissue: np.ndarray, image: np.ndarray) -> _Contrast | None:
     """Contrast of the image between positions in tissue and the others; None where too few lie on it."""
     usable = np.isfinite(xy).all(axis=1)
-    usable[usable] = _inside(xy[usable], grey.shape[1] - 1, grey.shape[0] - 1)
+    usable[usable] = _inside(xy[usable], image.shape[1] - 1, image.shape[0] - 1)
     if min(np.count_nonzero(usable & in_tissue), np.count_nonzero(usable & ~in_tissue)) < ENOUGH:
         return None
     columns, rows = np.rint(xy[usable]).astype(int).T
-    under = grey[rows, columns]
-    glass, tissue = under[~in_tissue[usable]], under[in_tissue[usable]]
-    return _Contrast(float(glass.mean() - tissue.mean()), float(np.median(glass)))
+    under = image[rows, columns].astype(float)                                                          # (n, 3)
+    others, grey = under[~in_tissue[usable]], under.mean(axis=1)
+    other_grey = others.mean(axis=1)
+    middle = np.median(other_grey)
+    spread = 1.4826 * np.median(np.abs(other_grey - middle))
+    is_glass = middle >= GLASS_GREY and np.median(np.ptp(others, axis=1)) < GLASS_RANGE and spread < GLASS_SPREAD
+    return _Contrast(float(other_grey.mean() - grey[in_tissue[usable]].mean()), bool(is_glass))

@@ -8,17 +8,33 @@ from preprocessing.simulation.space_ranger_files import hd_barcodes, positions_t
 BIN_PX, MPP, MARGIN_BINS = 4, 0.5, 20
 
 
-def phantom_hd_folder(folder, *, offset, columns_run_left=False, holes=(), shape=(40, 45), rows_run_up=False):
+def plain_code(place: np.ndarray) -> np.ndarray:
+    """The colour of the bins at these rows or columns of the slide."""
+    return place
+
+
+def bright_code(place: np.ndarray) -> np.ndarray:
+    """A picture as bright as a slide's glass."""
+    return 25 + 2 * place
+
+
+def inverted_code(place: np.ndarray) -> np.ndarray:
+    """A bright picture that darkens where rows and columns rise, as tissue does."""
+    return 255 - 2 * place
+
+
+def phantom_hd_folder(folder, *, offset, columns_run_left=False, holes=(), shape=(40, 45), rows_run_up=False, code=plain_code):
     """Space Ranger folder and slide of `shape` bins in tissue from array position `offset` on.
 
-    Colour (red, green) of a bin = its array (row, column) + MARGIN_BINS, all over the slide; a bin's counts are 1, row, column.
+    Colour (red, green) of a bin = `code` of its array (row, column), all over the slide; a bin's counts are 1, row, column.
     """
     n_rows, n_cols = (start + size for start, size in zip(offset, shape, strict=True))
     slide_bins = (n_rows + 2 * MARGIN_BINS, n_cols + 2 * MARGIN_BINS)
-    code = np.zeros((*slide_bins, 3), dtype=np.uint8)
-    code[..., 0], code[..., 1], code[..., 2] = np.arange(slide_bins[0])[:, None], np.arange(slide_bins[1]), 200
+    colour = np.zeros((*slide_bins, 3), dtype=np.uint8)
+    colour[..., 0], colour[..., 1] = code(np.arange(slide_bins[0]))[:, None], code(np.arange(slide_bins[1]))
+    colour[..., 2] = 200 if code is plain_code else 255
     flip = (slice(None, None, -1 if rows_run_up else 1), slice(None, None, -1 if columns_run_left else 1))
-    pixels = np.kron(code[flip], np.ones((BIN_PX, BIN_PX, 1), dtype=np.uint8))
+    pixels = np.kron(colour[flip], np.ones((BIN_PX, BIN_PX, 1), dtype=np.uint8))
     tifffile.imwrite(folder / "slide.tif", pixels, tile=(64, 64), resolution=(1e4 / MPP, 1e4 / MPP), resolutionunit="CENTIMETER",
                      photometric="rgb")
     row, col = (index.ravel() for index in np.indices((n_rows, n_cols)))
@@ -49,9 +65,10 @@ def decode_counts(counts) -> np.ndarray:
     return counts[:, 1:] / counts[:, :1]
 
 
-def decode_colour(patches: np.ndarray) -> np.ndarray:
+def decode_colour(patches: np.ndarray, code=plain_code) -> np.ndarray:
     """(P, 2) the array position (row, column) that the middle of each patch shows."""
-    return patches[..., :2].mean(axis=(1, 2)) - MARGIN_BINS
+    at_zero, step = code(0), code(1) - code(0)
+    return (patches[..., :2].mean(axis=(1, 2)) - at_zero) / step - MARGIN_BINS
 
 
 def n_windows(offset, shape, holes, n, stride) -> int:

@@ -3,7 +3,7 @@ import anndata as ad
 import numpy as np
 import pytest
 from extract_runs import WRITTEN, fails, run
-from hd_phantoms import MPP, decode_colour, decode_counts, n_windows, phantom_hd_folder
+from hd_phantoms import MPP, bright_code, decode_colour, decode_counts, inverted_code, n_windows, phantom_hd_folder
 
 from preprocessing.patches import read_patch_file
 from preprocessing.pseudo_spots import group_bins, sum_members
@@ -47,6 +47,18 @@ def test_rows_of_the_hd_files_pair_the_picture_with_its_molecules(tmp_path, dire
     assert (record["mpp"], record["patch_um"], record["patch_px"], record["stride_bins"], record["bin_um"]) == (MPP, 55, 128, 3, 2)
     kept = n_windows((10, 20), (40, 45), HOLES, 27, 3)
     assert expression.n_obs == kept and f"kept {kept} of " in said and "have a bin outside tissue" in said
+
+
+@pytest.mark.parametrize("offset", [(10, 20), (30, 30)], ids=str)
+@pytest.mark.parametrize("direction", [{}, {"columns_run_left": True}, {"rows_run_up": True}], ids=["plain", "columns left", "rows up"])
+@pytest.mark.parametrize("code", [bright_code, inverted_code])
+def test_bright_and_inverted_pictures_are_not_taken_for_exchanged_columns(tmp_path, code, direction, offset):
+    folder, slide_file = phantom_hd_folder(tmp_path, offset=offset, code=code, **direction)
+    run("--space-ranger-dir", folder, "--wsi-file", slide_file, "--stride", 9, "--out-dir", tmp_path / "out", "--patch-sz-px", 64)
+    with read_patch_file(tmp_path / "out" / "imgs.h5") as patches:
+        expression = ad.read_h5ad(tmp_path / "out" / "gex.h5ad")
+        assert len(patches) > 0
+        assert np.abs(decode_counts(expression.X) - decode_colour(patches.images(slice(None)).astype(float), code)).max() <= 0.5
 
 
 def test_any_of_the_hd_folders_names_the_sample(tmp_path):
