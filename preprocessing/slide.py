@@ -25,6 +25,8 @@ MAPPED_BYTES = 1 << 30             # a flat TIFF above this is decoded into a te
 BAND_BYTES = 64 << 20              # pixels in memory at a time while a thumbnail is made
 MAGIC = {"JPEG": (b"\xff\xd8\xff",), "PNG": (b"\x89PNG",), "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")}
 FLAT_SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", ".btf": "TIFF"}
+PHOTOMETRIC, COMPRESSION = tifffile.PHOTOMETRIC, tifffile.COMPRESSION
+JPEGS = (COMPRESSION.JPEG, COMPRESSION.OJPEG)
 _pillow_lock = threading.Lock()
 
 
@@ -204,11 +206,14 @@ def _decode_tiff(path: Path) -> tuple[np.ndarray, float | None]:
         with tifffile.TiffFile(path) as tiff:
             page = tiff.pages[0]
             _require_flat_size(path, page.imagewidth, page.imagelength)
-            if page.dtype != np.uint8 or page.samplesperpixel not in (1, 3, 4):
-                raise InputError(path, "slide", "8-bit grey, RGB or RGBA", f"{page.samplesperpixel} channels of {page.dtype}")
+            _require_known_colours(path, page)
             pixels = page.asarray(out="memmap" if page.nbytes > MAPPED_BYTES else None)
             if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and pixels.ndim == 3:
                 pixels = np.moveaxis(pixels, 0, 2)
+            if page.photometric == PHOTOMETRIC.PALETTE:
+                pixels = (page.colormap.T >> 8).astype(np.uint8)[pixels]                # a colour map has 16 bits a channel
+            elif page.photometric == PHOTOMETRIC.MINISWHITE:
+                np.subtract(255, pixels, out=pixels)
             resolution, unit = page.get_resolution(), page.resolutionunit
     except (tifffile.TiffFileError, ValueError, IndexError, RuntimeError, OSError) as error:
         if isinstance(error, InputError):
@@ -216,6 +221,18 @@ def _decode_tiff(path: Path) -> tuple[np.ndarray, float | None]:
         raise InputError(path, "slide", "a TIFF that can be decoded", str(error)) from error
     um_per_unit = {2: 25_400.0, 3: 10_000.0}.get(int(unit))
     return on_white(pixels), um_per_unit / resolution[0] if um_per_unit and resolution[0] > 0 else None
+
+
+def _require_known_colours(path: Path, page: tifffile.TiffPage) -> None:
+    """Refuse pixels that are not 8-bit grey, RGB or of a palette; YCbCr is decoded to RGB with its JPEG, and only there."""
+    channels = {PHOTOMETRIC.MINISWHITE: (1,), PHOTOMETRIC.MINISBLACK: (1,), PHOTOMETRIC.PALETTE: (1,), PHOTOMETRIC.RGB: (3, 4),
+                PHOTOMETRIC.YCBCR: (3,) if page.compression in JPEGS else ()}.get(page.photometric, ())
+    eight_bits = page.dtype == np.uint8 and (page.bitspersample == 8 or page.photometric == PHOTOMETRIC.PALETTE)
+    if not eight_bits or page.samplesperpixel not in channels:
+        raise InputError(path, "slide", "8-bit grey, RGB or RGBA, a palette, or YCbCr in JPEG",
+                         f"{page.samplesperpixel} channels of {page.dtype}, {page.bitspersample} bits, "
+                         f"{getattr(page.photometric, 'name', page.photometric)}, {getattr(page.compression, 'name', page.compression)}",
+                         "Convert it to RGB")
 
 
 def _decode_with_pillow(path: Path) -> np.ndarray:

@@ -90,6 +90,51 @@ def test_flat_images_of_other_modes_become_rgb(tmp_path, mode):
         assert slide.read_region(0, 0, 20, 10).shape == (10, 20, 3) and slide.read_region(0, 0, 20, 10).min() > 250
 
 
+def coloured(height=32, width=48) -> np.ndarray:
+    """Four flat colours: exact in a palette, and not changed much by JPEG."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:16, :24], pixels[:16, 24:], pixels[16:, :24], pixels[16:, 24:] = (220, 120, 180), (90, 40, 140), (245, 244, 240), (30, 160, 60)
+    return pixels
+
+
+@pytest.mark.parametrize("name, mode, tolerance", [
+    ("s.tif", "P", 0), ("s.tif", "RGB", 0), ("s.tif", "RGBA", 0), ("s.png", "P", 0), ("s.png", "RGB", 0), ("s.png", "RGBA", 0),
+    ("s.jpg", "RGB", 3), ("s.jpg", "CMYK", 3)])
+def test_colours_survive_every_mode_of_a_flat_image(tmp_path, name, mode, tolerance):
+    image = Image.fromarray(coloured())
+    image = image.quantize(8, dither=Image.Dither.NONE) if mode == "P" else image.convert(mode)
+    image.save(tmp_path / name, **({"quality": 100, "subsampling": 0} if name.endswith("jpg") else {}))
+    with open_slide(tmp_path / name) as slide:
+        assert isinstance(slide, FlatSlide)
+        assert np.abs(slide.read_region(0, 0, 48, 32).astype(int) - coloured()).max() <= tolerance
+
+
+@pytest.mark.parametrize("photometric, stored", [("minisblack", lambda grey: grey), ("miniswhite", lambda grey: 255 - grey)])
+def test_grey_is_right_whichever_end_is_white(tmp_path, photometric, stored):
+    grey = coloured()[..., 0]
+    tifffile.imwrite(tmp_path / "s.tif", stored(grey), photometric=photometric)
+    with open_slide(tmp_path / "s.tif") as slide:
+        assert (slide.read_region(0, 0, 48, 32) == grey[..., None]).all()
+
+
+def test_a_tiff_of_jpeg_strips_in_ycbcr_keeps_its_colours(tmp_path):
+    Image.fromarray(coloured()).convert("YCbCr").save(tmp_path / "s.tif", compression="jpeg", quality=95)
+    with tifffile.TiffFile(tmp_path / "s.tif") as tiff:
+        assert tiff.pages[0].photometric == tifffile.PHOTOMETRIC.YCBCR
+    with open_slide(tmp_path / "s.tif") as slide:
+        assert isinstance(slide, FlatSlide)
+        assert np.abs(slide.read_region(0, 0, 48, 32).astype(int) - coloured()).mean() < 4
+
+
+@pytest.mark.parametrize("photometric, channels, compression", [("separated", 4, None), ("cielab", 3, None), ("ycbcr", 3, "zlib")])
+def test_a_tiff_whose_colours_we_cannot_read_is_refused(tmp_path, photometric, channels, compression):
+    pixels = np.zeros((32, 48, channels), np.uint8)
+    tifffile.imwrite(tmp_path / "s.tif", pixels, photometric=photometric, compression=compression,
+                     planarconfig="contig", **({"subsampling": (1, 1)} if photometric == "ycbcr" else {}))
+    with pytest.raises(InputError, match=f"grey, RGB.*found .*{photometric.upper()}"):
+        open_slide(tmp_path / "s.tif")
+
+
 def truncated(path, share):
     path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
 
