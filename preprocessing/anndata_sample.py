@@ -17,7 +17,7 @@ from preprocessing.errors import InputError, first_few
 from preprocessing.expression import as_csr, check_counts, read_expression
 from preprocessing.hd_barcodes import parse_hd_barcodes
 from preprocessing.mpp import VISIUM_COL_UM, VISIUM_ROW_UM, GridFit, decide_mpp, fit_grid
-from preprocessing.position_checks import check_on_image
+from preprocessing.position_checks import check_on_image, check_slide_size
 from preprocessing.sample import Sample
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def read_anndata_sample(gex_file: Path | str, *, sample_id: str | None = None, s
                           grid=_grid(array_row, array_col, pixels, bin_um), spot_diameter_px=factors.get("spot_diameter_fullres"),
                           slide_mpp=slide.declared_mpp if slide else None, slide_path=slide.path if slide else None,
                           use_wsi_res=use_wsi_res)
-    notice = check_on_image(gex_file, pixels[in_tissue], slide.width_px, slide.height_px, slide.path) if slide else ""
+    images = {name: _as_uint8(image) for name, image in dict(library.get("images", {})).items()}
+    places = (check_slide_size(slide.path, (slide.width_px, slide.height_px), images, factors),
+              check_on_image(gex_file, pixels[in_tissue], slide.width_px, slide.height_px, slide.path)) if slide else ()
     metadata = {"mpp_source": decision.source}
     if "cluster" in adata.obs:
         labels = adata.obs["cluster"].astype(object)
@@ -54,8 +56,7 @@ def read_anndata_sample(gex_file: Path | str, *, sample_id: str | None = None, s
         sample_id=sample_id, platform="AnnData file", counts=counts, barcodes=adata.obs_names.to_numpy(str),
         gene_names=adata.var_names.to_numpy(str), gene_ids=adata.var["gene_ids"].to_numpy(str) if "gene_ids" in adata.var else None,
         in_tissue=in_tissue, array_row=array_row, array_col=array_col, centre_xy_px=pixels, mpp=decision.mpp, bin_um=bin_um,
-        images={name: _as_uint8(image) for name, image in dict(library.get("images", {})).items()}, scalefactors=factors,
-        metadata=metadata, notices=tuple(text for text in (*decision.notices, notice) if text))
+        images=images, scalefactors=factors, metadata=metadata, notices=tuple(text for text in (*decision.notices, *places) if text))
 
 
 def _pixels(path: Path, adata: ad.AnnData) -> np.ndarray:

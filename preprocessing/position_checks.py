@@ -1,16 +1,18 @@
-"""Check that positions lie where the tissue is: on the image at all, and not transposed.
+"""Check that positions lie where the tissue is: on an image of their own scale, on it at all, and not transposed.
 
 Positions are (x, y) pixels of the image at hand. Exchanged pixel columns cannot be seen in the numbers alone, as scans may be
 rotated and mirrored; the image can tell. Touches no files.
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from preprocessing.errors import InputError
+from preprocessing.mpp import TOLERANCE
 
 ENOUGH = 20               # positions in and out of tissue below which contrast says nothing
 MIN_CONTRAST = 25.0       # grey levels between tissue and glass that the exchanged columns must show
@@ -19,6 +21,30 @@ GLASS_GREY = 180.0        # brightfield: off the tissue the slide is bright, ...
 GLASS_RANGE = 20.0        # without colour (highest less lowest channel; 0 to 9 on real slides), ...
 GLASS_SPREAD = 8.0        # and alike everywhere (0 to 2.5 on real slides). Other pictures (fluorescence, phantoms) say nothing
 SWAPPED = "With x and y exchanged they lie {where}: the two pixel columns of the positions are swapped"
+
+
+def check_slide_size(slide_path: Path | str, slide_px: tuple[int, int], images: Mapping[str, np.ndarray],
+                     factors: Mapping[str, float]) -> str:
+    """Refuse a slide of another scale than the image of the sample; returns a notice about one cut on a side, or ''.
+
+    `slide_px` (width, height). An image of (w, h) px with scale factor f was made from w / f by h / f px. A slide larger or
+    smaller than that in both directions alike is another copy; in one direction only, a part.
+    """
+    kind = next((kind for kind in ("hires", "lowres") if kind in images and factors.get(f"tissue_{kind}_scalef")), None)
+    if kind is None:
+        return ""
+    image_px = np.array(images[kind].shape[1::-1], dtype=float)
+    expected = image_px / factors[f"tissue_{kind}_scalef"]
+    ratio, rounding = np.array(slide_px) / expected, 1 / image_px                  # the image was rounded to whole pixels
+    differs = np.abs(np.log(ratio)) > TOLERANCE + rounding
+    if not differs.any():
+        return ""
+    needed = f"{expected[0]:.0f} x {expected[1]:.0f} px"
+    found, source = f"{slide_px[0]} x {slide_px[1]} px", f"the {kind} image and tissue_{kind}_scalef of the sample"
+    if differs.all() and abs(np.log(ratio[0] / ratio[1])) <= TOLERANCE + rounding.sum():
+        raise InputError(slide_path, "size", f"{needed}, of which {source} speak", f"{found}, {np.sqrt(ratio.prod()):.3g} times that",
+                         "Give the slide at full resolution, the one the positions were measured on")
+    return f"{slide_path}: {found}, where {source} speak of {needed} (was it cropped?)"
 
 
 def check_on_image(path: Path | str, centre_xy_px: np.ndarray, width_px: float, height_px: float, image: Path | str,

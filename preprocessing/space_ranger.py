@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from preprocessing.errors import InputError, first_few
 from preprocessing.hd_barcodes import HdBarcodes, as_bytes, as_text, check_agreement, parse_hd_barcodes
 from preprocessing.mpp import VISIUM_COL_UM, VISIUM_ROW_UM, check_axes, decide_mpp, fit_grid
-from preprocessing.position_checks import check_on_image, check_over_tissue
+from preprocessing.position_checks import check_on_image, check_over_tissue, check_slide_size
 from preprocessing.sample import Sample
 from preprocessing.space_ranger_folder import BIN_FOLDER, SpaceRangerFolder, find_folder
 from preprocessing.tenx_matrix import TenxMatrix, read_matrix
@@ -55,6 +55,7 @@ def read_sample(space_ranger_dir: Path | str, *, sample_id: str | None = None, s
                           slide_mpp=slide.declared_mpp if slide else None, slide_path=slide.path if slide else None,
                           use_wsi_res=use_wsi_res)
     notices = [*found.notices, *decision.notices, *_count_notices(in_tissue, n_counted),
+               check_slide_size(slide.path, (slide.width_px, slide.height_px), images, factors) if slide else "",
                _check_places(found, positions, slide, images, factors)]
     metadata = {"mpp_source": decision.source, "software": matrix.software}
     barcodes = as_text(positions.barcodes[position_of_row])
