@@ -72,11 +72,17 @@ class Mapping(nn.Module):
         self.fc1 = EqualizedLinear(z_dim, z_dim, lr_mult=0.01)
         self.register_buffer("x_avg", torch.zeros(z_dim))
 
-    def forward(self, z: Tensor, c: Tensor, truncation_psi: float = 1.0, update_average: bool = False) -> Tensor:
+    def _mapped(self, z: Tensor) -> Tensor:
         z = z * (z.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
-        x = self.fc1(lrelu(self.fc0(z)))
-        if update_average:
-            self.x_avg.copy_(torch.lerp(x.detach().mean(dim=0), self.x_avg, self.X_AVG_BETA))
+        return self.fc1(lrelu(self.fc0(z)))
+
+    @torch.no_grad()
+    def update_average(self, z: Tensor) -> None:
+        """Move x_avg towards the mean x of z (N, z_dim): call once per optimiser step, with the whole global batch."""
+        self.x_avg.copy_(torch.lerp(self._mapped(z).mean(dim=0), self.x_avg, self.X_AVG_BETA))
+
+    def forward(self, z: Tensor, c: Tensor, truncation_psi: float = 1.0) -> Tensor:
+        x = self._mapped(z)
         if truncation_psi != 1:
             x = torch.lerp(self.x_avg, x, truncation_psi)
         return torch.cat((x, c), dim=1)
@@ -213,8 +219,8 @@ class Generator(nn.Module):
             block.to_rgb.weight.mul_(contrast)
 
     def mapping(self, z: Tensor, c: Tensor, truncation_psi: float = 1.0) -> Tensor:
-        """z (N, z_dim), prompt embeddings c (N, c_dim) -> w (N, num_ws, w_dim). A training forward updates x_avg."""
-        w = self.mapping_network(z, self.condition(c), truncation_psi, update_average=self.training)
+        """z (N, z_dim), prompt embeddings c (N, c_dim) -> w (N, num_ws, w_dim)."""
+        w = self.mapping_network(z, self.condition(c), truncation_psi)
         return w[:, None].expand(-1, self.num_ws, -1)
 
     def synthesis(self, w: Tensor, noise_mode: NoiseMode = "random", noise: Tensor | None = None) -> Tensor:

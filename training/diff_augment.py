@@ -16,7 +16,8 @@ HOLE_SHARE = 0.2           # side of the square hole, of the side
 def diff_augment(images: Tensor, draws: Tensor, strength: float = 1.0) -> Tensor:
     """(N, 3, H, W) in [-1, 1] and uniform draws (N, 7) in [0, 1) -> the same shape.
 
-    Brightness + U(-.5, .5), saturation x U(0, 2), contrast x U(.5, 1.5), shift to 1/8 per axis with zero fill, one square hole.
+    Brightness + U(-.5, .5), saturation x U(0, 2), contrast x U(.5, 1.5), shift to 1/8 per axis with zero fill, one square hole of
+    0.2 side whose centre is uniform over the image, edges included: there a part of the hole lies outside and cuts nothing.
     `strength` scales the colour part; 1 is the published one, 0 leaves colours alone.
     """
     colour = draws[:, :3, None, None, None].to(images)

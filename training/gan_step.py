@@ -67,6 +67,7 @@ class GanStep:
         self.g_optimiser.zero_grad()
         self.d_optimiser.zero_grad()
         totals: dict[str, float] = {}
+        self._z = draws.z
         d_draws = draws if self.config.shared_pass else self._draw(step, phase=D_PHASE)
         for start in range(0, self.config.batch, self.config.batch_gpu):
             part = slice(start, start + self.config.batch_gpu)
@@ -178,7 +179,8 @@ class GanStep:
         return bool(torch.isfinite(norms).all())
 
     def move(self, g_lr: float, d_lr: float) -> None:
-        """One optimiser step of both networks with the gradients that `gradients` left."""
+        """One optimiser step of both networks with the gradients that `gradients` left; x_avg follows the same batch of z."""
+        self.generator.mapping_network.update_average(self._z)
         for optimiser, lr in ((self.g_optimiser, g_lr), (self.d_optimiser, d_lr)):
             optimiser.param_groups[0]["lr"] = lr
             optimiser.step()

@@ -117,6 +117,17 @@ def test_neutral_draws_leave_an_image_alone_but_for_its_hole():
     assert (seen[..., hole] == 0).all()
 
 
+def test_the_hole_reaches_every_edge_and_may_lie_half_outside():
+    side, still = 40, [0.5, 0.5, 0.5, 0.5, 0.5]
+    draws = torch.tensor([[*still, x, y] for x, y in ((0.0, 0.0), (0.999, 0.999), (0.5, 0.0))])
+    holes = [(image[0] == 0).nonzero().tolist() for image in diff_augment(torch.ones(3, 3, side, side), draws)]
+    assert [(min(hole), max(hole)) for hole in holes] == [([0, 0], [3, 3]), ([36, 36], [39, 39]), ([0, 16], [3, 23])]
+    centres = (torch.arange(41) + 0.5) / 41
+    cut = [(image[0, 20] == 0).sum().item() for image in
+           diff_augment(torch.ones(41, 3, side, side), torch.tensor([[*still, x, 0.5] for x in centres.tolist()]))]
+    assert cut == [4, 5, 6, 7] + [8] * 33 + [7, 6, 5, 4]              # every place of the centre once
+
+
 def test_augmentation_moves_by_up_to_an_eighth_and_fills_with_zero():
     images, away = torch.ones(1, 3, 32, 32), 0.999
     seen = diff_augment(images, torch.tensor([[0.5, 0.5, 0.5, away, 0.0, away, away]]))[0, 0]
