@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from preprocessing.errors import Command, InputError, OptionError, first_few
+from preprocessing.errors import Command, InputError, OptionError, first_few, require_file
 
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".bif", ".btf", ".jpg", ".jpeg", ".png")
 BLOCK = 64                        # patches normalised together
@@ -23,24 +23,30 @@ def dump_patches_to_folder_single(images_path: Path | str, wsi_path: Path | str 
     Stain vectors are estimated on the tissue of `wsi_path`, or read from `stain_file` (a `stain.json`). A slide without two
     stains is an InputError, or keeps its colours with `on_stain_failure="skip"`. The slide is not needed without `normalize`.
     """
-    from preprocessing.outputs import is_done, locked, write_done
-    from preprocessing.patches import read_patch_file, write_patch_folder
+    from preprocessing.outputs import is_done, locked, strings_sha256, write_done
+    from preprocessing.patch_file import read_patch_file
+    from preprocessing.patches import patch_folder_sha256, write_patch_folder
 
     images_path, out_dir, gex_path = Path(images_path), Path(out_dir), Path(images_path).parent / "gex.h5ad"
     named = {"images": images_path, "wsi": wsi_path, "gex": gex_path if gex_path.is_file() else None, "stain_file": stain_file}
+    if stain_file is not None:
+        require_file(stain_file, "a stain.json")
     inputs = {name: path for name, path in named.items() if path is not None and Path(path).is_file()}
     config = {"normalize": normalize, "on_stain_failure": on_stain_failure}
     stain, record = None, {"normalised": False}
     with locked(out_dir), read_patch_file(images_path) as file:
-        if is_done(out_dir, config=config, inputs=inputs) and len(list(out_dir.glob("patch_*.png"))) == len(file):
+        if is_done(out_dir, config=config, inputs=inputs, content_sha256=patch_folder_sha256(out_dir)):
             return len(file)
         order, centre_xy_px, sample_id = _rows_of_expression(file, gex_path)
         if normalize:
             stain, record = _stain(wsi_path, stain_file, on_stain_failure)
+        if file.barcodes is not None:
+            record = record | {"barcode_sha256": strings_sha256(file.barcodes)}
         patches = _patches(file, order, stain, progress)
         write_patch_folder(out_dir, patches, barcodes=[file.barcodes[i] for i in order] if file.barcodes else None,
                            sample_id=sample_id, xy=centre_xy_px, stain=record)
-        write_done(out_dir, config=config, inputs=inputs, rows=len(order), stain=record)
+        write_done(out_dir, config=config, inputs=inputs, rows=len(order), stain=record,
+                   content_sha256=patch_folder_sha256(out_dir))
     return len(order)
 
 
@@ -52,14 +58,15 @@ def _rows_of_expression(file, gex_path: Path) -> tuple[np.ndarray, np.ndarray, s
     name = str(file.attrs.get("name", "") or "") or file.path.absolute().parent.name
     if file.barcodes is None or not gex_path.is_file():
         return np.arange(len(file)), file.centre_xy_px, name
-    from preprocessing.expression import read_expression, recorded_barcode_sha256, recorded_sample_id
+    from preprocessing.expression import read_expression, recorded_barcode_sha256, recorded_sample_id, spot_positions
     from preprocessing.patches import match_barcodes
 
     adata = read_expression(gex_path, backed=True)
     try:
-        order = match_barcodes(file.barcodes, file.path, adata.obs_names.tolist(), gex_path, recorded_barcode_sha256(adata))
-        centre_xy_px = np.asarray(adata.obsm["spatial"])[:, :2] if "spatial" in adata.obsm else file.centre_xy_px[order]
-        return order, centre_xy_px, recorded_sample_id(adata) or name
+        centre_xy_px = spot_positions(adata, gex_path)
+        order = match_barcodes(file.barcodes, file.path, adata.obs_names.tolist(), gex_path, recorded_barcode_sha256(adata),
+                               patch_xy_px=file.recorded_xy_px, centre_xy_px=centre_xy_px)
+        return order, file.centre_xy_px[order] if centre_xy_px is None else centre_xy_px, recorded_sample_id(adata) or name
     finally:
         adata.file.close()
 
@@ -128,6 +135,8 @@ def _jobs(options: dict) -> list[tuple[Path, Path | None, Path]]:
         raise OptionError("samples", "--images F.h5 --wsi F, or --ids A,B --root-dir D --wsi-dir D",
                           f"no {' and no '.join(absent)}" if absent else "--wsi beside --ids (the slides' folder is --wsi-dir)")
     ids = [part.strip() for part in options["ids"].split(",") if part.strip()]
+    if not ids:
+        raise OptionError("--ids", "at least one sample", "none")
     return [(*find_sample(sample_id, options["root_dir"], options["wsi_dir"]), options["out_dir"] / sample_id) for sample_id in ids]
 
 

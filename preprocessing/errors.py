@@ -46,6 +46,30 @@ def first_few(items: Sequence[object], limit: int = 5) -> str:
     return f"{len(items):,} ({shown}{', ...' if len(items) > limit else ''})"
 
 
+def require_file(path: Path | str, expected: str) -> Path:
+    """The path, if there is a file; else an InputError that names what was expected there."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(path, "file", expected, "a folder" if path.is_dir() else "nothing there")
+    return path
+
+
+def read_text(path: Path | str, expected: str) -> str:
+    """The text of a UTF-8 file (a byte order mark is dropped)."""
+    try:
+        return require_file(path, expected).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(path, "file", f"{expected}, in UTF-8", "other bytes") from error
+
+
+def require_unique(path: Path | str, field: str, values: Sequence[str], shown: Sequence[str] | None = None) -> None:
+    """Refuse values that come twice; `shown` are their names in the message."""
+    if len(set(values)) < len(values):
+        seen: set[str] = set()
+        repeated = [label for value, label in zip(values, shown or values, strict=True) if value in seen or seen.add(value)]
+        raise InputError(path, field, "no value twice", f"repeated {first_few(repeated)}")
+
+
 @contextmanager
 def one_line_errors(debug: bool = False) -> Iterator[None]:
     """Turn user errors into one line on stderr and `SystemExit`; with `debug`, let them pass as they are."""

@@ -15,36 +15,41 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from preprocessing.errors import InputError, first_few
+from preprocessing.errors import InputError, first_few, read_text, require_file
 from preprocessing.hdf5_output import hdf5_output
 from preprocessing.outputs import finished_file, program_versions, require_free_space, strings_sha256, write_done
 
 ROWS_AT_ONCE = 4096                     # rows of a backed or dense matrix looked at together
+RAW_COUNTS = "Raw counts are needed: they may lie in layers['counts']"
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
-def read_expression(path: Path | str, backed: bool = False, already_normalised: bool = False) -> ad.AnnData:
+def read_expression(path: Path | str, backed: bool = False, already_normalised: bool = False, hint: str = RAW_COUNTS) -> ad.AnnData:
     """Read an `.h5ad` and check it: unique barcodes, finite counts, raw unless `already_normalised`.
 
     X comes back as CSR, or stays on disk if `backed`. Duplicate gene symbols are made unique by AnnData's rule (`Actb`, `Actb-1`).
+    `hint` says in the error what to do about values that are no counts.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(path, "file", "an .h5ad file", "nothing there" if not path.exists() else "a folder")
+    path = require_file(path, "an .h5ad file")
     try:
         adata = ad.read_h5ad(path, backed="r" if backed else None)
     except (OSError, KeyError, ValueError, AttributeError, TypeError) as error:
         raise InputError(path, "file", "an .h5ad file", f"one that anndata cannot read ({str(error).splitlines()[0][:120]})") from error
-    if adata.X is None or 0 in adata.shape:
-        raise InputError(path, "X", "counts of at least one spot and one gene", f"shape {adata.shape}")
+    if not _has_x(adata) or 0 in adata.shape:
+        found = f"shape {adata.shape}" if 0 in adata.shape else f"no X (layers: {', '.join(adata.layers) or 'none'})"
+        raise InputError(path, "X", "counts of at least one spot and one gene", found)
     _require_unique_barcodes(path, adata)
-    check_counts(path, adata.X, already_normalised)
+    check_counts(path, adata.X, already_normalised, hint)
     if not backed:
         adata.X = as_csr(adata.X)
     if not adata.var_names.is_unique:
         adata.var_names_make_unique()
     return adata
+
+
+def _has_x(adata: ad.AnnData) -> bool:
+    return "X" in adata.file._file if adata.isbacked else adata.X is not None
 
 
 def _require_unique_barcodes(path: Path, adata: ad.AnnData) -> None:
@@ -62,7 +67,7 @@ def as_csr(matrix: Any) -> sp.csr_matrix:
     return csr
 
 
-def check_counts(path: Path | str, counts: Any, already_normalised: bool = False) -> None:
+def check_counts(path: Path | str, counts: Any, already_normalised: bool = False, hint: str = RAW_COUNTS) -> None:
     """Refuse NaN, infinite and negative values, and (unless `already_normalised`) values that are not whole numbers."""
     for values in _value_blocks(counts):
         if values.dtype.kind not in "iufb":
@@ -76,7 +81,7 @@ def check_counts(path: Path | str, counts: Any, already_normalised: bool = False
         if not already_normalised and values.dtype.kind == "f" and (values != np.rint(values)).any():
             example = values[values != np.rint(values)][0]
             raise InputError(path, "X", "raw UMI counts, whole numbers", f"values like {example:.4g}, normalised or logged already",
-                             "Give the raw counts, or say that it is meant with --already-normalised")
+                             hint)
 
 
 def _value_blocks(counts: Any):
@@ -119,13 +124,7 @@ def normalise_expression(counts: sp.csr_matrix, target_sum: float | Literal["med
 
 def read_vocabulary(path: Path | str) -> list[str]:
     """Gene symbols, one a line, in order. CRLF, blank lines and spaces around a symbol are harmless; a repeated symbol is not."""
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise InputError(path, "file", "a vocabulary, one gene symbol a line", "nothing there") from error
-    except UnicodeDecodeError as error:
-        raise InputError(path, "file", "UTF-8 text, one gene symbol a line", "other bytes") from error
+    lines = read_text(path, "a vocabulary, one gene symbol a line").splitlines()
     genes = [line.strip() for line in lines if line.strip()]
     if not genes:
         raise InputError(path, "genes", "one symbol a line", "no symbol")
@@ -151,11 +150,8 @@ def vocabulary_sha256(genes: Sequence[str]) -> str:
 
 def read_gene_map(path: Path | str) -> dict[str, str]:
     """First column -> second column of a TSV (a header line is harmless); further columns and rows without a target are ignored."""
-    path = Path(path)
-    try:
-        rows = [line.split("\t") for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except FileNotFoundError as error:
-        raise InputError(path, "file", "a two-column TSV: symbol in the data, symbol in the vocabulary", "nothing there") from error
+    lines = read_text(path, "a two-column TSV: symbol in the data, symbol in the vocabulary").splitlines()
+    rows = [line.split("\t") for line in lines if line.strip()]
     narrow = [number for number, row in enumerate(rows, start=1) if len(row) < 2]
     if not rows or narrow:
         raise InputError(path, "columns", "two columns with a tab between", f"lines {first_few(narrow)} without one" if rows else "no line")
@@ -260,3 +256,13 @@ def recorded_sample_id(adata: ad.AnnData) -> str | None:
     """The one sample id of `obs['sample_id']`, or None."""
     ids = adata.obs["sample_id"].unique() if "sample_id" in adata.obs else []
     return str(ids[0]) if len(ids) == 1 else None
+
+
+def spot_positions(adata: ad.AnnData, path: Path | str) -> np.ndarray | None:
+    """(N, 2) float64 `obsm['spatial']`: centres (x, y) in level-0 px; None where the file has none. `path` names it in errors."""
+    if "spatial" not in adata.obsm:
+        return None
+    stored = np.asarray(adata.obsm["spatial"])
+    if stored.dtype.kind not in "iuf" or stored.ndim != 2 or stored.shape[1] < 2:
+        raise InputError(path, "obsm['spatial']", "numbers (N, 2): x, y", f"{stored.dtype} {stored.shape}")
+    return stored[:, :2].astype(np.float64)

@@ -6,30 +6,45 @@ from typing import Literal
 
 import click
 
-from preprocessing.errors import Command
+from preprocessing.errors import Command, OptionError
 
 
 def filter_expression(raw_file: Path | str, vocab_file: Path | str, out_file: Path | str | None = None,
                       missing_genes: Literal["error", "zero"] = "error", gene_map: Path | str | None = None) -> tuple[Path, str]:
-    """Write the selected genes of `raw_file`; returns the path (default: gex_filt.h5ad beside it) and a sentence on what was done."""
-    from preprocessing.expression import read_expression, read_gene_map, read_vocabulary, select_genes, write_expression
-    from preprocessing.outputs import locked
+    """Write the selected genes of `raw_file`, unless that was finished before from these inputs.
+
+    Returns the path (default: gex_filt.h5ad beside it) and a sentence on what was done.
+    """
+    from preprocessing.outputs import is_done, locked, read_done
 
     out_file = Path(raw_file).parent / "gex_filt.h5ad" if out_file is None else Path(out_file)
-    vocabulary = read_vocabulary(vocab_file)
-    renamed = read_gene_map(gene_map) if gene_map is not None else None
-    adata = read_expression(raw_file, backed=True)
+    inputs = {"raw_file": Path(raw_file), "vocab_file": Path(vocab_file)} | ({"gene_map": Path(gene_map)} if gene_map is not None else {})
+    overwritten = [name for name, path in inputs.items() if out_file.resolve() == path.resolve()]
+    if overwritten:
+        raise OptionError("--out-file", f"another file than --{overwritten[0].replace('_', '-')}", str(out_file))
+    config = {"missing_genes": missing_genes}
+    with locked(out_file):
+        if is_done(out_file, config=config, inputs=inputs):
+            return out_file, f"{read_done(out_file)['summary']}; finished before"
+        return out_file, _filter(inputs, config, out_file)
+
+
+def _filter(inputs: dict[str, Path], config: dict, out_file: Path) -> str:
+    from preprocessing.expression import read_expression, read_gene_map, read_vocabulary, select_genes, write_expression
+
+    vocabulary = read_vocabulary(inputs["vocab_file"])
+    renamed = read_gene_map(inputs["gene_map"]) if "gene_map" in inputs else None
+    adata = read_expression(inputs["raw_file"], backed=True)
     try:
         n_before = adata.n_vars
-        selected = select_genes(adata, vocabulary, missing_genes, renamed, path=raw_file)
+        selected = select_genes(adata, vocabulary, config["missing_genes"], renamed, path=inputs["raw_file"])
     finally:
         adata.file.close()
-    inputs = {"raw_file": raw_file, "vocab_file": vocab_file} | ({"gene_map": gene_map} if gene_map is not None else {})
-    with locked(out_file):
-        write_expression(out_file, selected, config={"missing_genes": missing_genes}, inputs=inputs)
     filled = int(selected.var["zero_filled"].sum()) if "zero_filled" in selected.var else 0
     zero = f", {filled:,} of them missing and filled with zeros" if filled else ""
-    return out_file, f"{selected.n_obs:,} spots, {selected.n_vars:,} genes of the vocabulary{zero} (from {n_before:,})"
+    summary = f"{selected.n_obs:,} spots, {selected.n_vars:,} genes of the vocabulary{zero} (from {n_before:,})"
+    write_expression(out_file, selected, config=config, inputs=inputs, summary=summary)
+    return summary
 
 
 PATH = click.Path(path_type=Path)
@@ -49,7 +64,7 @@ def main(**options):
     """
     out_file, summary = filter_expression(**options)
     click.echo(summary)
-    click.echo(f"wrote {out_file}")
+    click.echo(f"{'kept' if summary.endswith('finished before') else 'wrote'} {out_file}")
 
 
 if __name__ == "__main__":

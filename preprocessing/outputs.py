@@ -154,7 +154,9 @@ def write_done(path: Path | str, *, config: Mapping, inputs: Mapping[str, Path |
 def is_done(path: Path | str, *, config: Mapping, inputs: Mapping[str, Path | str], **facts: object) -> bool:
     """True if `path` was finished from exactly these inputs with exactly this config and is as it was, which `facts` may witness."""
     path, done = Path(path), read_done(path)
-    if not path.exists() or done.get("config_sha256") != config_sha256(config) or any(done.get(name) != facts[name] for name in facts):
+    if not path.exists() or not all(Path(file).is_file() for file in inputs.values()):
+        return False
+    if done.get("config_sha256") != config_sha256(config) or any(done.get(name) != facts[name] for name in facts):
         return False
     return (done.get("inputs") == {name: fingerprint(file) for name, file in inputs.items()}
             and (not path.is_file() or done.get("sha256") == file_sha256(path)))

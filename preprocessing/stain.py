@@ -13,7 +13,7 @@ import numpy as np
 from skimage.color import rgb2hsv
 from skimage.filters import threshold_otsu
 
-from preprocessing.errors import InputError
+from preprocessing.errors import InputError, read_text
 from preprocessing.slide import Slide, SlideReadError
 
 LIGHT = 240.0                                     # intensity of unstained glass, "Io"
@@ -50,15 +50,13 @@ class StainVectors:
 
 def read_stain_file(path: Path | str) -> StainVectors:
     """The stain vectors a `stain.json` holds."""
-    path = Path(path)
+    text = read_text(path, "a stain.json")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text)
         if not content["normalised"]:
             raise InputError(path, "normalised", "stain vectors", "false: those patches were not normalised")
         vectors, maxima = np.array(content["vectors"], dtype=float), np.array(content["maxima"], dtype=float)
-    except FileNotFoundError as error:
-        raise InputError(path, "file", "a stain.json", "nothing there") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(path, "content", "normalised, vectors, maxima", f"no such JSON ({error})") from error
     if vectors.shape != (3, 2) or maxima.shape != (2,) or not (np.isfinite(vectors).all() and (maxima > 0).all()):
         raise InputError(path, "vectors, maxima", "3 x 2 and 2 positive numbers", f"{vectors.tolist()}, {maxima.tolist()}")

@@ -47,7 +47,8 @@ def world(tmp_path_factory):
     genes.obsm["spatial"] = order.random((N, 2)) * 1000
     write_expression(folder / "gex.h5ad", genes)
     patches = order.integers(0, 256, (N, PX, PX, 3), dtype=np.uint8)
-    write_patch_file(folder / "imgs.h5", patches, count=N, patch_px=PX, coords=np.zeros((N, 2), np.int64), barcodes=barcodes,
+    corners = (genes.obsm["spatial"] - PX / 2).astype(np.int64)
+    write_patch_file(folder / "imgs.h5", patches, count=N, patch_px=PX, coords=corners, barcodes=barcodes,
                      patch_size_src=PX, pixel_size=0.5, name="S")
     torch.manual_seed(0)
     config = ClipModelConfig(gene_encoder="bottleneck", gene_hidden=8, gene_width=8, projection=8, image_encoder="random_tiny")
@@ -124,7 +125,7 @@ def test_a_sample_sheet_splits_training_from_validation(world):
     held_out.obs["sample_id"] = "V"
     write_expression(world / "val.h5ad", held_out)
     with read_patch_file(world / "imgs.h5") as file:
-        write_patch_file(world / "val.h5", file.images(slice(None)), count=N, patch_px=PX, coords=np.zeros((N, 2), np.int64),
+        write_patch_file(world / "val.h5", file.images(slice(None)), count=N, patch_px=PX, coords=file.coords,
                          barcodes=held_out.obs_names.tolist(), patch_size_src=PX, pixel_size=0.5, name="V")
     (world / "sheet.csv").write_text("sample_id,images,gex,split\nS,imgs.h5,gex.h5ad,train\nV,val.h5,val.h5ad,val\n")
     options = {name: value for name, value in train_options(world, outdir=world / "sheet_runs", kimg=0.016).items()

@@ -100,7 +100,8 @@ class ClipData:
 def load_clip_data(config: ClipConfig, resolve: Callable[[str], Path]) -> ClipData:
     """Read, pair and split the samples that the config names. Image features are not computed here."""
     train_files, val_files = config.data.train_and_val(resolve)
-    options = {"target_sum": config.data.target_sum, "already_normalised": config.data.already_normalised, "image_px": config.data.patch_px}
+    options = {"target_sum": config.data.target_sum, "already_normalised": config.data.already_normalised, "image_px": config.data.patch_px,
+               "hint": "Give the raw counts, or say that it is meant with data.already_normalised=true"}
     dataset = ImageGeneDataset(train_files, max_size=config.data.max_size, seed=config.seed, **options)
     train, split, val = _pairs(dataset, config), None, None
     if val_files:

@@ -70,7 +70,8 @@ def embed_sample(clip: CLIP, config: EmbedConfig, device: str) -> tuple[dict[str
     barcodes: list[str] = []
     dataset = None
     if config.gex:
-        options = {"target_sum": clip.target_sum, "already_normalised": config.already_normalised}
+        options = {"target_sum": clip.target_sum, "already_normalised": config.already_normalised,
+                   "hint": "Give the raw counts, or say that it is meant with --already-normalised"}
         if config.images:
             patch_px = clip.training_record.get("patch_px")
             dataset = ImageGeneDataset(sample_files(config.images, config.gex), image_px=patch_px, **options)

@@ -6,6 +6,7 @@ normalises expression once, per sample. Images stay uint8 (3, H, W); `networks.l
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +26,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from preprocessing.errors import InputError, OptionError, first_few
-from preprocessing.expression import normalise_expression, read_expression, recorded_barcode_sha256, recorded_sample_id
-from preprocessing.patches import PatchFile, match_barcodes, pair, read_patch, read_patch_file, read_patch_folder
+from preprocessing.errors import InputError, OptionError, first_few, read_text, require_file
+from preprocessing.expression import (
+    RAW_COUNTS,
+    normalise_expression,
+    read_expression,
+    recorded_barcode_sha256,
+    recorded_sample_id,
+    spot_positions,
+)
+from preprocessing.patch_file import PatchFile, read_patch_file
+from preprocessing.patches import PatchFolder, match_barcodes, pair, read_patch, read_patch_folder
 
 SPLITS = ("train", "val", "test")
 TargetSum = float | Literal["median"]
@@ -59,8 +68,7 @@ def sample_files(images: str | Path, gex: str | Path) -> list[SampleFiles]:
 
 
 def _recorded_name(gex: Path) -> str | None:
-    if not gex.is_file():
-        raise InputError(gex, "file", "an .h5ad file", "nothing there")
+    require_file(gex, "an .h5ad file")
     try:
         adata = ad.read_h5ad(gex, backed="r")
     except (OSError, KeyError, ValueError, AttributeError, TypeError):
@@ -74,12 +82,11 @@ def _recorded_name(gex: Path) -> str | None:
 def read_sample_sheet(path: Path | str) -> list[SampleFiles]:
     """A CSV with the columns sample_id, images, gex and (optional) split. Relative paths: beside the sheet, else in the working folder."""
     path = Path(path)
+    reader = csv.DictReader(io.StringIO(read_text(path, "a sample sheet (CSV)"), newline=""))
     try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            rows, columns = list(reader), reader.fieldnames or []
-    except FileNotFoundError as error:
-        raise InputError(path, "file", "a sample sheet (CSV)", "nothing there") from error
+        rows, columns = list(reader), reader.fieldnames or []
+    except csv.Error as error:
+        raise InputError(path, f"line {reader.line_num}", "comma-separated text", str(error)) from error
     missing = [column for column in ("sample_id", "images", "gex") if column not in columns]
     if missing or not rows:
         raise InputError(path, "columns" if missing else "rows", "sample_id, images, gex, split" if missing else "one a sample",
@@ -128,29 +135,31 @@ class ExpressionTable:
 
 
 def expression_only(samples: Sequence[SampleFiles] | Path | str, *, target_sum: TargetSum = "median",
-                    vocabulary: Sequence[str] | None = None, already_normalised: bool = False) -> ExpressionTable:
-    """Expression without images: prompts. `samples` may be the path of one h5ad."""
+                    vocabulary: Sequence[str] | None = None, already_normalised: bool = False,
+                    hint: str = RAW_COUNTS) -> ExpressionTable:
+    """Expression without images: prompts. `samples` may be the path of one h5ad; `hint`: see `read_expression`."""
     if isinstance(samples, (str, Path)):
         path = Path(samples)
         samples = [SampleFiles(_recorded_name(path) or path.absolute().parent.name, path.parent, path)]
-    tables = [table for table, _ in _tables(samples, target_sum, vocabulary, already_normalised)]
+    tables = [table for table, _ in _tables(samples, target_sum, vocabulary, already_normalised, hint)]
     return _stack(tables)
 
 
-def _tables(samples: Sequence[SampleFiles], target_sum: TargetSum, vocabulary: Sequence[str] | None, already_normalised: bool):
+def _tables(samples: Sequence[SampleFiles], target_sum: TargetSum, vocabulary: Sequence[str] | None, already_normalised: bool, hint: str):
     """One (table, AnnData) a sample, after its genes were compared with the vocabulary, or with the first sample's."""
     if not samples:
         raise OptionError("samples", "at least one", "none")
     reference = "the vocabulary of the weights"
     for sample in samples:
-        adata = read_expression(sample.gex, already_normalised=already_normalised)
+        adata = read_expression(sample.gex, already_normalised=already_normalised, hint=hint)
         genes = adata.var_names.tolist()
         if vocabulary is None:
             vocabulary, reference = genes, str(sample.gex)
         _require_same_genes(sample.gex, genes, list(vocabulary), reference)
         values = adata.X.astype(np.float32) if already_normalised else normalise_expression(adata.X, target_sum)
         keys = np.array([f"{sample.sample_id}__{barcode}" for barcode in adata.obs_names])
-        xy = np.asarray(adata.obsm["spatial"], dtype=np.float64)[:, :2] if "spatial" in adata.obsm else np.full((adata.n_obs, 2), np.nan)
+        known_xy = spot_positions(adata, sample.gex)
+        xy = np.full((adata.n_obs, 2), np.nan) if known_xy is None else known_xy
         obs = adata.obs.copy()
         obs.index = keys
         yield ExpressionTable(genes, keys, np.full(adata.n_obs, sample.sample_id), values, xy, obs), adata
@@ -186,10 +195,10 @@ class ImageGeneDataset(Dataset):
 
     def __init__(self, samples: Sequence[SampleFiles], *, target_sum: TargetSum = "median", vocabulary: Sequence[str] | None = None,
                  image_px: int | None = None, max_size: int | None = None, already_normalised: bool = False,
-                 transform: Callable[[Tensor], Tensor] | None = None, seed: int = 0):
+                 transform: Callable[[Tensor], Tensor] | None = None, seed: int = 0, hint: str = RAW_COUNTS):
         _require_unique_samples(samples, "samples")
         tables, paths, rows = [], [], []
-        for sample, (table, adata) in zip(samples, _tables(samples, target_sum, vocabulary, already_normalised), strict=True):
+        for sample, (table, adata) in zip(samples, _tables(samples, target_sum, vocabulary, already_normalised, hint), strict=True):
             sample_paths, sample_rows, xy = _pair_sample(sample, adata)
             if xy is not None and np.isnan(table.centre_xy_px).all():
                 table.centre_xy_px[:] = xy
@@ -268,13 +277,13 @@ class ImageGeneDataset(Dataset):
 
 def _pair_sample(sample: SampleFiles, adata: ad.AnnData) -> tuple[list[Path], np.ndarray, np.ndarray | None]:
     """Path and row (-1: the whole file) of the patch of every h5ad row, and centres where the patches know them."""
-    barcodes, recorded = adata.obs_names.tolist(), recorded_barcode_sha256(adata)
+    barcodes, recorded, xy = adata.obs_names.tolist(), recorded_barcode_sha256(adata), spot_positions(adata, sample.gex)
     if not sample.images.exists():
         raise InputError(sample.images, "images", "a patch folder or an imgs.h5", "nothing there")
     if sample.images.is_dir():
         folder = read_patch_folder(sample.images)
-        paths = pair(folder, barcodes, sample.gex, recorded)
-        _require_same_sample(sample, recorded_sample_id(adata), set(folder.sample_ids or ()))
+        paths = pair(folder, barcodes, sample.gex, recorded, xy)
+        _require_same_sample(sample, folder, adata)
         if folder.centre_xy_px is None:
             return paths, np.full(len(paths), -1), None
         place = {path: i for i, path in enumerate(folder.paths)}
@@ -282,15 +291,26 @@ def _pair_sample(sample: SampleFiles, adata: ad.AnnData) -> tuple[list[Path], np
     with read_patch_file(sample.images) as file:
         if file.barcodes is None:
             raise InputError(sample.images, "barcode", "one a patch", "none: patches at random places have no expression")
-        order = match_barcodes(file.barcodes, sample.images, barcodes, sample.gex, recorded)
-        _require_same_sample(sample, recorded_sample_id(adata), {str(file.attrs["name"])} if file.attrs.get("name") else set())
+        order = match_barcodes(file.barcodes, sample.images, barcodes, sample.gex, recorded,
+                               patch_xy_px=file.recorded_xy_px, centre_xy_px=xy)
+        name, of_expression = str(file.attrs.get("name", "")), recorded_sample_id(adata)
+        if name and of_expression is not None and name != of_expression:
+            raise InputError(sample.images, "sample_id", f"{of_expression}, as {sample.gex} says", name)
         return [sample.images] * len(order), order, file.centre_xy_px[order]
 
 
-def _require_same_sample(sample: SampleFiles, of_expression: str | None, of_patches: set[str]) -> None:
-    """Two sections can hold the very same barcodes; where both files name their sample, the names must agree."""
-    if of_expression is not None and len(of_patches) == 1 and of_patches != {of_expression}:
-        raise InputError(sample.images, "sample_id", f"{of_expression}, as {sample.gex} says", next(iter(of_patches)))
+def _require_same_sample(sample: SampleFiles, folder: PatchFolder, adata: ad.AnnData) -> None:
+    """Two sections can hold the very same barcodes; where both files name the sample of a spot, the names must agree."""
+    if folder.sample_ids is None or "sample_id" not in adata.obs:
+        return
+    of_expression = recorded_sample_id(adata)
+    expected = dict(zip(adata.obs_names, adata.obs["sample_id"].astype(str), strict=True)) if of_expression is None else {}
+    keys = folder.barcodes or [path.name for path in folder.paths]
+    foreign = [(found, key) for key, found in zip(keys, folder.sample_ids, strict=True) if found != (of_expression or expected.get(key, found))]
+    if foreign:
+        ids, patches = sorted({found for found, _ in foreign}), [key for _, key in foreign]
+        raise InputError(sample.images, "sample_id", f"{of_expression or 'that of every spot'}, as {sample.gex} says",
+                         f"{', '.join(ids[:5])} of {first_few(patches)}")
 
 
 # ---- validation inside a sample -------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from PIL import Image
 
 from preprocessing.dump_patches import dump_patches_to_folder, dump_patches_to_folder_single, main
 from preprocessing.expression import read_expression, write_expression, write_vocabulary
-from preprocessing.patches import pair, read_patch, read_patch_file, read_patch_folder, write_patch_file
+from preprocessing.outputs import strings_sha256
+from preprocessing.patch_file import read_patch_file, write_patch_file
+from preprocessing.patches import pair, read_patch, read_patch_folder
 from preprocessing.stain import normalise_stain, read_stain_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +68,8 @@ def test_raw_patches_come_out_bit_for_bit_with_their_barcodes(sample):
     with read_patch_file(sample / "imgs.h5") as file:
         assert all((read_patch(path) == file.images(row)).all() for row, path in enumerate(folder.paths))
         assert (folder.centre_xy_px == file.coords + 8).all()
-    assert json.loads((sample / "patches" / "stain.json").read_text()) == {"normalised": False}
+    assert json.loads((sample / "patches" / "stain.json").read_text()) == {"normalised": False,
+                                                                                "barcode_sha256": strings_sha256(BARCODES)}
 
 
 def test_normalised_patches_follow_the_vectors_in_stain_json(sample):
@@ -142,12 +145,15 @@ def test_the_ids_form_finds_every_sample_and_its_slide(sample, tmp_path):
 @pytest.mark.parametrize("arguments, code, message", [
     (["--ids", "S9", "--root-dir", "."], 3, "S9: expected S9/imgs.h5 or S9.h5; found neither"),
     (["--ids", "S1"], 2, "no --root-dir"),
+    (["--ids", " , ", "--root-dir", "."], 2, "--ids: expected at least one sample; found none"),
+    (["--images", "S1/imgs.h5", "--stain-file", "S1"], 3, "S1: file: expected a stain.json; found a folder"),
     ([], 2, "no --ids and no --root-dir"),
     (["--images", "S1/imgs.h5", "--ids", "S1"], 2, "both: --ids as well"),
     (["--images", "S1/imgs.h5"], 2, "--wsi: expected the slide"),
     (["--ids", "S1", "--root-dir", ".", "--wsi-dir", "S1"], 3, r"expected one slide S1.\*"),
     (["--images", "nothing.h5"], 3, "nothing.h5: file: expected an HDF5 file of patches; found nothing there"),
-], ids=["unknown sample", "no root", "nothing", "two forms", "no slide", "no slide of that name", "no file"])
+], ids=["unknown sample", "no root", "empty list", "stain is a folder", "nothing",
+        "two forms", "no slide", "no slide of that name", "no file"])
 def test_options_that_cannot_hold_end_in_one_line(sample, monkeypatch, arguments, code, message):
     import re
     monkeypatch.chdir(sample.parent)
@@ -194,3 +200,37 @@ def test_a_finished_folder_is_left_alone_and_a_damaged_or_otherwise_set_one_is_r
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")} == before
     next(folder.glob("*.png")).unlink()
     assert dump_patches_to_folder_single(sample / "imgs.h5", None, folder, normalize=False) == len(list(folder.glob("*.png")))
+
+
+def truncate_a_patch(folder):
+    path = folder / "patch_1.png"
+    path.write_bytes(path.read_bytes()[:40])
+
+
+@pytest.mark.parametrize("damage", [lambda folder: (folder / "metadata.jsonl").unlink(), lambda folder: (folder / "stain.json").unlink(),
+                                    lambda folder: (folder / "metadata.jsonl").write_text("{}"), truncate_a_patch],
+                         ids=["metadata gone", "stain gone", "metadata changed", "patch cut short"])
+def test_a_damaged_folder_is_redone(sample, damage):
+    folder = sample / "patches"
+    dump_patches_to_folder_single(sample / "imgs.h5", None, folder, normalize=False)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    damage(folder)
+    assert dump_patches_to_folder_single(sample / "imgs.h5", None, folder, normalize=False) == 4
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+def test_patches_of_other_positions_than_the_h5ad_beside_are_refused(sample):
+    adata = read_expression(sample / "gex.h5ad")
+    adata.obs_names = BARCODES[1:] + BARCODES[:1]
+    write_expression(sample / "gex.h5ad", adata)
+    result = run("--images", sample / "imgs.h5", "--out-dir", sample / "patches", "--no-normalize")
+    assert result.exit_code == 3 and "imgs.h5: positions: expected every patch within 2 px of its spot" in result.output
+
+
+def test_the_working_folder_can_be_the_patch_folder(sample, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for _ in range(2):
+        result = run("--images", "../S1/imgs.h5", "--out-dir", ".", "--no-normalize")
+        assert result.exit_code == 0, result.output
+    assert read_patch_folder(tmp_path / "empty").barcodes == BARCODES

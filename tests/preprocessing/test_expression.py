@@ -14,11 +14,14 @@ from preprocessing.expression import (
     read_vocabulary,
     rename_genes,
     select_genes,
+    spot_positions,
     vocabulary_sha256,
     write_expression,
     write_vocabulary,
 )
 from preprocessing.outputs import strings_sha256
+from preprocessing.stain import read_stain_file
+from training.data import read_sample_sheet
 
 GENES = ["Actb", "Gapdh", "Umod", "Nphs1", "Aqp2"]
 COUNTS = np.array([[4, 0, 1, 0, 3], [0, 0, 0, 0, 0], [9, 5, 0, 2, 0]])
@@ -43,7 +46,7 @@ def saved(tmp_path, adata):
     (np.nan, "gex.h5ad: X: expected raw UMI counts; found 1 NaN or infinite values"),
     (np.inf, "found 1 NaN or infinite values"),
     (-1.0, "found 1 negative values"),
-    (1.386, "whole numbers; found values like 1.386, normalised or logged already. .* --already-normalised"),
+    (1.386, "whole numbers; found values like 1.386, normalised or logged already. Raw counts are needed: they may lie in layers"),
 ], ids=["NaN", "infinite", "negative", "logged"])
 @pytest.mark.parametrize("layout", [np.asarray, sp.csr_matrix, sp.csc_matrix], ids=["dense", "csr", "csc"])
 @pytest.mark.parametrize("backed", [False, True], ids=["in memory", "backed"])
@@ -52,6 +55,36 @@ def test_what_are_not_raw_counts_is_refused(tmp_path, value, message, layout, ba
     counts[2, 1] = value
     with pytest.raises(InputError, match=message):
         read_expression(saved(tmp_path, anndata(layout(counts))), backed=backed)
+
+
+def test_the_hint_about_values_that_are_no_counts_is_the_callers(tmp_path):
+    with pytest.raises(InputError, match="logged already. Say --so$"):
+        read_expression(saved(tmp_path, anndata(normalise_expression(sp.csr_matrix(COUNTS)))), hint="Say --so")
+
+
+@pytest.mark.parametrize("backed", [False, True], ids=["in memory", "backed"])
+def test_an_h5ad_without_x_is_refused_naming_its_layers(tmp_path, backed):
+    adata = anndata(COUNTS)
+    adata.layers["counts"], adata.X = adata.X.copy(), None
+    with pytest.raises(InputError, match=r"gex.h5ad: X: expected counts .*; found no X \(layers: counts\)"):
+        read_expression(saved(tmp_path, adata), backed=backed)
+
+
+def test_positions_that_are_no_numbers_are_refused():
+    adata = anndata(COUNTS)
+    assert (spot_positions(adata, "gex.h5ad") == np.arange(6.0).reshape(3, 2)).all()
+    adata.obsm["spatial"] = np.array([["a", "b"]] * 3)
+    with pytest.raises(InputError, match=r"gex.h5ad: obsm\['spatial'\]: expected numbers"):
+        spot_positions(adata, "gex.h5ad")
+
+
+@pytest.mark.parametrize("read", [read_vocabulary, read_gene_map, read_stain_file, read_sample_sheet], ids=lambda read: read.__name__)
+@pytest.mark.parametrize("what, found", [("binary", "found other bytes"), ("folder", "found a folder"), ("nothing", "found nothing there")])
+def test_a_text_file_that_is_none_is_refused_by_name(tmp_path, read, what, found):
+    path = tmp_path / "given"
+    path.mkdir() if what == "folder" else path.write_bytes(b"\xff\xfe\x00\x81") if what == "binary" else None
+    with pytest.raises(InputError, match=f"given: file: expected .*; {found}"):
+        read(path)
 
 
 def test_normalised_expression_is_read_when_it_is_meant(tmp_path):
@@ -121,7 +154,7 @@ def test_a_vocabulary_reads_the_same_however_it_was_saved(tmp_path, text):
     (b"Umod\nActb\nUmod\n", r"genes: expected every symbol once; found repeated 1 \(Umod\)"),
     (b"\n\n", "found no symbol"),
     (b"ENSMUSG1\tUmod\n", "found several columns"),
-    (b"\xff\xfeU\0m\0", "expected UTF-8 text"),
+    (b"\xff\xfeU\0m\0", "one gene symbol a line, in UTF-8; found other bytes"),
 ], ids=["repeated", "empty", "two columns", "UTF-16"])
 def test_a_wrong_vocabulary_is_refused(tmp_path, content, message):
     (tmp_path / "vocab.txt").write_bytes(content)

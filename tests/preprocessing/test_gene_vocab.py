@@ -84,6 +84,40 @@ def test_missing_genes_end_in_one_line_and_no_file_or_in_zeros(samples, tmp_path
     assert (read_expression(tmp_path / "out.h5ad").X.toarray() == [[1, 0], [2, 0]]).all()
 
 
+def test_a_filter_finished_from_these_inputs_is_kept_and_any_other_is_redone(samples, tmp_path):
+    (tmp_path / "vocab.txt").write_text("Umod\n")
+    arguments = ["--raw-file", samples[0], "--vocab-file", tmp_path / "vocab.txt"]
+    first = run(gex_preprocessing, *arguments).output
+    written = (tmp_path / "gex_filt.h5ad").stat().st_mtime_ns
+    again = run(gex_preprocessing, *arguments).output
+    assert "wrote" in first and "2 spots, 1 genes of the vocabulary (from 4); finished before" in again and "kept" in again
+    assert (tmp_path / "gex_filt.h5ad").stat().st_mtime_ns == written
+    (tmp_path / "vocab.txt").write_text("Actb\n")
+    assert "wrote" in run(gex_preprocessing, *arguments).output
+    assert read_expression(tmp_path / "gex_filt.h5ad").var_names.tolist() == ["Actb"]
+
+
+@pytest.mark.parametrize("which", ["raw-file", "vocab-file"])
+def test_an_input_is_never_the_output(samples, tmp_path, which):
+    (tmp_path / "vocab.txt").write_text("Umod\n")
+    inputs = {"raw-file": tmp_path / "a.h5ad", "vocab-file": tmp_path / "vocab.txt"}
+    before = inputs[which].read_bytes()
+    (tmp_path / "sub").mkdir()
+    result = run(gex_preprocessing, *[part for name, path in inputs.items() for part in (f"--{name}", path)],
+                 "--out-file", tmp_path / "sub" / ".." / inputs[which].name)
+    assert result.exit_code == 2 and f"--out-file: expected another file than --{which}" in result.output
+    assert inputs[which].read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["raw-file", "vocab-file", "gene-map"])
+def test_a_folder_in_place_of_a_file_is_bad_input(samples, tmp_path, option):
+    (tmp_path / "vocab.txt").write_text("Umod\n")
+    (tmp_path / "folder").mkdir()
+    given = {"raw-file": samples[0], "vocab-file": tmp_path / "vocab.txt"} | {option: tmp_path / "folder"}
+    result = run(gex_preprocessing, *[part for name, path in given.items() for part in (f"--{name}", path)])
+    assert result.exit_code == 3 and "folder: file: expected" in result.output and "found a folder" in result.output
+
+
 def test_her2st_genes_reach_the_published_mouse_vocabulary_through_orthologs(tmp_path, shared_data):
     pairs = (shared_data / "genes" / "her2st_human_to_vocab.tsv").read_text().splitlines()[1:]
     human = [line.split("\t")[0] for line in pairs]

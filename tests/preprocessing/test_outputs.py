@@ -74,7 +74,8 @@ def test_a_file_cannot_replace_the_working_folder(tmp_path, monkeypatch):
 
 def test_waiting_for_a_lock_says_so_once(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(outputs, "SILENT_WAIT_S", 0.2)
-    other = subprocess.Popen([sys.executable, "-c", HOLDS_A_LOCK, str(tmp_path / "out")], stdout=subprocess.PIPE, env={"PYTHONPATH": str(ROOT)})
+    other = subprocess.Popen([sys.executable, "-c", HOLDS_A_LOCK, str(tmp_path / "out")], stdout=subprocess.PIPE,
+                             env={"PYTHONPATH": str(ROOT)})
     assert other.stdout.readline() == b"held\n"
     start = time.monotonic()
     with locked(tmp_path / "out"):

@@ -11,7 +11,8 @@ from PIL import Image, PngImagePlugin
 
 from preprocessing.errors import InputError
 from preprocessing.outputs import strings_sha256
-from preprocessing.patches import pair, read_patch, read_patch_file, read_patch_folder, write_patch_file, write_patch_folder
+from preprocessing.patch_file import read_patch_file, write_patch_file
+from preprocessing.patches import pair, read_patch, read_patch_folder, write_patch_folder
 
 BARCODES = [f"AAAC{i:02d}-1" for i in range(12)]
 
@@ -148,6 +149,35 @@ def test_rewriting_replaces_a_patch_folder_but_never_somebody_elses(tmp_path, fo
     assert (folder / "thesis.docx").read_text() == "precious"
 
 
+@pytest.mark.parametrize("name", [".git/config", ".env", ".DS_Store"], ids=["repository", "dot file", "litter alone"])
+def test_a_folder_of_dot_entries_is_nobodys_patch_folder(tmp_path, name):
+    (tmp_path / "p" / name).parent.mkdir(parents=True)
+    (tmp_path / "p" / name).write_text("precious")
+    with pytest.raises(InputError, match=rf"a patch folder to replace; found 1 \({name.split('/')[0]}\) other entries"):
+        write_patch_folder(tmp_path / "p", flat_patches(3), barcodes=None, sample_id="S", xy=np.zeros((3, 2)), stain={})
+    assert (tmp_path / "p" / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize("name, replaced", [(".git/config", False), ("patch_1.png/x", False), (".ipynb_checkpoints/x.png", True),
+                                            (".DS_Store", True)])
+def test_a_patch_folder_with_dot_entries_is_replaced_only_if_they_are_litter(folder, name, replaced):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("x")
+    if replaced:
+        write_patch_folder(folder, flat_patches(3), barcodes=None, sample_id="S", xy=np.zeros((3, 2)), stain={})
+        assert len(list(folder.iterdir())) == 5
+    else:
+        with pytest.raises(InputError, match="other entries"):
+            write_patch_folder(folder, flat_patches(3), barcodes=None, sample_id="S", xy=np.zeros((3, 2)), stain={})
+
+
+def test_a_disk_too_small_for_the_patches_ends_before_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(OSError, match="needs 0.0 GB, 0.0 GB are free"):
+        write_patch_folder(tmp_path / "p", flat_patches(12), barcodes=BARCODES, sample_id="S", xy=np.zeros((12, 2)), stain={})
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("came", [11, 13])
 def test_a_wrong_number_of_patches_leaves_no_folder(tmp_path, came):
     with pytest.raises(ValueError, match="12 patches were announced"):
@@ -224,6 +254,42 @@ def test_the_same_barcodes_of_another_extraction_are_refused_by_their_hash(folde
         paired_rows(folder, of_another, recorded_sha256=strings_sha256(of_another))
 
 
+def of_extraction(folder, stain):
+    """The patch folder of an h5ad that was re-sorted before the dump: row order is reversed, its extraction's is BARCODES."""
+    write_patch_folder(folder, flat_patches()[::-1], barcodes=BARCODES[::-1], sample_id="S1", xy=np.zeros((12, 2)), stain=stain)
+    return folder
+
+
+@pytest.mark.parametrize("order", [list(range(12)), list(range(12))[::-1], [5, *range(5), *range(6, 12)]],
+                         ids=["as extracted", "as dumped", "sorted a second time"])
+def test_every_order_of_one_extraction_pairs_through_the_hash_kept_at_the_dump(folder, order):
+    patches = of_extraction(folder, {"normalised": False, "barcode_sha256": strings_sha256(BARCODES)})
+    assert paired_rows(patches, [BARCODES[i] for i in order], recorded_sha256=strings_sha256(BARCODES)) == order
+
+
+def test_without_the_hash_of_the_dump_a_second_order_is_refused(folder):
+    shuffled = BARCODES[5:] + BARCODES[:5]
+    with pytest.raises(InputError, match="not of one extraction"):
+        paired_rows(of_extraction(folder, {}), shuffled, recorded_sha256=strings_sha256(BARCODES))
+
+
+def test_equal_positions_pair_whatever_the_order(folder):
+    order, xy = np.random.default_rng(1).permutation(12), np.arange(24.0).reshape(12, 2)
+    rows = paired_rows(folder, [BARCODES[i] for i in order], recorded_sha256="of a third order", centre_xy_px=xy[order] + 0.7)
+    assert rows == order.tolist()
+
+
+def test_barcodes_moved_onto_other_rows_are_refused_by_their_positions(folder):
+    rotated = BARCODES[1:] + BARCODES[:1]
+    with pytest.raises(InputError, match=r"positions: expected every patch within 2 px .*; found up to 22 px apart: 1 \(AAAC00-1\)"):
+        paired_rows(folder, rotated, recorded_sha256=strings_sha256(BARCODES), centre_xy_px=np.arange(24.0).reshape(12, 2))
+
+
+def test_another_sample_of_the_same_barcodes_is_refused_by_its_positions(folder):
+    with pytest.raises(InputError, match=r"up to 300 px apart: 12 \(AAAC00-1, "):
+        paired_rows(folder, BARCODES, recorded_sha256=strings_sha256(BARCODES), centre_xy_px=np.arange(24.0).reshape(12, 2) + 300)
+
+
 def test_a_repeated_row_is_refused(folder):
     with pytest.raises(InputError, match=r"gex.h5ad: obs_names: expected no value twice; found repeated 1 \(AAAC00-1\)"):
         paired_rows(folder, BARCODES[:11] + BARCODES[:1])
@@ -241,8 +307,13 @@ def rewrite(folder, change):
     (lambda lines: lines[1].pop("barcode"), r"barcode: expected one in every line; found none for 1 \(patch_01.png\)"),
     (lambda lines: lines[1].pop("file_name"), "line 2: expected an object with `file_name`"),
     (lambda lines: lines[1].update(file_name="../../etc/passwd"), "line 2: expected a file inside the folder; found ../../etc/passwd"),
+    (lambda lines: lines[1].update(barcode=7), "line 2: barcode: expected text; found 7"),
+    (lambda lines: lines[1].update(x="q"), "line 2: x: expected a finite number; found 'q'"),
+    (lambda lines: lines[1].update(y=float("nan")), "line 2: y: expected a finite number; found nan"),
+    (lambda lines: lines[1].update(gex_emb="a"), "line 2: gex_emb: expected a row number; found 'a'"),
     (lambda lines: lines.clear(), "lines: expected one a patch; found none"),
-], ids=["repeated barcode", "repeated file", "no barcode", "no file name", "outside the folder", "empty"])
+], ids=["repeated barcode", "repeated file", "no barcode", "no file name", "outside the folder",
+        "barcode a number", "x a word", "y not finite", "row a word", "empty"])
 def test_wrong_metadata_is_refused(folder, change, message):
     rewrite(folder, change)
     with pytest.raises(InputError, match=message):
@@ -253,6 +324,12 @@ def test_metadata_that_is_not_json_is_refused_with_its_line(folder):
     with open(folder / "metadata.jsonl", "a") as stream:
         stream.write('{"file_name": "patch_')
     with pytest.raises(InputError, match="metadata.jsonl: line 13: expected JSON"):
+        read_patch_folder(folder)
+
+
+def test_metadata_that_is_not_text_is_refused(folder):
+    (folder / "metadata.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="metadata.jsonl: file: expected JSON lines, one a patch, in UTF-8; found other bytes"):
         read_patch_folder(folder)
 
 

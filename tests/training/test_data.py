@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 
 from preprocessing.errors import InputError, OptionError
 from preprocessing.expression import morphology_record, normalise_expression, read_expression, write_expression
-from preprocessing.patches import write_patch_file, write_patch_folder
+from preprocessing.patch_file import write_patch_file
+from preprocessing.patches import write_patch_folder
 from training.data import ImageGeneDataset, SampleFiles, expression_only, read_sample_sheet, sample_files, spatial_block_split
 
 GENES = ["Umod", "Actb", "Aqp2"]
@@ -34,7 +35,7 @@ def write_sample(folder, sample_id, images="patches", genes=GENES, level=0, scal
     if images == "patches":
         write_patch_folder(folder / images, patches, barcodes=barcodes, sample_id=sample_id, xy=xy, stain={"normalised": False})
     else:
-        write_patch_file(folder / images, patches, count=count, patch_px=8, coords=xy.astype(int), barcodes=barcodes,
+        write_patch_file(folder / images, patches, count=count, patch_px=8, coords=xy.astype(int) - 8, barcodes=barcodes,
                          patch_size_src=16, pixel_size=0.5, name=sample_id)
     return SampleFiles(sample_id, folder / images, folder / "gex_filt.h5ad")
 
@@ -82,6 +83,40 @@ def test_another_sample_with_the_very_same_barcodes_is_refused_by_its_name(tmp_p
     first, other = (write_sample(tmp_path / name, name, images) for name in ("S1", "S2"))
     with pytest.raises(InputError, match="sample_id: expected S2, as .* says; found S1"):
         ImageGeneDataset([SampleFiles("S1", first.images, other.gex)])
+
+
+def test_metadata_lines_of_another_sample_are_refused_naming_them(tmp_path):
+    sample = write_sample(tmp_path / "S1", "S1")
+    lines = (sample.images / "metadata.jsonl").read_text().splitlines()
+    lines[2:4] = [line.replace('"sample_id": "S1"', '"sample_id": "S2"') for line in lines[2:4]]
+    (sample.images / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"sample_id: expected S1, as .*; found S2 of 2 \(AAAC02-1, AAAC03-1\)"):
+        ImageGeneDataset([sample])
+
+
+@pytest.mark.parametrize("images", ["patches", "imgs.h5"])
+def test_barcodes_moved_onto_other_rows_are_refused(tmp_path, images):
+    sample = write_sample(tmp_path / "S1", "S1", images)
+    adata = read_expression(sample.gex)
+    adata.obs_names = BARCODES[1:] + BARCODES[:1]
+    adata.write_h5ad(sample.gex)
+    with pytest.raises(InputError, match="positions: expected every patch within 2 px of its spot"):
+        ImageGeneDataset([sample])
+
+
+@pytest.mark.parametrize("images", ["patches", "imgs.h5"])
+def test_an_h5ad_sorted_twice_stays_paired_without_positions(tmp_path, images):
+    from preprocessing.dump_patches import dump_patches_to_folder_single
+    sample = write_sample(tmp_path / "S1", "S1", "imgs.h5")
+    order = np.random.default_rng(0).permutation(10)
+    adata = read_expression(sample.gex)
+    del adata.obsm["spatial"]
+    write_expression(tmp_path / "S1" / "gex.h5ad", adata[order].copy())
+    if images == "patches":
+        dump_patches_to_folder_single(sample.images, None, tmp_path / "S1" / "patches", normalize=False)
+    for rows in (np.arange(10), order, order[::-1]):
+        write_expression(sample.gex, adata[rows].copy())
+        assert rows_are_paired(ImageGeneDataset([SampleFiles("S1", tmp_path / "S1" / images, sample.gex)]))
 
 
 def test_images_that_are_not_there_are_refused(tmp_path):
