@@ -306,7 +306,8 @@ def _require_same_sample(sample: SampleFiles, folder: PatchFolder, adata: ad.Ann
     of_expression = recorded_sample_id(adata)
     expected = dict(zip(adata.obs_names, adata.obs["sample_id"].astype(str), strict=True)) if of_expression is None else {}
     keys = folder.barcodes or [path.name for path in folder.paths]
-    foreign = [(found, key) for key, found in zip(keys, folder.sample_ids, strict=True) if found != (of_expression or expected.get(key, found))]
+    foreign = [(found, key) for key, found in zip(keys, folder.sample_ids, strict=True)
+               if found != (of_expression or expected.get(key, found))]
     if foreign:
         ids, patches = sorted({found for found, _ in foreign}), [key for _, key in foreign]
         raise InputError(sample.images, "sample_id", f"{of_expression or 'that of every spot'}, as {sample.gex} says",
