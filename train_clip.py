@@ -5,7 +5,8 @@
 
 Configurations lie in assets/: clip_config.yaml (the published values, default), clip_small.yaml (real tissue, few spots, on a
 CPU), clip_demo.yaml; choose with --config-name clip_small. Several samples: data.train_gex=A.h5ad,B.h5ad. Relative paths mean
-the folder the command is started in. Continue a run: run_dir=runs/00000-clip ckpt_path=last. --debug shows tracebacks.
+the folder the command is started in. SIGTERM and Ctrl-C finish the step and save; continue such a run, or any, with
+run_dir=runs/00000-clip ckpt_path=last. --debug shows tracebacks.
 
 Several devices: trainer.devices=4, or auto for all; trainer.batch_size is that of all together, a multiple of their number, and
 every spot is contrasted with the whole of it. Several machines that share a file system: the same command on each, with
@@ -16,9 +17,14 @@ trainer.num_nodes=2 trainer.devices=4, started by one of
 """
 from __future__ import annotations
 
+import logging
 import os
 import re
+import signal
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from preprocessing.errors import OptionError, one_line_errors
@@ -50,6 +56,34 @@ def train(loaded, launch_folder: Path) -> Path | None:
     return run_clip(config, lambda path: from_launch_folder(path, launch_folder))
 
 
+@contextmanager
+def one_line_stops() -> Iterator[None]:
+    """A signal ends the command with one true line and the shell's exit code, before, in and after training."""
+    def stop(number: int, _frame: object) -> None:
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        print(f"stopped by {name} outside training; checkpoints and files that were finished are kept", file=sys.stderr, flush=True)
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    try:
+        yield
+    except SystemExit as error:
+        if message := getattr(error, "message", ""):
+            print(message, file=sys.stderr, flush=True)
+        raise
+
+
+def quiet() -> None:
+    """Keep Lightning's own notices out of the command's output: what concerns a user we say ourselves."""
+    for package in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(f"{package}.utilities.rank_zero").setLevel(logging.WARNING)
+    for notice in (r".*module\(s\) in eval mode", r".*isinstance\(treespec, LeafSpec\)", r"The number of training batches",
+                   r".*does not have many workers", r"You're resuming from a checkpoint that ended before the epoch",
+                   r"Checkpoint directory .* exists and is not empty"):
+        warnings.filterwarnings("ignore", notice)
+
+
 def main() -> None:
     """Hydra's door: its own errors become one line too."""
     if {"--help", "-h"} & set(sys.argv[1:]):
@@ -66,7 +100,8 @@ def main() -> None:
 
     @hydra.main(version_base="1.3", config_path=str(ASSETS), config_name="clip_config")
     def task(loaded) -> None:
-        with one_line_errors(debug=debug):   # here already: Hydra would add a line of its own
+        quiet()
+        with one_line_stops(), one_line_errors(debug=debug):   # here already: Hydra would add a line of its own
             run_dir = train(loaded, launch_folder)
         if run_dir:
             print(f"wrote {run_dir}/clip (weights), {run_dir}/config.json, {run_dir}/checkpoints", flush=True)

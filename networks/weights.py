@@ -49,11 +49,17 @@ def read_plain_file(path: Path | str) -> dict:
     except (OSError, MemoryError):
         raise
     except Exception as error:   # the two loaders raise a dozen types for a damaged or hostile file
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise WeightsError(path, "contents", "tensors that load without running code", reason) from error
+        raise WeightsError(path, "contents", "tensors that load without running code", _reason(error)) from error
     if not isinstance(content, Mapping):
         raise WeightsError(path, "contents", "tensors by name", type(content).__name__)
     return dict(content)
+
+
+def _reason(error: Exception) -> str:
+    """Ours, in plain words: the loaders' own texts advise to run what is in the file."""
+    if "GLOBAL" in str(error).upper():   # a class or function that loading would call
+        return "a file that holds more than tensors and plain values"
+    return "a file that is damaged, cut short or of another kind"
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str) -> None:

@@ -1,7 +1,7 @@
 """Train CLIP with Lightning: the step, the optimiser, validation by retrieval, checkpoints that hold no frozen tower.
 
-The only library file that imports pytorch_lightning. Every random draw of a step is seeded by (seed, step), so a run that was
-stopped and resumed equals one that was not.
+This file and clip_checkpoints.py alone import pytorch_lightning. Every random draw of a step is seeded by (seed, step), so a run
+that was stopped and resumed equals one that was not.
 """
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
@@ -18,7 +19,9 @@ from torch.utils.data import DataLoader
 
 from evaluation.retrieval import retrieval_metrics
 from networks.clip import CLIP
-from preprocessing.errors import InputError, WeightsError
+from networks.weights import read_plain_file
+from preprocessing.errors import InputError, OptionError, WeightsError
+from training.clip_checkpoints import StopOnSignal, SummedCheckpoints, same_signals_after
 from training.clip_config import ClipConfig, OptimizerConfig
 from training.clip_data import ClipData, StepBatches, whole_batch
 from training.clip_losses import clip_loss
@@ -108,6 +111,7 @@ class ClipModule(pl.LightningModule):
         weights = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: tensor for name, tensor in weights.items() if not name.startswith("clip.image_encoder.")}
         checkpoint["clip"] = json.dumps(self.clip.description())
+        checkpoint["optimizer"] = self.optimizer_config.name
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         trained = json.loads(checkpoint.get("clip", "{}"))
@@ -115,6 +119,18 @@ class ClipModule(pl.LightningModule):
         different = [name for name in ("model", "vocab_sha256", "image_encoder_sha256", "target_sum") if trained.get(name) != ours[name]]
         if different:
             raise WeightsError("ckpt_path", "checkpoint", "the model, genes and encoder of this run", f"another {', '.join(different)}")
+        name, trained_with = self.optimizer_config.name, checkpoint.get("optimizer")
+        if trained_with not in (None, name):
+            raise OptionError("optimizer.name", f"{trained_with}, with which the checkpoint was trained", name)
+        planned = [self.total_steps + 1] if self.optimizer_config.schedule == "one_cycle" else []
+        began = [schedule.get("total_steps") for schedule in checkpoint["lr_schedulers"]]
+        if began != planned:
+            raise OptionError("optimizer.schedule, trainer.max_epochs, trainer.batch_size", f"{_cycle(began)}, as the checkpoint began",
+                              _cycle(planned))
+
+
+def _cycle(total_steps: list) -> str:
+    return f"one_cycle over {total_steps[0] - 1} steps" if total_steps else "no one_cycle schedule"
 
 
 def retrieval_both_ways(genes: Tensor, images: Tensor, n_bootstrap: int = 1000) -> dict[str, float]:
@@ -134,7 +150,7 @@ def fit_clip(clip: CLIP, data: ClipData, config: ClipConfig, run_dir: Path, ckpt
         val_check_interval=options.val_every_steps if data.val is not None else None, check_val_every_n_epoch=None,
         limit_val_batches=options.limit_val_batches if data.val is not None else 0, log_every_n_steps=options.log_every_steps,
         num_sanity_val_steps=0, use_distributed_sampler=False, enable_model_summary=False, enable_progress_bar=options.progress_bar,
-        default_root_dir=run_dir)
+        default_root_dir=run_dir, plugins=[SummedCheckpoints()])
     batches = StepBatches(len(data.train), options.batch_size, config.seed, lambda: trainer.global_step,
                           rank=trainer.global_rank, world_size=trainer.world_size)
     val_batches = _val_batches(data, config)
@@ -143,12 +159,13 @@ def fit_clip(clip: CLIP, data: ClipData, config: ClipConfig, run_dir: Path, ckpt
     val_loader = None if data.val is None else DataLoader(
         data.val, batch_sampler=[[batch[place] for place in own_rows(len(batch))] for batch in val_batches], collate_fn=whole_batch)
     try:
-        trainer.fit(module, loader, val_loader, ckpt_path=ckpt_path, weights_only=True)
-    except SystemExit as error:   # Lightning's answer to Ctrl-C
-        raise KeyboardInterrupt from error
+        with same_signals_after():
+            trainer.fit(module, loader, val_loader, ckpt_path=ckpt_path, weights_only=True)
+    except MisconfigurationException as error:
+        raise OptionError("trainer", "a run that can go on from its checkpoint", " ".join(str(error).split())) from error
     best = trainer.checkpoint_callback.best_model_path if data.val is not None and options.select == "best" else ""
     if best and trainer.is_global_zero:
-        trained = torch.load(best, map_location="cpu", weights_only=True)
+        trained = read_plain_file(best)
         module.load_state_dict(trained["state_dict"], strict=False)
         clip.training_record["chosen"] = f"best {MONITOR} at step {trained['global_step']}"
     else:
@@ -184,8 +201,8 @@ def _callbacks(config: ClipConfig, run_dir: Path, validates: bool) -> list:
     options = config.trainer
     if validates and options.save_top:
         keep = ModelCheckpoint(run_dir / "checkpoints", filename="step{step:06d}", monitor=MONITOR, save_top_k=options.save_top,
-                               save_last=True, auto_insert_metric_name=False)
+                               save_last=True, auto_insert_metric_name=False, enable_version_counter=False)
     else:
         keep = ModelCheckpoint(run_dir / "checkpoints", filename="step{step:06d}", every_n_epochs=max(options.max_epochs // 10, 1),
-                               save_last=True, auto_insert_metric_name=False, save_on_train_epoch_end=True)
-    return [keep, TQDMProgressBar(refresh_rate=20)] if options.progress_bar else [keep]
+                               save_last=True, auto_insert_metric_name=False, enable_version_counter=False, save_on_train_epoch_end=True)
+    return [keep, StopOnSignal(run_dir), *([TQDMProgressBar(refresh_rate=20)] if options.progress_bar else [])]

@@ -11,8 +11,8 @@ from lightning_fabric.utilities.rank_zero import rank_zero_only
 
 from networks.clip import CLIP
 from networks.histo_models import Encoder, build_encoder
-from preprocessing.errors import InputError
 from preprocessing.outputs import program_versions, write_json
+from training.clip_checkpoints import require_checkpoint
 from training.clip_config import ClipConfig
 from training.clip_data import ClipData, fitting_rows, load_clip_data, use_features
 from training.clip_module import fit_clip, retrieval_both_ways
@@ -33,8 +33,8 @@ def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
     weights = config.model.image_encoder_weights
     tower = build_encoder(config.model.image_encoder, resolve(weights) if weights else None,
                           config.model.image_encoder_px)   # fails early: before data is read
-    data = load_clip_data(config, resolve)
     ckpt_path = _checkpoint(config, resolve)
+    data = load_clip_data(config, resolve)
     with all_ranks(ranks):
         run_dir = ranks.broadcast(_open_run(config, data, tower, resolve) if ranks.is_global_zero else None)
         tower.to(ranks.device)
@@ -85,9 +85,7 @@ def _checkpoint(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | No
     if config.ckpt_path is None:
         return None
     path = resolve(config.run_dir) / "checkpoints" / "last.ckpt" if config.ckpt_path == "last" else resolve(config.ckpt_path)
-    if not path.is_file():
-        raise InputError(path, "checkpoint", "a file to resume from", "nothing there")
-    return path
+    return require_checkpoint(path)
 
 
 def read_run_config(run_dir: Path | str) -> dict:

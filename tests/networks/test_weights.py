@@ -87,6 +87,15 @@ def test_a_pickle_payload_is_refused_under_any_suffix_and_does_not_run(tmp_path,
     assert not canary.exists()
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_refusal_never_passes_on_the_advice_to_run_what_is_in_the_file(tmp_path, zipped):
+    path = tmp_path / "evil.pt"
+    torch.save({"weight": Payload(tmp_path / "canary")}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(WeightsError, match="evil.pt: contents: .* found a file that holds more than tensors and plain values$") as error:
+        read_state_dict(path)
+    assert "weights_only" not in str(error.value) and not (tmp_path / "canary").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"not weights at all", b"PK\x03\x04 truncated"], ids=["empty", "text", "cut zip"])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_damaged_file_is_one_clear_line(tmp_path, content, suffix):

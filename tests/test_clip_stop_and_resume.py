@@ -1,0 +1,144 @@
+"""A CLIP run that is stopped keeps its steps; a checkpoint that is not what was written is not resumed."""
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+from test_clip_commands import config, write_sample
+from test_clip_ranks import finish, start
+
+from networks.clip import CLIP
+from networks.weights import read_plain_file
+from preprocessing.errors import OptionError, WeightsError
+from preprocessing.outputs import file_sha256
+from train_clip import train
+from training.clip_checkpoints import Stopped, SummedCheckpoints
+from training.clip_module import ClipModule
+
+RUN = {"trainer": {"max_epochs": 3, "select": "last"}, "optimizer": {"schedule": "one_cycle"}}   # four steps an epoch
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("samples")
+    for seed, name in enumerate(("A", "B", "C")):
+        write_sample(folder, name, 32, seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(samples):
+    return train(config(run_dir="straight", **RUN), samples)
+
+
+def send_at(monkeypatch, step, *numbers):
+    sound = ClipModule.training_step
+
+    def training_step(self, batch, place):
+        if self.global_step == step:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return sound(self, batch, place)
+    monkeypatch.setattr(ClipModule, "training_step", training_step)
+
+
+@pytest.mark.parametrize("step", [0, 4, 7], ids=["first step", "middle of an epoch", "last step of an epoch"])
+@pytest.mark.parametrize("number, code, val", [(signal.SIGTERM, 143, "C"), (signal.SIGINT, 130, None)],
+                         ids=["SIGTERM", "Ctrl-C, without validation"])
+def test_a_signal_finishes_the_step_and_the_resumed_run_ends_bit_equal(samples, straight, tmp_path, monkeypatch, step, number, code, val):
+    options = dict(RUN) if val else {**RUN, "data": {"val_fraction": 0.0}}
+    if not val:
+        straight = train(config(val=None, run_dir=str(tmp_path / "straight"), **options), samples)
+    stopped = config(val=val, run_dir=str(tmp_path / "run"), **options)
+    with monkeypatch.context() as patch:
+        send_at(patch, step, number)
+        with pytest.raises(Stopped, match=str(code)) as error:
+            train(stopped, samples)
+    assert f"after step {step + 1}; go on with ckpt_path=last run_dir={tmp_path / 'run'}" in error.value.message
+    assert read_plain_file(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == step + 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and not (tmp_path / "run" / "clip").exists()
+    resumed = train(config(val=val, run_dir=str(tmp_path / "run"), ckpt_path="last", **options), samples)
+    first, second = (CLIP.from_pretrained(folder / "clip").weights() for folder in (straight, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_second_signal_stops_at_once_and_promises_nothing(samples, tmp_path, monkeypatch):
+    send_at(monkeypatch, 0, signal.SIGTERM, signal.SIGTERM)
+    with pytest.raises(Stopped, match="143") as error:
+        train(config(run_dir=str(tmp_path / "run"), **RUN), samples)
+    assert error.value.message == "stopped by SIGTERM at once; nothing was saved"
+
+
+def test_sigterm_to_the_command_is_exit_143_and_one_line(samples):
+    process = start(samples, "run_dir=killed", "trainer.max_epochs=100000")
+    while not (samples / "killed" / "checkpoints" / "last.ckpt").is_file() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = finish(process)
+    assert process.returncode == 143, err
+    step = re.fullmatch(r"stopped by SIGTERM after step (\d+); go on with ckpt_path=last run_dir=\S+killed", err.strip())
+    assert step, err
+    assert read_plain_file(samples / "killed" / "checkpoints" / "last.ckpt")["global_step"] == int(step[1])
+    assert not any(word in out + err for word in ("litlogger", "eval mode", "LeafSpec", "GPU available"))
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_every_checkpoint_has_its_sum_beside_it_and_none_is_left_over(straight):
+    checkpoints = sorted((straight / "checkpoints").glob("*.ckpt"))
+    assert sorted((straight / "checkpoints").iterdir()) == sorted([*checkpoints, *(p.with_name(f"{p.name}.sha256") for p in checkpoints)])
+    assert all(p.with_name(f"{p.name}.sha256").read_text() == f"{file_sha256(p)}  {p.name}\n" for p in checkpoints)
+
+
+def test_a_flipped_byte_is_refused_naming_the_newest_whole_checkpoint(samples, tmp_path):
+    options = {**RUN, "trainer": {**RUN["trainer"], "val_every_steps": 2, "save_top": 10}}
+    run = train(config(run_dir=str(tmp_path / "run"), **options), samples)
+    checkpoints = run / "checkpoints"
+    damage(checkpoints / "last.ckpt")
+    damage(next(checkpoints.glob("step000012*.ckpt")))
+    with pytest.raises(WeightsError, match=r"last.ckpt: .*the file is damaged.*ckpt_path=\S+step000010.ckpt") as error:
+        train(config(run_dir=str(run), ckpt_path="last", **options), samples)
+    assert error.value.exit_code == 5 and "\n" not in str(error.value)
+
+
+def test_a_checkpoint_killed_between_its_two_files_is_still_whole(tmp_path, monkeypatch):
+    path, sums = tmp_path / "last.ckpt", tmp_path / "last.ckpt.sha256"
+    SummedCheckpoints().save_checkpoint({"step": 1}, path)
+    before = path.read_bytes()
+    written = []
+    monkeypatch.setattr("training.clip_checkpoints._write_sums", lambda *told: written.append(told))
+    SummedCheckpoints().save_checkpoint({"step": 2}, path)
+    known = written[0][2]   # what stands in the sums while the new file takes the old one's place
+    assert file_sha256(path) in known and sums.read_text().split()[0] in known and path.read_bytes() != before
+    assert written[1][2] == [file_sha256(path)]
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("canary",)
+
+
+def test_a_pickle_as_checkpoint_is_refused_in_one_plain_line(samples, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Payload()}, tmp_path / "evil.ckpt")
+    with pytest.raises(WeightsError, match="holds more than tensors") as error:
+        train(config(run_dir=str(tmp_path / "run"), ckpt_path=str(tmp_path / "evil.ckpt"), **RUN), samples)
+    assert error.value.exit_code == 5 and "\n" not in str(error.value) and not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"trainer": {"max_epochs": 5, "select": "last"}}, "one_cycle over 12 steps, as the checkpoint began; found one_cycle over 20"),
+    ({"optimizer": {"schedule": "constant"}}, "found no one_cycle schedule"),
+    ({"optimizer": {"schedule": "one_cycle", "name": "sgd"}}, "optimizer.name: expected adamw"),
+], ids=["other max_epochs", "other schedule", "other optimiser"])
+def test_a_run_that_cannot_go_on_as_it_began_says_so_in_one_line(samples, straight, tmp_path, options, said):
+    with pytest.raises(OptionError, match=said) as error:
+        ckpt = str(straight / "checkpoints" / "last.ckpt")
+        train(config(run_dir=str(tmp_path / "run"), ckpt_path=ckpt, **{**RUN, **options}), samples)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,131 @@
+"""Checkpoints of a CLIP run: whole, with their SHA-256 beside them, and one more when a signal stops the run.
+
+`last.ckpt` lies beside `last.ckpt.sha256` (as `sha256sum -c` reads it). A file that is not what was written is never resumed.
+"""
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.io import TorchCheckpointIO
+
+from networks.weights import read_plain_file
+from preprocessing.errors import InputError, WeightsError
+from preprocessing.outputs import file_sha256, finished_file
+
+PARTS = ("clip", "state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")   # of a checkpoint to resume from
+
+
+class Stopped(SystemExit):
+    """A signal ended the run; `.message` says what was kept. The exit code is the shell's: 143 for SIGTERM, 130 for Ctrl-C."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(128 + number)
+        self.message = f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name} {message}"
+
+
+class SummedCheckpoints(TorchCheckpointIO):
+    """Lightning's checkpoint files, written by the rule of `preprocessing.outputs`, with their sums; read without running code."""
+
+    def save_checkpoint(self, checkpoint: dict, path: Path | str, storage_options=None) -> None:
+        path = Path(path)
+        sums, before = sums_path(path), _recorded(path)
+        with finished_file(path) as temporary:
+            torch.save(checkpoint, temporary)
+            found = file_sha256(temporary)
+            _write_sums(sums, path.name, [found, *before])   # killed between the two: the old file and the new are both known
+        _write_sums(sums, path.name, [found])
+
+    def load_checkpoint(self, path: Path | str, map_location=None, weights_only: bool | None = None) -> dict:
+        return read_plain_file(path)
+
+    def remove_checkpoint(self, path: Path | str) -> None:
+        super().remove_checkpoint(path)
+        sums_path(Path(path)).unlink(missing_ok=True)
+
+
+class StopOnSignal(pl.Callback):
+    """Note SIGTERM and Ctrl-C while training; the step in hand is finished and saved as `last.ckpt`, then `Stopped` is raised.
+
+    A signal to one of several ranks stops all of them after the same step. A second one of its kind stops at once.
+    """
+
+    def __init__(self, run_dir: Path):
+        self.run_dir, self.received = run_dir, []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):   # over Lightning's own, which would save nothing
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: object) -> None:
+        if number in self.received:
+            raise Stopped(number, f"at once; {self._how_to_go_on()}")
+        self.received.append(number)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch, batch_idx: int) -> None:
+        if not trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
+            return
+        trainer.save_checkpoint(self.run_dir / "checkpoints" / "last.ckpt", weights_only=False)   # in Lightning's words: with the optimiser
+        number = self.received[0] if self.received else signal.SIGTERM   # another rank's
+        raise Stopped(number, f"after step {trainer.global_step}; {self._how_to_go_on()}")
+
+    def _how_to_go_on(self) -> str:
+        if not (self.run_dir / "checkpoints" / "last.ckpt").is_file():
+            return "nothing was saved"
+        return f"go on with ckpt_path=last run_dir={self.run_dir}"
+
+
+@contextmanager
+def same_signals_after() -> Iterator[None]:
+    """Put the handlers of SIGTERM and Ctrl-C back at the end. Outside the main thread signals are nobody's: nothing to do."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def require_checkpoint(path: Path) -> Path:
+    """The path, if a run can be resumed from it; else an error that names the newest other checkpoint that is whole."""
+    if not path.is_file():
+        raise InputError(path, "checkpoint", "a file to resume from", "nothing there")
+    sums = _recorded(path)
+    try:
+        if sums and (found := file_sha256(path)) not in sums:
+            raise WeightsError(path, "SHA-256", sums[0], f"{found}: the file is damaged")
+        content = read_plain_file(path)
+        if missing := [name for name in PARTS if name not in content]:
+            raise WeightsError(path, "contents", "a checkpoint of train_clip.py", f"no {', '.join(missing)}")
+    except WeightsError as error:
+        good = _newest_whole(path)
+        raise WeightsError(path, "checkpoint", "a whole one", str(error).removeprefix(f"{path}: "),
+                           f"The newest whole one beside it: ckpt_path={good}" if good else "No other whole one lies beside it") from error
+    if not sums:
+        print(f"{path}: no {sums_path(path).name} beside it, so it was not compared with what was written", flush=True)
+    return path
+
+
+def sums_path(path: Path) -> Path:
+    """Where the SHA-256 of a checkpoint lies."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _recorded(path: Path) -> list[str]:
+    sums = sums_path(path)
+    return [line.split()[0] for line in sums.read_text().splitlines() if line.strip()] if sums.is_file() else []
+
+
+def _write_sums(sums: Path, name: str, digests: list[str]) -> None:
+    with finished_file(sums) as temporary:
+        temporary.write_text("".join(f"{digest}  {name}\n" for digest in digests))
+
+
+def _newest_whole(damaged: Path) -> Path | None:
+    others = [path for path in damaged.parent.glob("*.ckpt") if path != damaged and _recorded(path)]
+    newest_first = sorted(others, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return next((path for path in newest_first if file_sha256(path) in _recorded(path)), None)
