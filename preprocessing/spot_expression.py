@@ -1,6 +1,6 @@
 """Turn a Sample and the Spots kept of it into the AnnData of `gex.h5ad`: raw counts, one row a patch.
 
-Touches no files but the slide's first and last MiB (its fingerprint). `uns['spatial']` is what scanpy and squidpy draw;
+Touches no files but the slide, for its fingerprint. `uns['spatial']` is what scanpy and squidpy draw;
 `uns['morphology']` says how rows and patches were made.
 """
 from __future__ import annotations
