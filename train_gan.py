@@ -23,8 +23,7 @@ def train_gan(*, outdir: Path, data: str | None, gex: str | None, samples: Path 
               network: Path, preset: str, cfg: str, n_train: int | None, resume: str | None, suffix: str | None, device: str | None,
               dry_run: bool, tensorboard: bool, **said: object) -> Path | None:
     """Resolve options, read data, train; returns the run folder (None on a dry run)."""
-    import torch
-
+    from evaluation.features import pick_device
     from networks.clip import CLIP
     from networks.histo_models import build_encoder
     from training.gan_config import resolve
@@ -34,9 +33,10 @@ def train_gan(*, outdir: Path, data: str | None, gex: str | None, samples: Path 
 
     config = resolve(preset, cfg, **said)
     train_files, val_files = _samples(data, gex, samples, val_data, val_gex)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(device or "auto")
     encoder = build_encoder(config.backbone, config.backbone_weights)
-    gan_data = load_gan_data(train_files, val_files, network, config.img_resolution, max_size=n_train, seed=config.seed)
+    gan_data = load_gan_data(train_files, val_files, network, config.img_resolution, max_size=n_train, seed=config.seed,
+                             keep_expression=config.cond_dropout > 0)
     click.echo(f"{gan_data.name}: {len(gan_data.training.images):,} patches at {config.img_resolution} px, "
                f"prompts {gan_data.training.prompts.shape[1]} wide, backbone {encoder.name}, {device}")
     click.echo(f"config: {config}")
@@ -44,16 +44,17 @@ def train_gan(*, outdir: Path, data: str | None, gex: str | None, samples: Path 
         return None
     name = "-".join(filter(None, (f"{gan_data.name}@{config.img_resolution}", cfg, f"gpus1-b{config.batch}", suffix)))
     checkpoint = _checkpoint(outdir, name, resume)
-    folder = checkpoint.folder.parent if checkpoint else next_run_folder(outdir, name)
-    clip = CLIP.from_pretrained(network) if config.clip_weight else None
-    run = GanRun(config, gan_data, encoder, folder, clip=clip, tensorboard=tensorboard, device=device)
+    clip = CLIP.from_pretrained(network, image_encoder=config.clip_weight > 0) if config.clip_weight or config.cond_dropout else None
+    run = GanRun(config, gan_data, encoder, checkpoint.folder.parent if checkpoint else outdir, clip=clip, tensorboard=tensorboard,
+                 device=device)
     if checkpoint:
         run.load(checkpoint)
         click.echo(f"resuming at kimg {run.kimg:.2f} from {checkpoint.folder}")
     else:
-        start_folder(folder, run)
+        run.folder = next_run_folder(outdir, name)     # only now: what is refused leaves no folder
+        start_folder(run.folder, run, preset=preset, cfg=cfg)
     show_progress(run)
-    return folder
+    return run.folder
 
 
 def show_progress(run) -> None:
@@ -123,6 +124,8 @@ def _checkpoint(outdir: Path, name: str, resume: str | None):
 @option("backbone-px", type=int, help="Side at which it sees patches; default: its own (ViT), the patch's (convolutional).")
 @option("statistics", type=click.Choice(["own", "imagenet"]), help="Mean and deviation in front of the backbone." + PRESET)
 @option("cond-norm", type=click.Choice(["l2", "scaled", "standardize"]), help="Scaling of prompt embeddings." + PRESET)
+@option("cond-dropout", type=float, help="Dropout of the gene encoder where it embeds prompts for the generator in training; "
+        "published: 0.8." + PRESET)
 @option("cond-noise", type=float, help="Noise on prompts in training, in deviations between prompts." + PRESET)
 @click.option("--flips/--no-flips", default=None, help="Show real patches in eight flips and turns." + PRESET)
 @option("max-shift-px", type=int, help="Move real patches by up to this many px." + PRESET)
@@ -131,11 +134,11 @@ def _checkpoint(outdir: Path, name: str, resume: str | None):
 @option("d-lr", type=float, help="Learning rate of the discriminator." + PRESET)
 @option("g-lr-schedule", type=click.Choice(LR_SCHEDULES), default="const", help="step: a tenth from half of the run on.")
 @option("d-lr-schedule", type=click.Choice(LR_SCHEDULES), default="const", help="step: a tenth from half of the run on.")
-@option("clip-weight", type=float, default=0.0, help="Guidance by the CLIP image tower; 0 is off.")
-@option("clip-schedule", type=click.Choice(SCHEDULES), default="const", help="Its weight over the run.")
+@option("clip-weight", type=float, default=0.0, help="Guidance by the CLIP image tower; 0 is off. reference: times --batch-gpu.")
+@option("clip-schedule", type=click.Choice(SCHEDULES), default="const", help="Its weight over --kimg, whatever the wall time.")
 @option("rec-weight", type=float, default=0.0, help="Mean squared error to the paired patch; 0 is off.")
 @option("blur-init", type=float, default=32.0, help="Blur in front of the discriminator at the start, px.")
-@option("blur-fade-kimg", type=float, help="When it has faded to 0. Default: after a tenth of the run.")
+@option("blur-fade-kimg", type=float, help="When it has faded to 0. Default: 1000 (reference), a tenth of the run (best).")
 @option("kimg", type=float, default=25000.0, help="Length of the run: thousands of real images shown.")
 @option("budget-minutes", type=float, help="Stop cleanly after this wall time, if that comes first.")
 @option("tick", type=float, default=4.0, help="kimg between status lines (at least 20 lines a run).")

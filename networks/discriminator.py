@@ -1,8 +1,8 @@
 """Tell real from generated patches by what a frozen, pre-trained image encoder sees in them (projected discriminator).
 
 Images (N, 3, H, W) in [-1, 1] and prompt embeddings (N, c_dim) -> logits (N, T): one per token of every feature map.
-Only the heads are trained. ViT backbones give the tokens after blocks 2, 5, 8, 11 and after the position embedding, CLS added to
-every patch token; convolutional ones give their maps at strides 4, 8, 16, 32, flattened, maps under 3 x 3 dropped.
+Only the heads are trained. ViT backbones give the tokens after blocks 2, 5, 8, 11 and after the position embedding, CLS (where there is
+one) added to every patch token; convolutional ones give their maps at strides 4, 8, 16, 32, flattened, maps under 3 x 3 dropped.
 Papers: Sauer et al., Projected GANs (2021), StyleGAN-T (2023).
 """
 from __future__ import annotations
@@ -97,6 +97,7 @@ class FeatureTaps(nn.Module):
         super().__init__()
         self.body = body.to(memory_format=torch.channels_last)
         self.is_vit = hasattr(body, "patch_embed") and hasattr(body, "cls_token")
+        self.has_class_token = getattr(body, "cls_token", None) is not None
 
     def forward(self, images: Tensor) -> list[Tensor]:
         if self.is_vit:
@@ -114,7 +115,7 @@ class FeatureTaps(nn.Module):
             if number in VIT_BLOCKS:
                 taps.append(x)
         prefix = body.num_prefix_tokens
-        return [(x[:, prefix:] + x[:, :1]).transpose(1, 2) for x in taps]
+        return [(x[:, prefix:] + x[:, :1] if self.has_class_token else x[:, prefix:]).transpose(1, 2) for x in taps]
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         """The deepest map of every stride in `STRIDES`, whatever stages the network has."""
@@ -146,12 +147,21 @@ class Discriminator(nn.Module):
             torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         self.register_buffer("mean", mean.clone(), persistent=False)
         self.register_buffer("std", std.clone(), persistent=False)
-        with torch.no_grad():
-            maps = self.taps(torch.zeros(1, 3, self.input_px, self.input_px))
+        maps = self._probe(encoder)
         if not maps:
             raise OptionError("--backbone", f"feature maps of at least {MIN_MAP_PX} x {MIN_MAP_PX}", f"none at {self.input_px} px")
         self.heads = nn.ModuleList(Head(x.shape[1], c_dim, prompt_bias) for x in maps)
         self.logits_per_image = sum(x.shape[2] for x in maps)
+
+    @torch.no_grad()
+    def _probe(self, encoder: nn.Module) -> list[Tensor]:
+        """The maps of an empty image; refuses a body that is laid out otherwise than those whose maps we know."""
+        try:
+            return self.taps(torch.zeros(1, 3, self.input_px, self.input_px))
+        except (AttributeError, TypeError, ValueError, RuntimeError, AssertionError) as error:   # foreign bodies fail in their own ways
+            name, reason = getattr(encoder, "name", type(encoder.body).__name__), str(error).partition("\n")[0][:120]
+            raise OptionError("--backbone", "a ViT, or a network of the EfficientNet or MobileNet family, at a side it takes",
+                              f"{name} at {self.input_px} px ({reason})") from error
 
     def train(self, mode: bool = True) -> Discriminator:
         super().train(mode)

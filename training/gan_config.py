@@ -5,6 +5,7 @@ kimg = thousands of real images shown to the discriminator: the run's clock.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
 from networks.discriminator import GROUP
@@ -25,14 +26,19 @@ PRESETS = {
     "reference": {
         "cond_norm": "l2", "statistics": "imagenet", "backbone": "lunit_dino_vits16", "g_lr": 0.002, "d_lr": 0.002, "noise_init": 0.0,
         "flips": False, "max_shift_px": 0, "diversity_weight": 0.0, "cond_noise": 0.0, "shared_pass": False, "colour_strength": 1.0,
-        "clip_weight_factor": 8.0, "prompt_bias": 0.0, "colour_start": False,
+        "clip_weight_times_batch_gpu": True, "cond_dropout": 0.8, "blur_fade_kimg": 1000.0, "prompt_bias": 0.0, "colour_start": False,
     },
     "best": {
         "cond_norm": "standardize", "statistics": "own", "backbone": "efficientnet_lite0", "noise_init": 0.2,
         "flips": True, "max_shift_px": 4, "diversity_weight": 0.0, "cond_noise": 0.1, "shared_pass": True, "colour_strength": 0.5,
-        "clip_weight_factor": 1.0, "prompt_bias": 1.0, "colour_start": True,
+        "clip_weight_times_batch_gpu": False, "cond_dropout": 0.0, "prompt_bias": 1.0, "colour_start": True,
     },
 }
+
+
+POSITIVE = ("batch", "kimg", "budget_minutes", "tick", "snap", "g_lr", "d_lr", "max_bad_steps")
+ANY_SIGN = ("prompt_bias",)
+MAX_SEED = 2 ** 63 - 1
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,11 @@ class GanConfig:
     g_lr_schedule: Literal["const", "step"] = "const"
     d_lr_schedule: Literal["const", "step"] = "const"
     clip_weight: float = 0.0                  # guidance by the CLIP image tower
-    clip_weight_factor: float = 1.0           # the original multiplies guidance by its micro-batch of 8
-    clip_schedule: Schedule = "const"
+    clip_weight_times_batch_gpu: bool = False   # the original does not divide guidance by its micro-batch: 8 x at its batch_gpu of 8
+    clip_schedule: Schedule = "const"         # over --kimg, whatever the wall time
     rec_weight: float = 0.0                   # mean squared error to the paired patch
     diversity_weight: float = 0.0             # pressure on two images of one prompt to differ as two real neighbours do
+    cond_dropout: float = 0.0                 # dropout of the gene encoder where it embeds prompts for the generator in training
     cond_noise: float = 0.0                   # noise on prompt embeddings in training, in deviations between prompts
     flips: bool = True                        # real patches in their eight flips and quarter turns
     max_shift_px: int = 0                     # real patches moved by up to this many px, edges mirrored
@@ -78,16 +85,30 @@ class GanConfig:
     max_bad_steps: int = 10                   # steps with NaN or infinite numbers in a row that end the run
 
     def __post_init__(self):
+        self._require_numbers()
         self.generator(c_dim=1)               # checks resolution and channels
         if self.batch_gpu % GROUP or self.batch_gpu < GROUP:
             raise OptionError("--batch-gpu", f"a multiple of {GROUP} (batch norm works in groups of {GROUP})", str(self.batch_gpu))
         if self.batch % self.batch_gpu or self.batch < 1:
             raise OptionError("--batch", f"a multiple of --batch-gpu {self.batch_gpu}", str(self.batch))
-        for name in ("kimg", "tick", "snap", "g_lr", "d_lr", "max_bad_steps"):
-            if not getattr(self, name) > 0:
-                raise OptionError(f"--{name.replace('_', '-')}", "more than 0", str(getattr(self, name)))
-        if self.budget_minutes is not None and not self.budget_minutes > 0:
-            raise OptionError("--budget-minutes", "more than 0", str(self.budget_minutes))
+        if self.max_shift_px >= self.img_resolution:
+            raise OptionError("--max-shift-px", f"less than the patch's {self.img_resolution} px", str(self.max_shift_px))
+
+    def _require_numbers(self) -> None:
+        """Refuse NaN, infinite and negative numbers, and zero where it makes no sense."""
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            expected = ("more than 0" if name in POSITIVE else "any finite number" if name in ANY_SIGN
+                        else "0 up to 1" if name == "cond_dropout" else f"0 up to {MAX_SEED}" if name == "seed" else "0 or more")
+            holds = isfinite(value) and (value > 0 if name in POSITIVE else value >= 0 or name in ANY_SIGN)
+            if not holds or (name == "cond_dropout" and value >= 1) or (name == "seed" and value > MAX_SEED):
+                raise OptionError(f"--{name.replace('_', '-')}", expected, str(value))
+
+    @property
+    def guidance_weight(self) -> float:
+        """`clip_weight`, times the micro-batch where the published method is reproduced."""
+        return self.clip_weight * (self.batch_gpu if self.clip_weight_times_batch_gpu else 1)
 
     def generator(self, c_dim: int) -> GeneratorConfig:
         """The generator of this run for prompts of width `c_dim`."""

@@ -1,8 +1,9 @@
 """What a GAN run reads: patches in memory as uint8 and prompt embeddings, computed once by the frozen gene encoder."""
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,8 @@ class GanData:
     validation: TrainingData | None
     validation_barcodes: np.ndarray | None
     gene_encoder: dict | None         # {"path", "sha256", "target_sum"}
-    record: dict                      # samples, numbers of spots, hashes: plain JSON
+    record: dict                      # samples, numbers of spots, hashes: plain JSON, kept in snapshots
+    sources: tuple[dict, ...] = ()    # sample_id, images, gex, split of every sample: plain JSON, for the run's config.json alone
 
     @property
     def sha256(self) -> str:
@@ -38,8 +40,11 @@ class GanData:
 
 
 def load_gan_data(samples: Sequence[SampleFiles], validation: Sequence[SampleFiles], network: Path, img_resolution: int, *,
-                  max_size: int | None = None, seed: int = 0, progress: bool = True) -> GanData:
-    """Read samples, embed their expression with the CLIP weights `network`, and bring the patches to `img_resolution`."""
+                  max_size: int | None = None, seed: int = 0, keep_expression: bool = False, progress: bool = True) -> GanData:
+    """Read samples, embed their expression with the CLIP weights `network`, and bring the patches to `img_resolution`.
+
+    `keep_expression`: the training spots' expression stays in memory, to be embedded anew at every step.
+    """
     clip = CLIP.from_pretrained(network, image_encoder=False)
 
     def read(files: Sequence[SampleFiles], size: int | None) -> tuple[ImageGeneDataset, TrainingData]:
@@ -47,25 +52,35 @@ def load_gan_data(samples: Sequence[SampleFiles], validation: Sequence[SampleFil
         return spots, TrainingData(spots.load_images(img_resolution, progress=progress), clip.embed_expression(spots.expression))
 
     spots, training = read(samples, max_size)
+    training = replace(training, expression=spots.expression if keep_expression else None)
     held_out, validation_data = read(validation, None) if validation else (None, None)
     labels = spots.obs["cluster"] if "cluster" in spots.obs else None
     clusters = None if labels is None or labels.isna().any() else labels.astype(str).to_numpy()
     gene_encoder = {"path": str(network), "sha256": clip_weights_sha256(network), "target_sum": clip.target_sum}
     return gan_data("-".join(dict.fromkeys(spots.sample_ids)), training, spots.barcodes, clusters=clusters, validation=validation_data,
-                    validation_barcodes=None if held_out is None else held_out.barcodes, gene_encoder=gene_encoder)
+                    validation_barcodes=None if held_out is None else held_out.barcodes, gene_encoder=gene_encoder,
+                    sources=[{**asdict(files), "images": str(files.images), "gex": str(files.gex), "split": split}
+                             for split, part in (("train", samples), ("val", validation)) for files in part])
 
 
 def gan_data(name: str, training: TrainingData, barcodes: np.ndarray, *, clusters: np.ndarray | None = None,
              validation: TrainingData | None = None, validation_barcodes: np.ndarray | None = None,
-             gene_encoder: dict | None = None) -> GanData:
+             gene_encoder: dict | None = None, sources: Sequence[dict] = ()) -> GanData:
     """Check prompts and put a run's data together."""
     bad = int((~torch.isfinite(training.prompts)).any(dim=1).sum())
     if bad:
         raise InputError(name, "prompt embeddings", "finite numbers", f"NaN or infinite ones in {bad:,} of {len(training.prompts):,} rows")
-    prompts_hash = strings_sha256([*map(str, barcodes), training.prompts.numpy().tobytes().hex()])
-    record = {"name": name, "n_spots": len(training.images), "barcode_sha256": strings_sha256(map(str, barcodes)), "sha256": prompts_hash}
+    hashes = {"barcode_sha256": strings_sha256(map(str, barcodes)), "images_sha256": _bytes_sha256(training.images),
+              "prompts_sha256": _bytes_sha256(training.prompts)}
+    record = {"name": name, "sample_ids": [source["sample_id"] for source in sources], "n_spots": len(training.images), **hashes,
+              "sha256": strings_sha256(hashes.values())}
     training = replace(training, pair_deviations=neighbour_deviations(training.images, training.prompts))
-    return GanData(name, training, np.asarray(barcodes), clusters, validation, validation_barcodes, gene_encoder, record)
+    return GanData(name, training, np.asarray(barcodes), clusters, validation, validation_barcodes, gene_encoder, record, tuple(sources))
+
+
+def _bytes_sha256(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's numbers in row order, without a copy."""
+    return hashlib.sha256(tensor.contiguous().numpy()).hexdigest()
 
 
 def neighbour_deviations(images: Tensor, prompts: Tensor, n_pairs: int = 512) -> Tensor:

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +38,7 @@ from training.run_folder import Checkpoint, StatsLog, save_checkpoint
 log = logging.getLogger(__name__)
 SHORT_RUN_FADE = 0.1        # share of the run over which the blur fades, unless said in kimg
 MIN_TICKS, MIN_SNAPSHOTS = 20, 5
+OPTION_DEFAULTS = {option.name: option.default for option in fields(GanConfig)}   # of options younger than a checkpoint
 MAY_CHANGE = ("kimg", "budget_minutes", "tick", "snap", "max_bad_steps")   # between a run and its continuation
 
 
@@ -57,6 +58,8 @@ class Progress:
     bad_in_a_row: int = 0
     last_tick: tuple[float, float] = (0.0, 0.0)    # (kimg, share of the run) of the last status line
     last_snap: tuple[float, float] = (0.0, 0.0)
+    blur_fade_kimg: float | None = None   # when the blur is gone: settled when the run starts, so that a longer --kimg does not blur again
+    sigma: float | None = None            # px, blur of the last step: it never rises
 
 
 @dataclass
@@ -67,13 +70,15 @@ class GanRun:
     data: GanData
     encoder: Encoder                  # the discriminator's backbone
     folder: Path
-    clip: nn.Module | None = None     # with image tower, for guidance
+    clip: nn.Module | None = None     # with image tower for guidance; its gene encoder for cond_dropout
     tensorboard: bool = True
     device: str = "cpu"
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self):
         config = self.config
+        if self.progress.blur_fade_kimg is None:
+            self.progress.blur_fade_kimg = resolved_fade_kimg(config.blur_fade_kimg, config.kimg)
         if len(self.data.training.images) < config.batch:
             raise InputError(self.data.name, "patches", f"at least one batch of {config.batch}", str(len(self.data.training.images)),
                              "Lower --batch or give more patches")
@@ -90,7 +95,8 @@ class GanRun:
             network.condition.fit(self.data.training.prompts)
         generator.to(self.device)
         discriminator.to(self.device).train()
-        self.gan = GanStep(config, generator, discriminator, self.training, None if self.clip is None else self.clip.to(self.device))
+        clip = None if self.clip is None else self.clip.to(self.device).eval().requires_grad_(False)
+        self.gan = GanStep(config, generator, discriminator, self.training, clip)
         self.average = frozen_copy(generator)
         self.showcase = Showcase(self.data, config.seed)
 
@@ -101,9 +107,13 @@ class GanRun:
     @property
     def share(self) -> float:
         """Share of the run that has passed, 0..1: by images, or by wall time if that is further."""
+        return min(max(self.kimg / self.config.kimg, self.time_share), 1.0)
+
+    @property
+    def time_share(self) -> float:
+        """Share of the wall-time budget that has passed; 0 without one."""
         budget = self.config.budget_minutes
-        by_time = self.progress.elapsed_s / (budget * 60) if budget else 0.0
-        return min(max(self.kimg / self.config.kimg, by_time), 1.0)
+        return self.progress.elapsed_s / (budget * 60) if budget else 0.0
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -115,14 +125,18 @@ class GanRun:
         if self.progress.step == 0:
             self._snapshot(stats)
         totals: dict[str, float] = {}
-        n_steps, tick_start = 0, self.progress.elapsed_s
+        n_steps, n_moved, tick_start = 0, 0, self.progress.elapsed_s
         with _stop_signals() as stopped:
             while self.share < 1:
                 losses = self.one_step()
                 self.progress.elapsed_s = time.monotonic() - clock
                 if losses is not None:
                     totals, n_steps = {name: totals.get(name, 0.0) + value for name, value in losses.items()}, n_steps + 1
+                    n_moved += 1
                     yield losses
+                if self.share >= 1 and not n_moved:
+                    raise DivergedError(self.folder, "losses and gradients", "finite numbers in some step",
+                                        "NaN or infinite ones in every step; nothing was learned", "Lower --g-lr and --d-lr")
                 if self._due("last_tick", self.config.tick, MIN_TICKS) or self.share >= 1:
                     self._tick(stats, {name: value / max(n_steps, 1) for name, value in totals.items()}, tick_start)
                     totals, n_steps, tick_start = {}, 0, self.progress.elapsed_s
@@ -136,10 +150,8 @@ class GanRun:
     def one_step(self) -> dict[str, float] | None:
         """One optimiser step of both networks; None if it was skipped because of NaN or infinite numbers."""
         config, progress = self.config, self.progress
-        fade = config.blur_fade_kimg
-        sigma = blur_sigma(self.share, config.blur_init, SHORT_RUN_FADE) if fade is None else blur_sigma(self.kimg, config.blur_init, fade)
-        clip_weight = scheduled_weight(config.clip_weight * config.clip_weight_factor, config.clip_schedule, self.share, 1.0)
-        losses = self.gan.gradients(progress.step, sigma=sigma, clip_weight=clip_weight)
+        clip_weight = scheduled_weight(config.guidance_weight, config.clip_schedule, self.kimg, config.kimg)
+        losses = self.gan.gradients(progress.step, sigma=self._next_sigma(), clip_weight=clip_weight)
         progress.step += 1
         if not self.gan.finite(losses):
             self._skip(losses)
@@ -150,6 +162,15 @@ class GanRun:
         beta = ema_beta(progress.step * config.batch, config.batch, half_life_kimg(config.batch))
         update_average(self.average, self.gan.generator, beta)
         return losses
+
+    def _next_sigma(self) -> float:
+        """Blur of this step, px: by images, or by the wall-time budget if that is further and no fade was asked for; never rising."""
+        config, progress = self.config, self.progress
+        sigma = blur_sigma(self.kimg, config.blur_init, progress.blur_fade_kimg)
+        if config.blur_fade_kimg is None:
+            sigma = min(sigma, blur_sigma(self.time_share, config.blur_init, SHORT_RUN_FADE))
+        progress.sigma = sigma if progress.sigma is None else min(sigma, progress.sigma)
+        return progress.sigma
 
     def _skip(self, losses: Mapping[str, float]) -> None:
         progress = self.progress
@@ -212,7 +233,7 @@ class GanRun:
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint; refused (exit 5) if it belongs to another config, data set or backbone."""
         state, gan = checkpoint.state, self.gan
-        ours, theirs = asdict(self.config), state.get("config", {})
+        ours, theirs = asdict(self.config), {**OPTION_DEFAULTS, **state.get("config", {})}
         changed = [name for name in ours if name not in MAY_CHANGE and ours[name] != theirs.get(name)]
         for what, expected, found in (
                 ("config", "the options it was started with", ", ".join(f"{name} {theirs.get(name)} -> {ours[name]}" for name in changed)),
@@ -232,10 +253,17 @@ class GanRun:
         names = Progress.__dataclass_fields__
         self.progress = replace(Progress(), **{name: tuple(value) if isinstance(value, list) else value
                                                for name, value in state.items() if name in names})
+        if self.progress.blur_fade_kimg is None:      # a checkpoint older than this record
+            self.progress.blur_fade_kimg = resolved_fade_kimg(theirs["blur_fade_kimg"], theirs["kimg"])
         self._tick_kimg = self.kimg
 
     def _config_hash(self) -> str:
         return config_sha256({name: value for name, value in asdict(self.config).items() if name not in MAY_CHANGE})
+
+
+def resolved_fade_kimg(said: float | None, kimg: float) -> float:
+    """When the blur is gone: as said, else after a tenth of a run of `kimg`."""
+    return SHORT_RUN_FADE * kimg if said is None else said
 
 
 def status_line(values: Mapping[str, float]) -> str:
@@ -268,7 +296,8 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def start_folder(folder: Path, run: GanRun) -> None:
+def start_folder(folder: Path, run: GanRun, *, preset: str, cfg: str) -> None:
     """Write config.json of a new run."""
-    write_json(folder / "config.json", {"config": asdict(run.config), "data": run.data.record, "gene_encoder": run.data.gene_encoder,
+    write_json(folder / "config.json", {"preset": preset, "cfg": cfg, "config": asdict(run.config), "data": run.data.record,
+                                        "samples": run.data.sources, "gene_encoder": run.data.gene_encoder,
                                         "backbone": {"name": run.encoder.name, "source": run.encoder.source}})

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from networks.discriminator import Discriminator
 from networks.generator import Generator
 from networks.layers import images_to_float
+from training.cond_dropout import CondDropout
 from training.diff_augment import diff_augment
 from training.gan_config import GanConfig
-from training.gan_draws import D_PHASE, Draws, batch_rows, draw, real_views
+from training.gan_draws import D_PHASE, G_PHASE, Draws, batch_rows, draw, real_views
 from training.gan_losses import blur, discriminator_loss, diversity_loss, generator_loss, guidance_loss
 
 GUIDANCE_PX = 64
@@ -31,10 +33,11 @@ class TrainingData:
     images: Tensor                    # (N, 3, H, H) uint8
     prompts: Tensor                   # (N, c_dim) float32, row i belongs to patch i
     pair_deviations: Tensor | None = None   # (4,) how much two real patches of like prompts differ; with diversity_weight
+    expression: sp.csr_matrix | None = None   # (N, G) normalised, on the CPU: what the prompts were embedded from; with cond_dropout
 
     def to(self, device: torch.device | str) -> TrainingData:
         deviations = None if self.pair_deviations is None else self.pair_deviations.to(device)
-        return TrainingData(self.images.to(device), self.prompts.to(device), deviations)
+        return TrainingData(self.images.to(device), self.prompts.to(device), deviations, self.expression)
 
     @property
     def prompt_deviation(self) -> Tensor:
@@ -50,13 +53,15 @@ class GanStep:
     generator: Generator
     discriminator: Discriminator
     data: TrainingData
-    clip: nn.Module | None = None     # image tower for guidance
+    clip: nn.Module | None = None     # image tower for guidance, gene encoder for cond_dropout
     g_optimiser: torch.optim.Optimizer = field(init=False)
     d_optimiser: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self):
         self.g_optimiser = torch.optim.Adam(self.generator.parameters(), lr=self.config.g_lr, **ADAM)
         self.d_optimiser = torch.optim.Adam(self.discriminator.heads.parameters(), lr=self.config.d_lr, **ADAM)
+        rate = self.config.cond_dropout
+        self.cond_dropout = CondDropout(self.clip, self.data.expression, rate, self.config.seed) if rate else None
         self.noise_scale = self.config.cond_noise * self.data.prompt_deviation
 
     def gradients(self, step: int, *, sigma: float, clip_weight: float) -> dict[str, float]:
@@ -73,12 +78,18 @@ class GanStep:
             part = slice(start, start + self.config.batch_gpu)
             c, real = self.data.prompts[rows[part]], images_to_float(self.data.images[rows[part]])
             micro = draws.part(part.start, part.stop)
+            asked = self._asked(c, rows[part], step, G_PHASE, start)
             if self.config.shared_pass:
-                self._shared_part(c, real, micro, sigma, clip_weight, totals)
+                self._shared_part(c, asked, real, micro, sigma, clip_weight, totals)
             else:
-                self._generator_part(c, real, micro, sigma, clip_weight, totals)
-                self._discriminator_part(c, real, d_draws.part(part.start, part.stop), sigma, totals)
+                self._generator_part(c, asked, real, micro, sigma, clip_weight, totals)
+                asked = self._asked(c, rows[part], step, D_PHASE, start)
+                self._discriminator_part(c, asked, real, d_draws.part(part.start, part.stop), sigma, totals)
         return totals
+
+    def _asked(self, c: Tensor, rows: np.ndarray, step: int, phase: int, first: int) -> Tensor:
+        """The prompts the generator is given: those the discriminator sees, or with `cond_dropout` embedded anew with dropout."""
+        return c if self.cond_dropout is None else self.cond_dropout.prompts(rows, step, phase, first, c.device)
 
     def _draw(self, step: int, **phase: int) -> Draws:
         generator = self.generator.config
@@ -100,13 +111,12 @@ class GanStep:
             c, noise = c[::2].repeat_interleave(2, dim=0), noise[::2].repeat_interleave(2, dim=0)
         return c + noise * self.noise_scale
 
-    def _shared_part(self, c: Tensor, real: Tensor, draws: Draws, sigma: float, clip_weight: float, totals: dict) -> None:
+    def _shared_part(self, c: Tensor, asked: Tensor, real: Tensor, draws: Draws, sigma: float, clip_weight: float, totals: dict) -> None:
         """Both losses from one pass. Generated and real patches alternate, so that every group of a head's batch norm holds both:
         normalised apart, their means and scales (colour, contrast, density of nuclei) would look alike to the heads."""
-        fake_prompts = self._fake_prompts(c, draws)
-        prompts = alternate(fake_prompts, self._real_prompts(c, draws))
+        prompts = alternate(self._fake_prompts(c, draws), self._real_prompts(c, draws))
         real_features = self._real_features(real, draws, sigma)
-        fake = self.generator(draws.z, fake_prompts, noise=draws.noise)
+        fake = self.generator(draws.z, self._fake_prompts(asked, draws), noise=draws.noise)
         features = [alternate(*pair) for pair in
                     zip(self._seen(fake, draws.augment_fake, draws.crop_fake, sigma), real_features, strict=True)]
         self.discriminator.heads.requires_grad_(False)
@@ -115,21 +125,20 @@ class GanStep:
         logits = self.discriminator.logits([x.detach() for x in features], prompts)   # D sees detached images: its loss must not move G
         self._discriminator_backward(logits[1::2], logits[::2], totals)
 
-    def _generator_part(self, c: Tensor, real: Tensor, draws: Draws, sigma: float, clip_weight: float, totals: dict) -> None:
-        prompts = self._fake_prompts(c, draws)
+    def _generator_part(self, c: Tensor, asked: Tensor, real: Tensor, draws: Draws, sigma: float, clip_weight: float,
+                        totals: dict) -> None:
         self.discriminator.heads.requires_grad_(False)
-        fake = self.generator(draws.z, prompts, noise=draws.noise)
-        logits = self.discriminator.logits(self._seen(fake, draws.augment_fake, draws.crop_fake, sigma), prompts)
+        fake = self.generator(draws.z, self._fake_prompts(asked, draws), noise=draws.noise)
+        logits = self.discriminator.logits(self._seen(fake, draws.augment_fake, draws.crop_fake, sigma), self._fake_prompts(c, draws))
         self._generator_backward(fake, logits, c, real, draws, clip_weight, totals)
         self.discriminator.heads.requires_grad_(True)
 
-    def _discriminator_part(self, c: Tensor, real: Tensor, draws: Draws, sigma: float, totals: dict) -> None:
-        prompts = self._fake_prompts(c, draws)
+    def _discriminator_part(self, c: Tensor, asked: Tensor, real: Tensor, draws: Draws, sigma: float, totals: dict) -> None:
         with torch.no_grad():
-            fake = self.generator(draws.z, prompts, noise=draws.noise)
+            fake = self.generator(draws.z, self._fake_prompts(asked, draws), noise=draws.noise)
             features = self._seen(fake, draws.augment_fake, draws.crop_fake, sigma)
         real_logits = self.discriminator.logits(self._real_features(real, draws, sigma), self._real_prompts(c, draws))
-        self._discriminator_backward(real_logits, self.discriminator.logits(features, prompts), totals)
+        self._discriminator_backward(real_logits, self.discriminator.logits(features, self._fake_prompts(c, draws)), totals)
 
     def _generator_backward(self, fake: Tensor, logits: Tensor, c: Tensor, real: Tensor, draws: Draws, clip_weight: float,
                             totals: dict) -> None:

@@ -47,6 +47,23 @@ def test_vit_taps_are_patch_tokens_plus_class_token_after_blocks_2_5_8_11_and_th
         assert torch.allclose(tap, (tokens[:, 1:] + tokens[:, :1]).transpose(1, 2), atol=1e-5)
 
 
+def test_a_vit_without_class_token_gives_its_patch_tokens_as_they_are():
+    torch.manual_seed(0)
+    body = timm.models.vision_transformer.VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=3, num_heads=2, num_classes=0,
+                                                            class_token=False, global_pool="avg").eval()
+    seen = []
+    body.blocks[2].register_forward_hook(lambda _m, _i, out: seen.append(out))
+    taps = FeatureTaps(body)(torch.randn(2, 3, 32, 32))
+    assert taps[-1].shape == (2, 16, 16) and torch.equal(taps[-1], seen[0].transpose(1, 2))
+
+
+@pytest.mark.parametrize(("model", "input_px"), [("resnet10t", 64), ("swin_tiny_patch4_window7_224", 224), ("vit_tiny_patch16_224", 100)])
+def test_a_backbone_whose_maps_cannot_be_found_is_refused(model, input_px):
+    body = timm.create_model(model, pretrained=False, num_classes=0)
+    with pytest.raises(OptionError, match="--backbone: expected a ViT, or a network of the EfficientNet"):
+        Discriminator(as_encoder(body, 224), c_dim=8, img_resolution=64, input_px=input_px)
+
+
 def test_efficientnet_gives_maps_at_strides_4_8_16_32_and_drops_those_under_3_x_3():
     body = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
     at_128 = Discriminator(as_encoder(body, 224), c_dim=8, img_resolution=128)

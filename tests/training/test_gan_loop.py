@@ -6,14 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 
+from networks.clip import CLIP, ClipModelConfig
 from networks.histo_models import build_encoder
 from networks.snapshot import load_snapshot
 from preprocessing.errors import InputError, OptionError, WeightsError
+from training.cond_dropout import CondDropout
 from training.ema import frozen_copy
 from training.gan_config import PRESETS, GanConfig, resolve
 from training.gan_data import gan_data, neighbour_deviations
+from training.gan_draws import batch_rows
 from training.gan_grids import generate
 from training.gan_loop import DivergedError, GanRun
 from training.gan_step import TrainingData, alternate
@@ -21,6 +25,7 @@ from training.run_folder import latest_checkpoint
 
 TINY = {"img_resolution": 16, "batch": 8, "cbase": 128, "cmax": 8, "res_blocks": 1, "norm_groups": 4, "backbone": "random_tiny",
         "blur_init": 2.0, "kimg": 0.08}
+GENES = 32
 
 
 def tiny_data(n=24, width=6, validation=False):
@@ -31,7 +36,8 @@ def tiny_data(n=24, width=6, validation=False):
     images[kind == 0, 0] += 180
     images[kind == 1, 2] += 180
     prompts = torch.nn.functional.one_hot(kind, width) + torch.randn(n, width, generator=order) * 0.1
-    training = TrainingData(images, torch.nn.functional.normalize(prompts, dim=1))
+    expression = sp.csr_matrix(torch.rand(n, GENES, generator=order).numpy())
+    training = TrainingData(images, torch.nn.functional.normalize(prompts, dim=1), expression=expression)
     held_out = TrainingData(images[:4], training.prompts[:4]) if validation else None
     return gan_data("TINY", training, np.array([f"s__{i}" for i in range(n)]), clusters=kind.numpy().astype(str), validation=held_out,
                     validation_barcodes=np.array(["v"] * 4) if validation else None)
@@ -40,7 +46,15 @@ def tiny_data(n=24, width=6, validation=False):
 def make_run(folder, preset="best", data=None, **said):
     folder.mkdir(exist_ok=True)
     config = resolve(preset, "custom", **{**TINY, **said})
-    return GanRun(config, data or tiny_data(), build_encoder("random_tiny"), folder, tensorboard=False)
+    clip = gene_encoder() if config.cond_dropout else None
+    return GanRun(config, data or tiny_data(), build_encoder("random_tiny"), folder, clip=clip, tensorboard=False)
+
+
+def gene_encoder(width=6, **options):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = ClipModelConfig(gene_width=16, projection=width, image_encoder="random_tiny", **options)
+        return CLIP(config, [f"gene{i}" for i in range(GENES)], feature_width=4).eval()
 
 
 def weights(run):
@@ -155,6 +169,94 @@ def test_the_blur_fades_over_a_tenth_of_the_run_also_under_a_time_budget(tmp_pat
     assert seen == pytest.approx([2.0, 1.0, 0.0, 0.0])
 
 
+def sigmas_of(run, monkeypatch, n, seconds=0.0):
+    seen, real = [], run.gan.gradients
+    monkeypatch.setattr(run.gan, "gradients", lambda step, **kwargs: seen.append(kwargs["sigma"]) or real(step, **kwargs))
+    for _ in range(n):
+        run.progress.elapsed_s += seconds
+        run.one_step()
+    return seen
+
+
+def test_a_longer_run_does_not_blur_again_when_resumed(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "a", kimg=0.32)                            # fades over 0.032 kimg: 4 steps
+    assert sigmas_of(run, monkeypatch, 3) == pytest.approx([2.0, 1.5, 1.0])
+    run.save()
+    longer = make_run(tmp_path / "a", kimg=320.0)
+    longer.load(latest_checkpoint(tmp_path / "a"))
+    assert sigmas_of(longer, monkeypatch, 3) == pytest.approx([0.5, 0.0, 0.0])
+
+
+def test_the_blur_of_a_larger_time_budget_does_not_rise_again(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "a", kimg=1000.0, budget_minutes=1.0)
+    assert sigmas_of(run, monkeypatch, 2, seconds=2.0) == pytest.approx([2 - 2 / 3, 2 - 4 / 3])
+    run.save()
+    longer = make_run(tmp_path / "a", kimg=1000.0, budget_minutes=10.0)
+    longer.load(latest_checkpoint(tmp_path / "a"))
+    seen = sigmas_of(longer, monkeypatch, 4, seconds=14.0)
+    assert seen == pytest.approx([2 - 4 / 3, 2 - 4 / 3, 2 * (1 - 46 / 60), 0.0])
+
+
+def test_guidance_is_scheduled_by_images_and_not_by_the_clock(tmp_path, monkeypatch):
+    run, seen = make_run(tmp_path / "a", kimg=0.16, budget_minutes=10.0, clip_weight=1.0, clip_schedule="linear"), []
+    monkeypatch.setattr(run.gan, "gradients", lambda step, sigma, clip_weight: seen.append(clip_weight) or {"loss/D": float("nan")})
+    for seconds in (0, 300, 500):
+        run.progress.elapsed_s = float(seconds)
+        run.one_step()
+    assert seen == pytest.approx([0.0, 0.05, 0.1])
+
+
+def test_the_reference_multiplies_guidance_by_its_micro_batch_and_fades_its_blur_over_1000_kimg():
+    published = resolve("reference", "lite", img_resolution=64, batch=32, batch_gpu=16, clip_weight=0.2)
+    ours = resolve("best", "lite", img_resolution=64, batch=32, batch_gpu=16, clip_weight=0.2)
+    assert published.guidance_weight == pytest.approx(3.2) and ours.guidance_weight == 0.2
+    assert (published.blur_fade_kimg, published.cond_dropout) == (1000.0, 0.8)
+    assert (ours.blur_fade_kimg, ours.cond_dropout) == (None, 0.0)
+
+
+def test_condition_dropout_gives_the_generator_prompts_from_a_dropped_encoder_and_the_discriminator_the_plain_ones(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "a", "reference")
+    given, judged, logits = [], [], run.gan.discriminator.logits
+    run.gan.generator.register_forward_pre_hook(lambda _module, args: given.append(args[1].clone()))
+    monkeypatch.setattr(run.gan.discriminator, "logits", lambda features, c: judged.append(c.clone()) or logits(features, c))
+    run.gan.gradients(0, sigma=0.0, clip_weight=0.0)
+    plain = run.training.prompts[batch_rows(run.config.seed, 0, 8, len(run.training.prompts))]
+    assert all(torch.equal(c, plain) for c in judged) and len(judged) == 3
+    assert len(given) == 2 and not torch.allclose(*given)                # the generator's and the discriminator's phase
+    assert all(torch.allclose(c.norm(dim=1), torch.ones(8)) and not torch.allclose(c, plain) for c in given)
+
+
+def test_condition_dropout_without_expression_or_without_a_dropout_layer_is_refused(tmp_path):
+    data = tiny_data()
+    config = resolve("reference", "custom", **TINY)
+    with pytest.raises(OptionError, match="--cond-dropout: expected expression and a gene encoder"):
+        GanRun(config, data, build_encoder("random_tiny"), tmp_path)
+    data.training.expression = None
+    with pytest.raises(OptionError, match="ready-made prompt embeddings"):
+        GanRun(config, data, build_encoder("random_tiny"), tmp_path, clip=gene_encoder())
+    with pytest.raises(OptionError, match="a gene encoder with dropout"):
+        CondDropout(gene_encoder(gene_encoder="identity"), tiny_data().training.expression, 0.8, seed=0)
+
+
+def test_a_run_in_which_no_step_moved_ends_with_an_error_and_no_last_snapshot(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "a", kimg=0.016)
+    monkeypatch.setattr(run.gan, "gradients", lambda step, **_: {"loss/D": float("nan")})
+    with pytest.raises(DivergedError, match="nothing was learned") as stopped:
+        list(run.train())
+    assert stopped.value.exit_code == 1 and not (run.folder / "snapshot-000016").exists()
+
+
+def test_other_images_under_the_same_prompts_are_other_data(tmp_path):
+    run, others = make_run(tmp_path / "a"), tiny_data()
+    run.save()
+    others.training.images[0, 0, 0, 0] += 1
+    changed = gan_data("TINY", others.training, others.barcodes)
+    assert changed.record["images_sha256"] != run.data.record["images_sha256"]
+    assert changed.record["prompts_sha256"] == run.data.record["prompts_sha256"]
+    with pytest.raises(WeightsError, match="patches and prompts"):
+        make_run(tmp_path / "a", data=changed).load(latest_checkpoint(tmp_path / "a"))
+
+
 def test_a_time_budget_ends_the_run_cleanly(tmp_path):
     run = make_run(tmp_path / "a", kimg=1000.0, budget_minutes=1.0)
     for _ in run.train():
@@ -233,7 +335,11 @@ def test_a_prompt_that_is_not_a_number_is_refused():
 
 
 @pytest.mark.parametrize("wrong", [{"batch": 12}, {"batch_gpu": 9}, {"batch_gpu": 0}, {"kimg": 0.0}, {"budget_minutes": -1.0},
-                                   {"img_resolution": 20}, {"g_lr": 0.0}], ids=str)
+                                   {"img_resolution": 20}, {"g_lr": 0.0}, {"seed": -1}, {"seed": 2 ** 63}, {"blur_init": -5.0},
+                                   {"clip_weight": float("nan")}, {"clip_weight": -0.1}, {"rec_weight": float("inf")},
+                                   {"blur_fade_kimg": -1.0}, {"cond_dropout": 1.0}, {"cond_noise": -1.0}, {"prompt_bias": float("nan")},
+                                   {"kimg": float("nan")}, {"kimg": float("inf")}, {"max_shift_px": 16}, {"batch": 0},
+                                   {"budget_minutes": float("nan")}, {"backbone_px": -1}, {"colour_strength": -1.0}], ids=str)
 def test_options_that_cannot_hold_are_refused_before_data_is_read(wrong):
     with pytest.raises(OptionError):
         GanConfig(**{**TINY, **wrong})
