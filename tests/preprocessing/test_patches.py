@@ -172,7 +172,7 @@ def test_a_patch_folder_with_dot_entries_is_replaced_only_if_they_are_litter(fol
 
 
 def test_a_disk_too_small_for_the_patches_ends_before_the_first(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 500}))
     with pytest.raises(OSError, match="needs 0.0 GB, 0.0 GB are free"):
         write_patch_folder(tmp_path / "p", flat_patches(12), barcodes=BARCODES, sample_id="S", xy=np.zeros((12, 2)), stain={})
     assert list(tmp_path.iterdir()) == []
