@@ -24,6 +24,7 @@ from networks.weights import load_into, load_weights_folder, read_plain_file, sa
 from preprocessing.errors import OptionError, WeightsError
 from preprocessing.outputs import file_sha256, finished_file, program_versions, strings_sha256
 
+PUBLISHED_TEMPERATURE, LEARNED_FROM = 1.0, 0.07   # a fixed temperature; the start value of a learned one
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1.0   # bounds of a learned temperature
 
 
@@ -48,13 +49,15 @@ class ClipModelConfig:
     layer_norm: bool = False
     linear_heads: bool = False           # one linear layer in place of both projection heads
     image_views: int = 1                 # flips and turns averaged when a patch is embedded after training: 1 or 8
-    temperature: float = 1.0             # published; the start value when it is learned
+    temperature: float | None = None     # none = 1.0, as published; 0.07 as the start value when it is learned
     learn_temperature: bool = False
     image_encoder: str = "uni"           # a name of networks.histo_models, or timm:<model>
     image_encoder_weights: str | None = None   # local weight file; uni: else UNI_STATE_DICT_PATH
     image_encoder_px: int | None = None   # side at which a convolutional tower sees patches; none = its own
 
     def __post_init__(self):
+        if self.temperature is None:
+            self.temperature = LEARNED_FROM if self.learn_temperature else PUBLISHED_TEMPERATURE
         for name, choices in (("gene_encoder", GENE_ENCODERS), ("gene_scaling", SCALINGS), ("feature_scaling", SCALINGS),
                               ("image_views", (1, 8))):
             if getattr(self, name) not in choices:
@@ -277,7 +280,9 @@ def _require_same_model(config: Mapping | Path | str | None, model: Mapping, ckp
     if isinstance(config, (str, Path)):
         from omegaconf import OmegaConf
         config = OmegaConf.to_container(OmegaConf.load(config))
-    told = config["model"] if "model" in config else config
+    told = dict(config["model"] if "model" in config else config)
+    if told.get("temperature", 0) is None:   # left to the rest of the config
+        told["temperature"] = ClipModelConfig(learn_temperature=bool(told.get("learn_temperature"))).temperature
     different = [f"{name} {told[name]} told, {model[name]} trained" for name in model if name in told and told[name] != model[name]]
     if different:
         raise WeightsError(ckpt, "model", "the model that the config describes", "; ".join(different[:5]))

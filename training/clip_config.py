@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from training.augment import AugmentConfig
 from training.data import SampleFiles, read_sample_sheet, sample_files
 
 LOGGERS = ("csv", "tensorboard", "wandb")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "bf16", "64")
 
 
 @dataclass
@@ -113,6 +115,8 @@ class TrainerConfig:
                             ("save_top", 0), ("log_every_steps", 1)):
             if getattr(self, name) < least:
                 raise OptionError(f"trainer.{name}", f"at least {least}", str(getattr(self, name)))
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise OptionError("trainer.precision", f"one of {', '.join(PRECISIONS)}", self.precision)
         if not self.timeout_minutes > 0:
             raise OptionError("trainer.timeout_minutes", "above 0", str(self.timeout_minutes))
         if self.select not in ("best", "last"):
@@ -138,6 +142,8 @@ class ClipConfig:
         strangers = [name for name in self.logger or [] if name not in LOGGERS]
         if strangers:
             raise OptionError("logger", f"any of {', '.join(LOGGERS)}", ", ".join(strangers))
+        if "wandb" in (self.logger or []) and find_spec("wandb") is None:
+            raise OptionError("logger=wandb", "the package wandb (pip install wandb)", "it is not installed")
         if self.ckpt_path == "last" and not self.run_dir:
             raise OptionError("ckpt_path=last", "run_dir=<the run folder to continue>", "no run_dir")
 

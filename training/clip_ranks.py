@@ -36,7 +36,7 @@ def find_devices(options: TrainerConfig) -> Fabric:
         ranks = Fabric(**asked)
         if ranks.world_size > 1:
             ranks = Fabric(**asked, strategy=DDPStrategy(timeout=timedelta(minutes=options.timeout_minutes)))
-    except (MisconfigurationException, ValueError, RuntimeError) as error:
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise OptionError("trainer.accelerator, devices, num_nodes", "devices of this machine",
                           f"{', '.join(map(str, asked.values()))}: {str(error).splitlines()[0]}") from error
     size = options.batch_size

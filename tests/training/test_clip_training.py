@@ -1,5 +1,6 @@
 """CLIP training: the loss by hand, views and caches that agree, batches by step, configurations that are checked."""
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,13 +8,15 @@ import scipy.sparse as sp
 import torch
 from omegaconf import OmegaConf
 
+from networks.clip import CLIP, ClipModelConfig
 from networks.histo_models import build_encoder
 from preprocessing.errors import OptionError
 from training.augment import AugmentConfig, apply_views, draw_views, plain_views, turned_views
-from training.clip_config import clip_config, from_launch_folder
+from training.clip_config import TrainerConfig, clip_config, from_launch_folder
 from training.clip_data import Pairs, StepBatches
 from training.clip_features import cached_features, compute_features, view_table
 from training.clip_losses import clip_loss
+from training.clip_ranks import find_devices
 
 GENERATOR = torch.Generator
 
@@ -142,12 +145,37 @@ def test_the_published_values_are_the_defaults():
     ({"optimizer": {"name": "lion"}}, "adamw, adam, sgd, rmsprop"),
     ({"trainer": {"batch_size": 1}}, "trainer.batch_size: expected at least 2"),
     ({"model": {"_target_": "os.system"}}, "_target_"), ({"logger": "papers"}, "csv, tensorboard, wandb"),
+    ({"trainer": {"precision": "foo"}}, "trainer.precision: expected one of 32-true, 16-mixed"),
     ({"data": {"target_sum": "mean"}}, "data.target_sum"), ({"ckpt_path": "last"}, "run_dir"),
 ], ids=str)
 def test_what_does_not_fit_the_configuration_is_one_line(loaded, said):
     with pytest.raises(OptionError, match=said) as error:
         clip_config(OmegaConf.create(loaded))
     assert "\n" not in str(error.value) and error.value.exit_code == 2
+
+
+def test_a_logger_that_is_not_installed_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("training.clip_config.find_spec", lambda name: None)
+    with pytest.raises(OptionError, match=r"logger=wandb: .*pip install wandb"):
+        clip_config({"logger": "csv,wandb"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("asked, said", [({"accelerator": "gpu"}, "gpu"), ({"devices": 0}, "auto, 0"), ({"devices": "foo"}, "auto, foo")], ids=str)
+def test_devices_that_are_not_there_are_one_line(asked, said):
+    with pytest.raises(OptionError, match=f"expected devices of this machine; found {said}") as error:
+        find_devices(TrainerConfig(**asked))
+    assert "\n" not in str(error.value) and error.value.exit_code == 2
+
+
+def test_a_learned_temperature_starts_at_a_value_that_learns_and_a_fixed_one_is_the_published():
+    published = OmegaConf.load(Path(__file__).resolve().parents[2] / "assets" / "clip_config.yaml")
+    model = dict(published.model)
+    assert ClipModelConfig(**model).temperature == ClipModelConfig().temperature == 1.0
+    learned = ClipModelConfig(**{**model, "learn_temperature": True, "image_encoder": "random_tiny"})
+    assert learned.temperature == 0.07 and ClipModelConfig(learn_temperature=True, temperature=0.2).temperature == 0.2
+    clip = CLIP(ClipModelConfig(gene_encoder="identity", projection=4, learn_temperature=True), ["a", "b"], feature_width=3)
+    assert float(clip.temperature) == pytest.approx(0.07) and clip.log_temperature.requires_grad
 
 
 def test_lists_and_comma_lists_of_samples_are_the_same():
