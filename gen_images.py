@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 import click
@@ -37,26 +38,30 @@ class GenerateConfig:
     def __post_init__(self):
         if self.batch_sz < 1:
             raise OptionError("--batch-sz", "at least 1", str(self.batch_sz))
+        for name in ("truncation", "rotate"):
+            if not isfinite(getattr(self, name)):
+                raise OptionError(f"--{name}", "a finite number", str(getattr(self, name)))
+        if not all(map(isfinite, self.translate)):
+            raise OptionError("--translate", "two finite numbers", ",".join(map(str, self.translate)))
         if self.images and (self.encoded or self.gex.suffix != ".h5ad"):
             raise OptionError("--images", "an .h5ad as --gex, whose barcodes name the patches", str(self.gex))
 
 
 def generate_patches(config: GenerateConfig) -> Iterator[Path]:
     """Make and save the patches; yields the files as they are written, samples.csv and grid.png last."""
-    import torch
-
     from evaluation.contact_sheet import save_png
+    from evaluation.features import pick_device
     from networks.snapshot import load_snapshot, move_fourier_input
     from training.gan_grids import as_pictures, generate
     from training.prompts import parse_seeds, plan_requests, read_prompts
 
-    seeds = parse_seeds(config.seeds)
+    seeds, device = parse_seeds(config.seeds), pick_device(config.device or "auto")
     snapshot = load_snapshot(newest_snapshot(config.network), gene_encoder=not config.encoded, gene_encoder_path=config.clip)
     prompts = read_prompts(config.gex, snapshot, encoded=config.encoded, clusters=config.clusters)
     requests = plan_requests(prompts, seeds, config.n_samples)
     real = _RealPatches(config, snapshot)
     move_fourier_input(snapshot.generator, config.translate, config.rotate)
-    generator = snapshot.generator.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    generator = snapshot.generator.to(device)
     grid: dict[int, list] = {}
     for start in range(0, len(requests), config.batch_sz):
         part = requests[start:start + config.batch_sz]
@@ -131,7 +136,9 @@ def _pair_of_numbers(_context, _parameter, text: str) -> tuple[float, float]:
 @click.command(cls=Command)
 @click.option("--network", "--network_pkl", "--network-pkl", "network", type=click.Path(path_type=Path), required=True,
               help="Snapshot folder, or a run folder (its newest snapshot). Never a pickle.")
-@click.option("--gex", type=click.Path(path_type=Path), required=True, help="Prompts: .h5ad of raw counts, or .npy, one row a prompt.")
+@click.option("--gex", type=click.Path(path_type=Path), required=True, help="Prompts: .h5ad of raw counts; or .npy, one row a "
+              "prompt: expression of the snapshot's genes in their order, normalised as in training (counts scaled to the snapshot's "
+              "library size, gene_encoder.target_sum in its config.json, then log1p).")
 @click.option("--outdir", type=click.Path(path_type=Path), required=True, help="Folder for the patches.")
 @click.option("--seeds", default="0", help="Seeds, as 0,1,4-6; every prompt is drawn once per seed.")
 @click.option("--n-samples", "--n_samples", type=int,

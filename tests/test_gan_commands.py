@@ -247,6 +247,39 @@ def test_prompts_of_wrong_width_with_nan_or_pickled_are_refused(world, kind, say
     assert result.exit_code == 3 and says in result.output and f"{kind}.npy" in result.output and not outdir.exists()
 
 
+@pytest.mark.parametrize(("rows", "says"), [
+    (np.full((2, GENES), -0.5), "no negative values"),
+    (np.arange(2 * GENES).reshape(2, GENES), "whole numbers up to 23: raw counts"),
+    (np.arange(2 * GENES).reshape(2, GENES).astype(float), "take log1p, or give raw counts as an .h5ad"),
+], ids=["negative", "integers", "whole floats"])
+def test_an_npy_that_is_not_normalised_expression_is_refused_saying_how(world, rows, says):
+    np.save(world / "raw.npy", rows)
+    result, outdir = generate(world, "raw", gex=world / "raw.npy")
+    assert result.exit_code == 3 and says in result.output and not outdir.exists()
+
+
+def test_the_refusal_of_a_pickle_does_not_say_how_to_run_it(world):
+    (world / "code.npy").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    for name in (write_bad(world, "pickle"), world / "code.npy"):
+        result, _ = generate(world, "unsafe", gex=name, encoded=True)
+        assert result.exit_code == 3 and "no Python objects" in result.output and "allow_pickle" not in result.output
+
+
+def test_several_arrays_in_one_file_are_refused(world):
+    with open(world / "several.npy", "wb") as stream:
+        np.savez(stream, a=np.zeros((2, 8)), b=np.zeros(3))
+    result, _ = generate(world, "several", gex=world / "several.npy", encoded=True)
+    assert result.exit_code == 3 and "several arrays" in result.output
+
+
+def test_empty_label_files_and_empty_labels_are_refused(world):
+    (world / "empty.csv").write_text("")
+    np.save(world / "blank.npy", np.array(["a"] * (N - 1) + [""]))
+    for name, says in (("empty.csv", "a CSV with a header line"), ("blank.npy", "1 missing")):
+        result, outdir = generate(world, "no_labels", clusters=world / name)
+        assert result.exit_code == 3 and says in result.output and not outdir.exists()
+
+
 @pytest.mark.parametrize("labels", [N - 1, N + 1])
 def test_labels_that_are_not_one_a_prompt_are_refused(world, labels):
     np.save(world / "labels.npy", np.zeros(labels, int))
@@ -269,7 +302,10 @@ def test_seeds_are_numbers_and_ranges(text, seeds):
     assert parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("options", [{"seeds": "a"}, {"seeds": "4-2"}, {"n_samples": 0}, {"batch_sz": 0}, {"translate": "1"}], ids=str)
+@pytest.mark.parametrize("options", [{"seeds": "a"}, {"seeds": "4-2"}, {"n_samples": 0}, {"batch_sz": 0}, {"translate": "1"},
+                                     {"seeds": "99999999999999999999"}, {"seeds": "\u00b2"}, {"seeds": "1-\u00b2"}, {"seeds": "-1"},
+                                     {"seeds": "0-99999999999"}, {"truncation": "nan"}, {"truncation": "inf"}, {"rotate": "nan"},
+                                     {"translate": "nan,0"}, {"device": "foo"}], ids=str)
 def test_impossible_options_of_sampling_are_usage_errors(world, options):
     result, outdir = generate(world, "usage", **options)
     assert result.exit_code == 2 and not outdir.exists()

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import scipy.sparse as sp
@@ -16,6 +17,9 @@ from torch import Tensor
 from networks.snapshot import Snapshot
 from preprocessing.errors import InputError, OptionError, first_few
 from training.data import expression_only
+
+MAX_SEED = 2 ** 62              # what the random numbers take, with room for --n-samples to count on
+MAX_SEEDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,7 @@ def read_prompts(path: Path | str, snapshot: Snapshot, *, encoded: bool = False,
 
 def _read_rows(path: Path, width: int, encoded: bool) -> np.ndarray:
     """(N, width) float32 of an .npy; one prompt may be a plain row."""
-    try:
-        rows = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InputError(path, "contents", "an array of numbers, no Python objects", str(error)) from error
+    rows = _load_array(path, "an array of numbers")
     rows = rows[None] if rows.ndim == 1 else rows
     what = "prompt embeddings" if encoded else "normalised expression"
     if rows.ndim != 2 or rows.shape[1] != width or not len(rows) or rows.dtype.kind not in "fiu":
@@ -71,7 +72,31 @@ def _read_rows(path: Path, width: int, encoded: bool) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(bad):
         raise InputError(path, what, "finite numbers", f"NaN or infinite ones in rows {first_few(bad.tolist())}")
+    if not encoded:
+        _require_normalised(path, rows)
     return rows.astype(np.float32)
+
+
+def _load_array(path: Path, expected: str) -> np.ndarray:
+    """The one array of an .npy, never a pickled object."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, BadZipFile) as error:      # what NumPy says of a pickle is how to run it: not repeated here
+        raise InputError(path, "contents", f"{expected} as numpy.save writes it, no Python objects",
+                         "Python objects, or no whole .npy file") from error
+    if not isinstance(array, np.ndarray):
+        raise InputError(path, "contents", f"{expected} as numpy.save writes it", "several arrays (.npz)")
+    return array
+
+
+def _require_normalised(path: Path, rows: np.ndarray) -> None:
+    """Refuse rows that cannot be normalised expression: negative ones, and whole numbers as raw counts are."""
+    how = "Scale each row to the library size of the snapshot and take log1p, or give raw counts as an .h5ad"
+    negative = np.flatnonzero((rows < 0).any(axis=1))
+    if len(negative):
+        raise InputError(path, "normalised expression", "no negative values", f"some in rows {first_few(negative.tolist())}", how)
+    if rows.max() > 1 and (rows == np.floor(rows)).all():
+        raise InputError(path, "normalised expression", "log1p of scaled counts", f"whole numbers up to {rows.max():g}: raw counts", how)
 
 
 def _read_labels(clusters: str, obs, gex: Path, n_prompts: int) -> np.ndarray:
@@ -80,12 +105,12 @@ def _read_labels(clusters: str, obs, gex: Path, n_prompts: int) -> np.ndarray:
 
     path = Path(clusters)
     if path.suffix == ".npy" and path.is_file():
-        try:
-            labels = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise InputError(path, "contents", "an array of labels, no Python objects", str(error)) from error
+        labels = _load_array(path, "an array of labels")
     elif path.is_file():
-        labels = pd.read_csv(path).iloc[:, -1].to_numpy()
+        try:
+            labels = pd.read_csv(path).iloc[:, -1].to_numpy()
+        except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+            raise InputError(path, "cluster labels", "a CSV with a header line and one label a line", str(error)) from error
     elif obs is not None and clusters in obs:
         labels = obs[clusters].to_numpy()
     else:
@@ -93,7 +118,7 @@ def _read_labels(clusters: str, obs, gex: Path, n_prompts: int) -> np.ndarray:
         raise InputError(gex, "--clusters", "an .npy or CSV file of labels, or an obs column", f"{clusters}; columns: {columns}")
     if labels.shape != (n_prompts,):
         raise InputError(path if path.is_file() else gex, "cluster labels", f"one for each of the {n_prompts:,} prompts", str(labels.shape))
-    missing = pd.isna(labels)
+    missing = pd.isna(labels) | np.array([not str(label).strip() for label in labels])
     if missing.any():
         raise InputError(path if path.is_file() else gex, "cluster labels", "no gaps", f"{int(missing.sum()):,} missing")
     return labels.astype(str)
@@ -123,10 +148,16 @@ def parse_seeds(text: str) -> list[int]:
     seeds: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+        if not _is_number(first) or (dash and not _is_number(last)) or (dash and int(last) < int(first)):
             raise OptionError("--seeds", "numbers and ranges, as 0,1,4-6", text)
+        if int(last or first) > MAX_SEED or int(last or first) - int(first) >= MAX_SEEDS:
+            raise OptionError("--seeds", f"numbers up to {MAX_SEED}, at most {MAX_SEEDS:,} of them", text)
         seeds += range(int(first), int(last or first) + 1)
     return list(dict.fromkeys(seeds))
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def plan_requests(prompts: Prompts, seeds: Sequence[int], n_samples: int | None) -> list[Request]:
