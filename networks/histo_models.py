@@ -6,6 +6,7 @@ Nothing is downloaded except by `dump_model_to_disk`, which needs a hub login fo
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from networks.weights import load_into, read_state_dict
 from preprocessing.errors import InputError, OptionError, WeightsError, first_few
-from preprocessing.outputs import file_sha256, finished_file
+from preprocessing.outputs import file_sha256, finished_file, finished_folder
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
@@ -61,11 +62,14 @@ ENCODERS: dict[str, EncoderSpec] = {
         "img_size": 448, "init_values": 1.0, "dynamic_img_size": True, "global_pool": ""},
         file_name="conch_v1_5_pytorch_model.bin", input_px=448, pooling="attention"),
     "phikon_v2": EncoderSpec(1024, "Owkin non-commercial", "owkin/phikon-v2", file_name="model.safetensors", gated=False),
+    "dinov2": EncoderSpec(768, "Apache-2.0", "timm/vit_base_patch14_dinov2.lvd142m", "vit_base_patch14_dinov2", {
+        "dynamic_img_size": True}, file_name="model.safetensors", gated=False, interpolation="bilinear"),   # trained at 518 px
     "lunit_dino_vits16": EncoderSpec(384, "Lunit non-commercial", "1aurent/vit_small_patch16_224.lunit_dino", "vit_small_patch16_224",
                                      file_name="model.safetensors", gated=False,
                                      mean=(0.70322989, 0.53606487, 0.66096631), std=(0.21716536, 0.26081574, 0.20723464)),
     "random_tiny": EncoderSpec(32, "ours", "nowhere: seeded random weights, for unit tests", gated=False, input_px=32, mean=HALF, std=HALF),
 }
+TRANSFORMERS_FILES = ("config.json", "model.safetensors")
 WEIGHTS_VARIABLE = {"uni": "UNI_STATE_DICT_PATH"}   # environment variables that may name a weight file
 
 
@@ -205,27 +209,42 @@ def build_timm_body(model: str) -> tuple[nn.Module, EncoderSpec]:
 
 
 def dump_model_to_disk(name: str, out_location: Path | str) -> Path:
-    """Download an encoder's weights once (log in to the hub first: `hf auth login`) into a local safetensors file.
+    """Download an encoder's weights once (log in to the hub first: `hf auth login`); returns the path that the config then names.
 
-    `out_location` is a file name, or a folder that receives `<name>.safetensors`. Returns the file's path.
+    `out_location` is a folder that receives `<name>.safetensors`, or a file name of that suffix. Phikon-v2 is read with its
+    config.json: it becomes a folder `<name>` in `out_location`.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from safetensors.torch import save_file
 
     downloadable = [key for key, spec in ENCODERS.items() if "/" in spec.where]
     if name not in downloadable:
         raise OptionError("encoder", f"one of {', '.join(downloadable)}", name)
     spec, target = ENCODERS[name], Path(out_location)
+    if not spec.timm_name:   # by transformers
+        if target.suffix == ".safetensors":
+            raise OptionError("out_location", f"a folder ({name} is a folder of {' and '.join(TRANSFORMERS_FILES)})", str(target))
+        sources = {file: _from_hub(spec, file) for file in TRANSFORMERS_FILES}
+        with finished_folder(target / name, validate=lambda folder: _validate_safetensors(folder / TRANSFORMERS_FILES[1])) as temporary:
+            for file, source in sources.items():
+                shutil.copyfile(source, temporary / file)
+        return target / name
     target = target if target.suffix == ".safetensors" else target / f"{name}.safetensors"
-    try:
-        source = hf_hub_download(spec.where, spec.file_name)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(spec.where, "hub repository", "a reachable hub and access to the model", type(error).__name__,
-                         f"ask for access at https://huggingface.co/{spec.where}, then `hf auth login`") from error
+    source = _from_hub(spec, spec.file_name)
     with finished_file(target, validate=_validate_safetensors) as temporary:
         save_file({key: value.contiguous().clone() for key, value in read_state_dict(source).items()}, temporary)
     return target
+
+
+def _from_hub(spec: EncoderSpec, file_name: str) -> str:
+    """Path of one downloaded file of the encoder's repository."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return hf_hub_download(spec.where, file_name)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(spec.where, "hub repository", "a reachable hub and access to the model", type(error).__name__,
+                         f"ask for access at https://huggingface.co/{spec.where}, then `hf auth login`") from error
 
 
 def _validate_safetensors(path: Path) -> None:
@@ -271,9 +290,10 @@ def _transformers_body(name: str, folder: Path, spec: EncoderSpec) -> tuple[nn.M
     from transformers import AutoModel
 
     folder = folder if folder.is_dir() else folder.parent
-    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        raise InputError(folder, "image encoder weights", "a folder with config.json and model.safetensors",
-                         "one of them missing", f"download both from https://huggingface.co/{spec.where}")
+    if missing := [file for file in TRANSFORMERS_FILES if not (folder / file).is_file()]:
+        raise InputError(folder, "image encoder weights", f"a folder with {' and '.join(TRANSFORMERS_FILES)}",
+                         f"no {' and no '.join(missing)}",
+                         f'networks.histo_models.dump_model_to_disk("{name}", out_location=...) makes it from {spec.where}')
     model, loaded = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True,
                                               output_loading_info=True)   # transformers renames tensors between its versions
     wrong = {kind: sorted(map(str, names)) for kind, names in loaded.items() if kind.endswith("_keys") and names}
@@ -282,7 +302,7 @@ def _transformers_body(name: str, folder: Path, spec: EncoderSpec) -> tuple[nn.M
         raise WeightsError(folder, "tensors", f"those of {type(model).__name__}", found)
     if model.config.hidden_size != spec.width:
         raise WeightsError(folder / "config.json", "hidden_size", f"{spec.width} ({name})", str(model.config.hidden_size))
-    return ClassToken(model), spec, file_sha256(folder / "model.safetensors")
+    return ClassToken(model), spec, file_sha256(folder / TRANSFORMERS_FILES[1])
 
 
 def _is_subset(body: nn.Module, tensors: Mapping[str, Tensor]) -> bool:

@@ -1,4 +1,5 @@
 """Frozen image encoders are built from a local file, see what they were trained to see, and stay as they are."""
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,15 @@ def images():
 
 
 @pytest.mark.parametrize("name, millions", [("uni", 303.35), ("uni2_h", 681.39), ("gigapath", 1134.95), ("virchow2", 631.24),
-                                            ("h_optimus_0", 1134.77), ("lunit_dino_vits16", 21.67), ("efficientnet_lite0", 3.37)])
+                                            ("h_optimus_0", 1134.77), ("lunit_dino_vits16", 21.67), ("dinov2", 86.58),
+                                            ("efficientnet_lite0", 3.37)])
 def test_every_tower_has_the_published_number_of_parameters(name, millions):
     with torch.device("meta"):
         body = build_body(name, ENCODERS[name])
     assert sum(parameter.numel() for parameter in body.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
 
 
-@pytest.mark.parametrize("name", ["uni", "uni2_h", "gigapath", "virchow2", "h_optimus_0", "lunit_dino_vits16"])
+@pytest.mark.parametrize("name", ["uni", "uni2_h", "gigapath", "virchow2", "h_optimus_0", "lunit_dino_vits16", "dinov2"])
 def test_a_shrunken_twin_of_every_tower_saves_loads_and_gives_features(name, tmp_path):
     spec = ENCODERS[name]
     body, twin = build_body(name, spec, **SHRUNK), build_body(name, spec, **SHRUNK)
@@ -58,17 +60,54 @@ def test_the_attention_pooled_tower_reads_one_vector_out_of_the_tokens():
     assert tower(torch.rand(2, 3, 112, 112)).shape == (2, 768)
 
 
-def test_phikon_loads_from_a_local_folder_through_transformers(tmp_path, monkeypatch):
-    import dataclasses
+def test_dinov2_sees_224_px_with_positions_trained_at_518(monkeypatch, tmp_path, images):
+    shrunk = {**ENCODERS["dinov2"].timm_args, "embed_dim": 48, "depth": 1, "num_heads": 4}
+    monkeypatch.setitem(ENCODERS, "dinov2", dataclasses.replace(ENCODERS["dinov2"], width=48, timm_args=shrunk))
+    published = build_body("dinov2", ENCODERS["dinov2"])
+    assert published.pos_embed.shape == (1, 1 + 37 * 37, 48)   # as in the published file
+    save_file(published.state_dict(), tmp_path / "dinov2.safetensors")
+    encoder = build_encoder("dinov2", tmp_path / "dinov2.safetensors")
+    seen = encoder.normalise(encoder.resize(images))
+    assert seen.shape == (2, 3, 224, 224)
+    assert torch.allclose(encoder(images), published.eval().forward_features(seen)[:, 0], atol=1e-5)
 
+
+@pytest.fixture
+def phikon(tmp_path, monkeypatch):
+    """A tiny model of Phikon-v2's kind, and the folder that plays its hub repository."""
     from transformers import Dinov2Config, Dinov2Model
     model = Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16)).eval()
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "hub")
     monkeypatch.setitem(ENCODERS, "phikon_v2", dataclasses.replace(ENCODERS["phikon_v2"], width=32, input_px=32))
-    encoder = build_encoder("phikon_v2", tmp_path)
+    return model, tmp_path / "hub"
+
+
+def test_phikon_loads_from_a_local_folder_through_transformers(phikon):
+    model, folder = phikon
+    encoder = build_encoder("phikon_v2", folder)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     expected = model(pixel_values=encoder.normalise(images)).last_hidden_state[:, 0]
     assert torch.allclose(encoder(images), expected, atol=1e-6)
+
+
+def test_a_dumped_phikon_is_a_folder_that_loads(phikon, tmp_path, monkeypatch):
+    _, hub = phikon
+    asked = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name: asked.append((repo, name)) or str(hub / name))
+    path = dump_model_to_disk("phikon_v2", out_location=tmp_path / "here")
+    assert path == tmp_path / "here" / "phikon_v2"
+    assert asked == [("owkin/phikon-v2", "config.json"), ("owkin/phikon-v2", "model.safetensors")]
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.equal(build_encoder("phikon_v2", path)(images), build_encoder("phikon_v2", hub)(images))
+    with pytest.raises(OptionError, match="out_location: expected a folder"):
+        dump_model_to_disk("phikon_v2", out_location=tmp_path / "phikon.safetensors")
+
+
+def test_a_phikon_without_its_configuration_says_what_is_missing(phikon):
+    _, folder = phikon
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match='found no config.json. networks.histo_models.dump_model_to_disk."phikon_v2"'):
+        build_encoder("phikon_v2", folder / "model.safetensors")
 
 
 def test_the_registry_package_and_the_renamed_file_are_the_same_encoder(images):

@@ -161,7 +161,8 @@ def test_a_logger_that_is_not_installed_says_how_to_get_it(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-@pytest.mark.parametrize("asked, said", [({"accelerator": "gpu"}, "gpu"), ({"devices": 0}, "auto, 0"), ({"devices": "foo"}, "auto, foo")], ids=str)
+@pytest.mark.parametrize("asked, said", [({"accelerator": "gpu"}, "gpu"), ({"devices": 0}, "auto, 0"), ({"devices": "foo"}, "auto, foo")],
+                         ids=str)
 def test_devices_that_are_not_there_are_one_line(asked, said):
     with pytest.raises(OptionError, match=f"expected devices of this machine; found {said}") as error:
         find_devices(TrainerConfig(**asked))
