@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 import click
 import numpy as np
+from click.core import ParameterSource
 
-from preprocessing.errors import Command, InputError
+from preprocessing.dropped_spots import write_dropped
+from preprocessing.errors import Command, InputError, OptionError
 from preprocessing.extraction import ExtractConfig, Request, choose_spots, kept_line, read_any_sample
-from preprocessing.outputs import finished_file, is_done, locked, strings_sha256, write_done
+from preprocessing.outputs import is_done, locked, strings_sha256, write_done
 
 if TYPE_CHECKING:
     from preprocessing.sample import Sample
@@ -29,6 +31,8 @@ def extract(config: ExtractConfig, request: Request, workers: int = 1, resume: b
     """Do what is asked; yields what there is to say, first what was understood, last the files written."""
     from preprocessing.slide import open_slide
 
+    if workers < 1:
+        raise OptionError("--workers", "at least 1", str(workers))
     wanted = [part for part in (request.spot_files(), request.random_files()) if part]
     with ExitStack() as stack:
         if not dry_run:
@@ -43,6 +47,7 @@ def extract(config: ExtractConfig, request: Request, workers: int = 1, resume: b
         slide = stack.enter_context(open_slide(request.wsi_file))
         sample = read_any_sample(config, request, slide) if request.sample_path else None
         if sample is not None:
+            request.require_bins(sample)
             yield sample.summary()
             yield from sample.notices
         if request.spot_files() and request.spot_files() not in done:
@@ -91,7 +96,7 @@ def _extract_spots(config: ExtractConfig, request: Request, slide: Slide, sample
                      patch_px=config.patch_px, coords=top_left, barcodes=kept.barcodes, patch_size_src=config.patch_um / sample.mpp,
                      pixel_size=sample.mpp, name=sample.sample_id)
     write_expression(files[1], expression)
-    _write_dropped(files[2], {reason: candidates.barcodes[rows] for reason, rows in lost.items()})
+    write_dropped(files[2], {reason: candidates.barcodes[rows] for reason, rows in lost.items()})
     lines = (sample.summary(), *sample.notices, said, *seen.warnings())
     _write_page(files, config, slide, sample.sample_id, sample.mpp, kept.centre_xy_px, seen, lines,
                 dropped_xy_px={reason: candidates.centre_xy_px[rows] for reason, rows in lost.items()},
@@ -100,13 +105,6 @@ def _extract_spots(config: ExtractConfig, request: Request, slide: Slide, sample
     for file in files:
         write_done(file, **recorded, rows=len(kept), barcode_sha256=strings_sha256(kept.barcodes))
     yield from (*seen.warnings(), *map(str, files))
-
-
-def _write_dropped(path: Path, dropped: Mapping[str, np.ndarray]) -> None:
-    """One line a spot that got no patch: its barcode and why."""
-    lines = [f"{barcode}\t{reason}\n" for reason, barcodes in dropped.items() for barcode in barcodes]
-    with finished_file(path) as temporary:
-        temporary.write_text("barcode\treason\n" + "".join(lines))
 
 
 # ---- random patches -------------------------------------------------------------------------------------------------
@@ -222,7 +220,9 @@ def main(workers, resume, dry_run, **options):
     Example: python preprocessing/extract_patches.py --space-ranger-dir data/KIDNEY_HD --wsi-file data/KIDNEY_HD/slide.btf
     --out-dir runs/KIDNEY_HD
     """
-    request = Request(**{name: options.pop(name) for name in Request.__dataclass_fields__})
+    context = click.get_current_context()
+    given = frozenset(name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE)
+    request = Request(given=given, **{name: options.pop(name) for name in Request.__dataclass_fields__ if name != "given"})
     for line in extract(ExtractConfig(**options), request, workers, resume, dry_run):
         click.echo(line)
 

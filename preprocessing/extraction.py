@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 OFF_EDGE, THIN_TISSUE = "reach over the slide's edge", "have less tissue than --min-tissue"
 SPOT_FILES = ("imgs.h5", "gex.h5ad", "dropped_spots.tsv", "qc.png", "qc.html")
+OF_BINS_AND_SPOTS, OF_RANDOM = {"stride_bins": "--stride", "edge": "--edge"}, {"n_patches": "--n-pts", "seed": "--seed"}
+NEEDS = ((OF_BINS_AND_SPOTS, ("space_ranger_dir", "gex_file")), (OF_RANDOM, ("tissue_seg_file",)),         # option -> any of these
+         ({"is_hd": "--is-hd", "below_v2": "--below-v2"}, ("space_ranger_dir",)), ({"spot_um": "--spot-um"}, ("gex_file",)))
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,10 @@ class ExtractConfig:
             raise OptionError("--mpp", "a positive number of µm per pixel", f"{self.mpp:g}")
         if not 0 <= self.min_tissue <= 1:
             raise OptionError("--min-tissue", "a share between 0 and 1", f"{self.min_tissue:g}")
+        if self.seed < 0:
+            raise OptionError("--seed", "0 or more", str(self.seed))
+        if self.sample_id is not None and (not self.sample_id or "/" in self.sample_id):
+            raise OptionError("--sample-id", "a name without a slash", repr(self.sample_id))
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Request:
     tissue_seg_file: str | None = None   # GeoJSON, or "auto"; asks for random patches
     out_file: Path | None = None         # HDF5 of random patches
     out_dir: Path | None = None          # everything else
+    given: frozenset[str] = frozenset()  # options that the user gave, by the name of their field: they must have an effect
 
     def __post_init__(self):
         if self.space_ranger_dir and self.gex_file:
@@ -66,9 +74,25 @@ class Request:
             raise OptionError("--tissue-seg-file", "a GeoJSON file or `auto` for the random patches of --out-file", "nothing")
         if self.tissue_seg_file and not (self.sample_path or self.out_file or self.out_dir):
             raise OptionError("--out-file", "a file for the random patches (or --out-dir)", "neither")
+        self._require_effect()
         for path in (self.wsi_file, self.sample_path, None if self.tissue_seg_file == "auto" else self.tissue_seg_file):
             if path and not Path(path).exists():
                 raise InputError(path, "path", "a file or folder to read", "nothing there")
+            if path and path != self.space_ranger_dir and not Path(path).is_file():
+                raise InputError(path, "path", "a file", "a folder")
+
+    def _require_effect(self) -> None:
+        """Refuse an option that does nothing without another one."""
+        for fields, needed in NEEDS:
+            options = [f"--{field.replace('_', '-')}" for field in needed]
+            for field, option in fields.items():
+                if field in self.given and not any(getattr(self, other) for other in needed):
+                    raise OptionError(option, f"{' or '.join(options)} beside it", "none")
+
+    def require_bins(self, sample: Sample) -> None:
+        """Refuse a --stride for a sample without bins."""
+        if "stride_bins" in self.given and sample.bin_um is None:
+            raise OptionError("--stride", "a sample of bins (Visium HD)", sample.platform)
 
     @property
     def sample_path(self) -> Path | None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
+from preprocessing.dropped_spots import write_dropped
 from preprocessing.errors import Command, InputError, OptionError
-from preprocessing.outputs import finished_file, is_done, locked, strings_sha256, write_done
+from preprocessing.outputs import is_done, locked, strings_sha256, write_done
 
 if TYPE_CHECKING:
     from preprocessing.sample import Sample, Spots
@@ -41,7 +42,7 @@ def import_section(config: ImportConfig, counts: Path, spots: Path, image: Path,
     inputs = {"counts": counts, "spots": spots, "image": image, **({"clusters": clusters} if clusters else {})}
     for file in inputs.values():
         if not file.is_file():
-            raise InputError(file, "file", "a file", "nothing at this path")
+            raise InputError(file, "file", "a file", "a folder" if file.is_dir() else "nothing at this path")
     outputs = [out_dir / name for name in ("imgs.h5", "gex.h5ad", "dropped_spots.tsv")]
     with locked(out_dir / "imgs.h5"):
         if all(is_done(file, config=asdict(config), inputs=inputs) for file in outputs):
@@ -75,7 +76,7 @@ def _write_outputs(config: ImportConfig, inputs: Mapping[str, Path], patch_file:
                          coords=top_left[kept], barcodes=rows.barcodes, patch_size_src=config.patch_um / sample.mpp,
                          pixel_size=sample.mpp, name=config.sample_id)
     write_expression(gex_file, spot_expression(sample, rows, patch_px=config.patch_px, slide_path=inputs["image"], settings=asdict(config)))
-    _write_dropped(dropped_file, dropped)
+    write_dropped(dropped_file, dropped)
     return [sample.summary(), *sample.notices, quality_line(sample, rows)], rows
 
 
@@ -86,13 +87,6 @@ def _patches(slide: Slide, spots: Spots, mpp: float, patch_px: int) -> Iterator[
 
     cut = cut_patches(slide, spots.centre_xy_px, spots.patch_um, mpp, patch_px)
     return (patch for _, patch in tqdm(cut, total=len(spots), desc="cutting", unit="patch"))
-
-
-def _write_dropped(path: Path, dropped: Mapping[str, np.ndarray]) -> None:
-    """One line a spot that has no patch: its barcode and why."""
-    lines = [f"{barcode}\t{reason}\n" for reason, barcodes in dropped.items() for barcode in barcodes]
-    with finished_file(path) as temporary:
-        temporary.write_text("barcode\treason\n" + "".join(lines))
 
 
 def quality_line(sample: Sample, spots: Spots) -> str:

@@ -60,7 +60,9 @@ def _read_h5(path: Path) -> TenxMatrix:
             barcodes = _strings(group["barcodes"])
             ids, names, types = (as_text(_strings(features[key])) for key in ("id", "name", "feature_type"))
             software = file.attrs.get("software_version", "")
-    except (OSError, KeyError, RuntimeError) as error:
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
         if isinstance(error, FileNotFoundError):
             raise InputError(path, "file", "a 10x HDF5 matrix", "nothing at this path") from error
         raise InputError(path, "file", "a whole 10x HDF5 matrix", f"one that cannot be read ({error})") from error
@@ -78,6 +80,8 @@ def _strings(dataset: h5py.Dataset) -> np.ndarray:
 
 def _check_structure(path: Path, shape: tuple[int, ...], arrays, n_features: int, n_barcodes: int) -> None:
     data, indices, indptr = arrays
+    if data.dtype.kind not in "iuf" or {array.ndim for array in arrays} != {1}:
+        raise InputError(path, "matrix/data", "a list of numbers", f"{data.dtype} of {data.ndim} dimensions")
     if shape != (n_features, n_barcodes) or len(indptr) != n_barcodes + 1:
         raise InputError(path, "matrix/shape", f"{n_features:,} features x {n_barcodes:,} barcodes, as many as are named",
                          f"{' x '.join(f'{length:,}' for length in shape)}, {len(indptr) - 1:,} columns")

@@ -1,0 +1,68 @@
+"""An option of extract_patches that does nothing, or cannot be, is a usage error; a folder for a file is said to be one."""
+import h5py
+import numpy as np
+import pytest
+from extract_runs import fails, run
+from hd_phantoms import phantom_hd_folder
+from visium_folders import write_visium
+
+from preprocessing.errors import InputError
+from preprocessing.tenx_matrix import read_matrix
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--n-pts", 10], "--n-pts: expected --tissue-seg-file beside it"), (["--seed", 0], "--seed: expected --tissue-seg-file beside it"),
+    (["--out-file", "o.h5"], "--tissue-seg-file: expected a GeoJSON file"),
+    (["--spot-um", 55], "--spot-um: expected --gex-file beside it"),
+    (["--stride", 5], "--stride: expected a sample of bins (Visium HD); found "),
+    (["--workers", 0], "--workers: expected at least 1; found 0"), (["--workers", -3], "--workers: expected at least 1; found -3"),
+    (["--sample-id", "a/b"], "--sample-id: expected a name without a slash; found 'a/b'"),
+    (["--sample-id", ""], "--sample-id: expected a name without a slash; found ''"),
+    (["--tissue-seg-file", "auto", "--seed", -1], "--seed: expected 0 or more; found -1"),
+], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "")
+def test_an_option_without_effect_or_sense_is_a_usage_error(sim_v2, tmp_path, options, message):
+    said = fails(2, "--space-ranger-dir", sim_v2.space_ranger_dir, "--wsi-file", sim_v2.slide, "--out-dir", tmp_path / "out", *options)
+    lines = said.strip().splitlines()
+    assert lines[-1].startswith(f"error: {message}") and sum("error" in line for line in lines) == 1
+    assert not list(tmp_path.glob("out/[!.]*"))
+
+
+@pytest.mark.parametrize("option", ["--is-hd", "--below-v2"])
+def test_what_is_said_of_a_space_ranger_folder_says_nothing_of_an_h5ad(sim_v2, tmp_path, option):
+    run("--space-ranger-dir", sim_v2.space_ranger_dir, "--wsi-file", sim_v2.slide, "--out-dir", tmp_path / "a")
+    said = fails(2, "--gex-file", tmp_path / "a" / "gex.h5ad", "--wsi-file", sim_v2.slide, "--out-dir", tmp_path / "b", option)
+    assert f"error: {option}: expected --space-ranger-dir beside it; found none" in said
+
+
+@pytest.mark.parametrize("options", [("--stride", 5), ("--edge", "pad"), ("--is-hd",)], ids=lambda value: value[0])
+def test_an_option_of_spots_says_nothing_of_random_patches(sim_v2, tmp_path, options):
+    said = fails(2, "--wsi-file", sim_v2.slide, "--tissue-seg-file", "auto", "--out-file", tmp_path / "o.h5", *options)
+    assert f"error: {options[0]}: expected --space-ranger-dir" in said and not (tmp_path / "o.h5").exists()
+
+
+def test_options_that_have_an_effect_are_taken(tmp_path):
+    folder, slide = phantom_hd_folder(tmp_path, offset=(0, 0))
+    run("--space-ranger-dir", folder, "--wsi-file", slide, "--out-dir", tmp_path / "out", "--dry-run", "--is-hd", "--stride", 9,
+        "--edge", "pad", "--sample-id", "KIDNEY")
+
+
+@pytest.mark.parametrize("options", [("--tissue-seg-file", "FOLDER", "--out-file", "o.h5"), ("--gex-file", "FOLDER")],
+                         ids=lambda value: value[0])
+def test_a_folder_in_place_of_a_file_is_said_to_be_one(sim_v2, tmp_path, options):
+    options = [tmp_path if option == "FOLDER" else option for option in options]
+    assert f"{tmp_path}: path: expected a file; found a folder" in fails(3, "--wsi-file", sim_v2.slide, *options)
+
+
+@pytest.mark.parametrize(("name", "values"), [
+    ("data", np.array([b"many", b"few"])), ("indices", np.array([b"zero"])), ("indptr", np.array([b"a", b"b"])),
+    ("shape", np.array([b"a"])), ("data", np.zeros((3, 2))), ("barcodes", np.int64(3)),
+], ids=["data of strings", "indices of strings", "indptr of strings", "shape of strings", "data of two dimensions", "a number as barcodes"])
+def test_a_matrix_whose_datasets_are_of_another_kind_is_refused_naming_the_file(tmp_path, name, values):
+    matrix = write_visium(tmp_path) / "filtered_feature_bc_matrix.h5"
+    with h5py.File(matrix, "r+") as file:
+        if name == "data" and values.ndim == 1:
+            values = np.full(len(file["matrix/data"]), b"many")
+        del file[f"matrix/{name}"]
+        file[f"matrix/{name}"] = values
+    with pytest.raises(InputError, match=f"{matrix.name}: "):
+        read_matrix(matrix)
