@@ -23,17 +23,23 @@ Example: bash preprocessing/preprocessing.sh S1/outs S1/slide.tif vocab.txt prep
 TEXT
 }
 
-if [[ " $* " == *" --help "* ]]; then usage; exit 0; fi
+for argument in "$@"; do
+    if [[ $argument == --help || $argument == -h ]]; then usage; exit 0; fi
+done
 if [[ $# -lt 4 ]]; then usage >&2; exit 2; fi
 sample=$1 slide=$2 vocab=$3 out=$4
 shift 4
 
+need_value() {
+    if [[ $# -lt 2 || $2 == --* ]]; then echo "error: $1: expected a value; found ${2:-nothing}" >&2; exit 2; fi
+}
+
 extract=() gex=() dump=()
 while [[ $# -gt 0 ]]; do
     case $1 in
-        --missing-genes|--gene-map)       gex+=("$1" "${2?$1 needs a value}"); shift 2 ;;
+        --missing-genes|--gene-map)       need_value "$@"; gex+=("$1" "$2"); shift 2 ;;
         --missing-genes=*|--gene-map=*)   gex+=("$1"); shift ;;
-        --stain-file|--on-stain-failure)  dump+=("$1" "${2?$1 needs a value}"); shift 2 ;;
+        --stain-file|--on-stain-failure)  need_value "$@"; dump+=("$1" "$2"); shift 2 ;;
         --stain-file=*|--on-stain-failure=*|--normalize|--no-normalize)  dump+=("$1"); shift ;;
         *)                                extract+=("$1"); shift ;;
     esac

@@ -175,6 +175,20 @@ def test_the_script_teaches_itself():
     assert bare.returncode == 2 and "Usage:" in bare.stderr
 
 
+@pytest.mark.parametrize(("more", "message"), [
+    (["--stain-file"], "error: --stain-file: expected a value; found nothing"),
+    (["--missing-genes", "--no-normalize"], "error: --missing-genes: expected a value; found --no-normalize")])
+def test_the_script_refuses_an_option_without_its_value(more, message):
+    result = preprocessing_sh("sample", "slide.tif", "vocab.txt", "out", *more)
+    assert (result.returncode, result.stderr.strip(), result.stdout) == (2, message, "")
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["sample", "--help"], ["s", "slide.tif", "v", "o", "-h"]], ids=" ".join)
+def test_the_script_helps_wherever_it_is_asked(arguments):
+    result = preprocessing_sh(*arguments)
+    assert result.returncode == 0 and result.stdout.startswith("Usage: bash preprocessing/preprocessing.sh")
+
+
 def test_the_script_takes_real_tissue_from_the_space_ranger_folder_to_a_paired_folder(shared_data, tmp_path):
     brain = shared_data / "mouse-brain-crop"
     vocabulary = tmp_path / "vocab.txt"
