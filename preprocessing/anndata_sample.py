@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from preprocessing.errors import InputError, first_few
 from preprocessing.expression import as_csr, check_counts, read_expression
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from preprocessing.slide import Slide
 
 UNKNOWN_PLACE = -1           # array_row, array_col of spots whose place on an array is not known
+COUNTS_LAYER = "Put the raw counts into layers['counts']; X may then stay as it is"
 SQUARE = 1.05                # a lattice pitch is believed where both directions agree on the scale this well
 
 
@@ -31,10 +34,7 @@ def read_anndata_sample(gex_file: Path | str, *, sample_id: str | None = None, s
                         spot_um: float | None = None, use_wsi_res: bool = False) -> Sample:
     """Read one section. `spot_um` says what `spot_diameter_fullres` spans (65 µm where Space Ranger wrote it)."""
     gex_file = Path(gex_file)
-    adata = read_expression(gex_file, already_normalised=True)                # X may be normalised if the counts are in a layer
-    counts = as_csr(adata.layers["counts"] if "counts" in adata.layers else adata.X)
-    check_counts(gex_file, counts)
-    counts = counts.astype(np.int32)
+    adata, counts = _raw_counts(gex_file)
     pixels = _pixels(gex_file, adata)
     sample_id = sample_id or _own_sample_id(gex_file, adata)
     library = _library(adata, sample_id)
@@ -57,6 +57,24 @@ def read_anndata_sample(gex_file: Path | str, *, sample_id: str | None = None, s
         gene_names=adata.var_names.to_numpy(str), gene_ids=adata.var["gene_ids"].to_numpy(str) if "gene_ids" in adata.var else None,
         in_tissue=in_tissue, array_row=array_row, array_col=array_col, centre_xy_px=pixels, mpp=decision.mpp, bin_um=bin_um,
         images=images, scalefactors=factors, metadata=metadata, notices=tuple(text for text in (*decision.notices, *places) if text))
+
+
+def _raw_counts(path: Path) -> tuple[ad.AnnData, sp.csr_matrix]:
+    """The file, and its raw counts (P, G) int32: of `layers['counts']`, beside which X may be normalised, else of X."""
+    in_layer = _has_counts_layer(path)
+    adata = read_expression(path, already_normalised=in_layer, hint=COUNTS_LAYER)
+    counts = as_csr(adata.layers["counts"] if in_layer else adata.X)
+    check_counts(path, counts, hint=COUNTS_LAYER)
+    return adata, counts.astype(np.int32)
+
+
+def _has_counts_layer(path: Path) -> bool:
+    """False too for what is no HDF5 file: reading it says so."""
+    try:
+        with h5py.File(path, "r") as file:
+            return "layers/counts" in file
+    except OSError:
+        return False
 
 
 def _pixels(path: Path, adata: ad.AnnData) -> np.ndarray:

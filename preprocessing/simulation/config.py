@@ -43,8 +43,10 @@ class SimulateConfig:
         for name in ("seed", "biology_seed", "stain_seed"):
             if (getattr(self, name) or 0) < 0:
                 raise OptionError(f"--{name.replace('_', '-')}", "0 or more", str(getattr(self, name)))
-        if self.umis is not None and self.umis <= 0:
-            raise OptionError("--umis", "more than 0", str(self.umis))
+        if self.umis is not None and not 0 < self.umis < float("inf"):
+            raise OptionError("--umis", "a number above 0", str(self.umis))
+        if not self.sample_id or "/" in self.sample_id:
+            raise OptionError("--sample-id", "a name without a slash", repr(self.sample_id))
 
     @property
     def is_hd(self) -> bool:

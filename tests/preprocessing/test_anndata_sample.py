@@ -89,9 +89,11 @@ def test_what_was_written_from_a_space_ranger_folder_reads_as_the_same_spots(tmp
     ({"obsm": {}}, r"obsm\['spatial'\]: expected level-0 pixel positions"),
     ({"obsm": {"spatial": np.full((24, 2), np.nan)}}, "finite numbers .N, 2.; found .* with gaps"),
     ({"obsm": {"spatial": np.zeros((24, 3))}}, r"found float64 \(24, 3\)"),
-    ({"X": np.log1p(counts_of(24).toarray())}, "raw UMI counts, whole numbers"),
-    ({"X": -counts_of(24)}, "negative values"),
-], ids=["no-positions", "gaps", "three-columns", "logged", "negative"])
+    ({"X": np.log1p(counts_of(24).toarray())}, "raw UMI counts, whole numbers.*Put the raw counts into layers.'counts'."),
+    ({"X": -counts_of(24)}, "expected raw UMI counts; found .* negative values"),
+    ({"X": np.full((24, 4), np.nan)}, "expected raw UMI counts; found 96 NaN or infinite values"),
+    ({"layers": {"counts": np.log1p(counts_of(24).toarray())}}, "raw UMI counts, whole numbers.*Put the raw counts"),
+], ids=["no-positions", "gaps", "three-columns", "logged", "negative", "nan", "logged layer"])
 def test_files_that_cannot_be_a_sample_are_refused(tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         read_anndata_sample(write(tmp_path / "s.h5ad", **changes))

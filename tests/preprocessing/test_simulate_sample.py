@@ -250,11 +250,21 @@ def test_a_folder_with_other_content_is_never_replaced(tmp_path):
 @pytest.mark.parametrize(("field", "value", "message"), [
     ("width_um", 10, "--width-um: expected 300 to 50000; found 10"), ("mpp", 5.0, "--mpp: expected 0.1 to 2; found 5.0"),
     ("platform", "xenium", "--platform: expected one of visium-v1"), ("seed", -1, "--seed: expected 0 or more; found -1"),
-    ("umis", 0.0, "--umis: expected more than 0"), ("genes", 3, "--genes: expected 30"),
+    ("umis", 0.0, "--umis: expected a number above 0"), ("umis", float("nan"), "--umis: .*found nan"), ("umis", float("inf"), "found inf"),
+    ("sample_id", "a/b", "--sample-id: expected a name without a slash; found 'a/b'"), ("genes", 3, "--genes: expected 30"),
 ])
 def test_an_impossible_option_is_refused_before_anything_is_written(field, value, message, tmp_path):
     with pytest.raises(OptionError, match=message):
         SimulateConfig(tmp_path, **{field: value})
+
+
+def test_the_folder_one_stands_in_can_become_the_sample(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for _ in range(2):
+        result = CliRunner().invoke(main, ["--out-dir", ".", "--width-um", "300", "--height-um", "300", "--mpp", "1", "--genes", "40"])
+        assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "here").iterdir()} >= {"outs", "slide.tif", "truth", "sample.json"}
 
 
 def test_the_command_writes_a_sample_and_names_its_files(tmp_path):
