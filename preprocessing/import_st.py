@@ -31,7 +31,7 @@ class ImportConfig:
     def __post_init__(self):
         if not self.sample_id or "/" in self.sample_id:
             raise OptionError("--sample-id", "a name without a slash", repr(self.sample_id))
-        if not self.patch_um > 0:
+        if not 0 < self.patch_um < float("inf"):
             raise OptionError("--patch-sz-um", "a positive number of µm", f"{self.patch_um:g}")
         if self.patch_px < 1:
             raise OptionError("--patch-sz-px", "at least 1 px", str(self.patch_px))

@@ -163,20 +163,24 @@ def test_sections_that_do_not_fit_together_are_refused(tmp_path, change, message
 
 
 @pytest.mark.parametrize("name", ["counts.tsv.gz", "spots.tsv", "image.png", "clusters.tsv.gz"])
-@pytest.mark.parametrize("damage", ["absent", "zero bytes", "cut in half"])
+@pytest.mark.parametrize("damage", ["absent", "zero bytes", "cut in half", "a folder"])
 def test_a_damaged_input_is_refused_naming_it(tmp_path, name, damage):
     options = write_section(tmp_path, clusters=spots_table()[["x", "y"]].assign(label=1))
     path = tmp_path / name
     content = path.read_bytes()
     path.unlink()
-    if damage != "absent":
+    if damage == "a folder":
+        path.mkdir()
+    elif damage != "absent":
         path.write_bytes(content[:len(content) // 2] if damage == "cut in half" else b"")
     result = run(options, tmp_path / "out")
     assert result.exit_code == 3 and name in result.output and "Traceback" not in result.output
+    assert {"absent": "found nothing at this path", "a folder": "found a folder"}.get(damage, name) in result.output
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--patch-sz-um", 0], "--patch-sz-um"), (["--patch-sz-px", 0], "--patch-sz-px"), (["--mpp", -1], "--mpp")])
+    (["--patch-sz-um", 0], "--patch-sz-um"), (["--patch-sz-um", "inf"], "--patch-sz-um"),
+    (["--patch-sz-px", 0], "--patch-sz-px"), (["--mpp", -1], "--mpp")])
 def test_impossible_options_end_with_usage_errors(tmp_path, more, message):
     result = run(write_section(tmp_path), tmp_path / "out", *more)
     assert result.exit_code == 2 and message in result.output
