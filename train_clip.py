@@ -17,12 +17,10 @@ trainer.num_nodes=2 trainer.devices=4, started by one of
 """
 from __future__ import annotations
 
-import logging
 import os
 import re
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,16 +72,6 @@ def one_line_stops() -> Iterator[None]:
         raise
 
 
-def quiet() -> None:
-    """Keep Lightning's own notices out of the command's output: what concerns a user we say ourselves."""
-    for package in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(f"{package}.utilities.rank_zero").setLevel(logging.WARNING)
-    for notice in (r".*module\(s\) in eval mode", r".*isinstance\(treespec, LeafSpec\)", r"The number of training batches",
-                   r".*does not have many workers", r"You're resuming from a checkpoint that ended before the epoch",
-                   r"Checkpoint directory .* exists and is not empty"):
-        warnings.filterwarnings("ignore", notice)
-
-
 def main() -> None:
     """Hydra's door: its own errors become one line too."""
     if {"--help", "-h"} & set(sys.argv[1:]):
@@ -100,7 +88,9 @@ def main() -> None:
 
     @hydra.main(version_base="1.3", config_path=str(ASSETS), config_name="clip_config")
     def task(loaded) -> None:
-        quiet()
+        from training.clip_notices import quiet_lightning
+
+        quiet_lightning()
         with one_line_stops(), one_line_errors(debug=debug):   # here already: Hydra would add a line of its own
             run_dir = train(loaded, launch_folder)
         if run_dir:

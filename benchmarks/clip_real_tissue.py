@@ -60,6 +60,9 @@ def main(out: Path, sections: str, held_out: str | None, seeds: str, recipes: st
     if missing:
         click.echo(f"skipped: {missing[0]} is not prepared; run assets/real_tissue.sh first")
         return
+    from training.clip_notices import quiet_lightning
+
+    quiet_lightning()
     folds = [([other for other in folders if other != folder], folder) for folder in folders]
     rows = []
     with tempfile.TemporaryDirectory() as work:
