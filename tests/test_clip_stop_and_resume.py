@@ -84,6 +84,15 @@ def test_sigterm_to_the_command_is_exit_143_and_one_line(samples):
     assert not any(word in out + err for word in ("litlogger", "eval mode", "LeafSpec", "GPU available"))
 
 
+def test_a_resumed_run_keeps_what_was_logged_before(samples, tmp_path):
+    options = {**RUN, "logger": "csv"}
+    run = train(config(run_dir=str(tmp_path / "run"), **options), samples)
+    before = (run / "csv" / "metrics.csv").read_text()
+    train(config(run_dir=str(run), ckpt_path=str(next((run / "checkpoints").glob("step000006*.ckpt"))), **options), samples)
+    assert (run / "csv" / "metrics.csv").read_text() == before
+    assert (run / "csv-2" / "metrics.csv").is_file()
+
+
 def damage(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

@@ -188,7 +188,9 @@ def _precision(config: ClipConfig) -> str:
 def _loggers(config: ClipConfig, run_dir: Path) -> list:
     loggers = []
     if "csv" in config.logger:
-        loggers.append(CSVLogger(run_dir, name="", version="csv"))
+        parts = ("csv", *(f"csv-{part}" for part in range(2, 1000)))   # Lightning would delete what a resumed run logged before
+        free = next(part for part in parts if not (run_dir / part / "metrics.csv").exists())
+        loggers.append(CSVLogger(run_dir, name="", version=free))
     if "tensorboard" in config.logger:
         loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
     if "wandb" in config.logger:
