@@ -73,7 +73,7 @@ def _all_done(files: tuple[Path, ...], config: ExtractConfig, request: Request) 
 
 def _extract_spots(config: ExtractConfig, request: Request, slide: Slide, sample: Sample, workers: int, dry_run: bool) -> Iterator[str]:
     from preprocessing.expression import check_counts, write_expression
-    from preprocessing.patches import write_patch_file
+    from preprocessing.patch_file import write_patch_file
     from preprocessing.pseudo_spots import as_spots, group_bins
     from preprocessing.spot_expression import spot_expression
 
@@ -112,7 +112,7 @@ def _extract_spots(config: ExtractConfig, request: Request, slide: Slide, sample
 def _extract_random(config: ExtractConfig, request: Request, slide: Slide, sample: Sample | None, workers: int,
                     dry_run: bool) -> Iterator[str]:
     from preprocessing.mpp import decide_mpp
-    from preprocessing.patches import write_patch_file
+    from preprocessing.patch_file import write_patch_file
     from preprocessing.random_patches import sample_squares
     from preprocessing.tissue import read_tissue, segment_tissue, write_tissue
     from preprocessing.windows import windows_inside

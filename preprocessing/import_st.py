@@ -56,7 +56,7 @@ def import_section(config: ImportConfig, counts: Path, spots: Path, image: Path,
 def _write_outputs(config: ImportConfig, inputs: Mapping[str, Path], patch_file: Path, gex_file: Path,
                    dropped_file: Path) -> tuple[list[str], Spots]:
     from preprocessing.expression import write_expression
-    from preprocessing.patches import write_patch_file
+    from preprocessing.patch_file import write_patch_file
     from preprocessing.pseudo_spots import as_spots, take_spots
     from preprocessing.slide import open_slide
     from preprocessing.spot_expression import spot_expression

@@ -20,10 +20,8 @@ from PIL import Image, ImageOps
 
 from preprocessing.errors import InputError, first_few, read_text, require_unique
 from preprocessing.outputs import file_sha256, finished_folder, require_free_space, strings_sha256
-from preprocessing.patch_file import PatchFile, blocks, read_patch_file, write_patch_file
+from preprocessing.patch_file import blocks
 
-__all__ = ["PatchFile", "PatchFolder", "match_barcodes", "pair", "patch_folder_sha256", "read_patch", "read_patch_file",
-           "read_patch_folder", "write_patch_file", "write_patch_folder"]
 METADATA, STAIN = "metadata.jsonl", "stain.json"
 LITTER = r"\.DS_Store|\._.*|\.nfs.*|\.ipynb_checkpoints"       # what systems and notebooks leave in any folder
 PNG_SHARE = 0.4                                                 # bytes of a PNG per byte of its pixels; 0.45 to 0.7 on H&E

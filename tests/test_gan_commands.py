@@ -37,7 +37,7 @@ def world(tmp_path_factory):
     from networks.clip import CLIP, ClipModelConfig
     from networks.histo_models import build_encoder
     from preprocessing.expression import write_expression
-    from preprocessing.patches import write_patch_file
+    from preprocessing.patch_file import write_patch_file
 
     folder, order = tmp_path_factory.mktemp("gan"), np.random.default_rng(0)
     barcodes = [f"AAAC{i:04d}-1" for i in range(N)]
@@ -124,7 +124,7 @@ def test_a_dry_run_reads_and_checks_but_writes_nothing(world):
 
 def test_a_sample_sheet_splits_training_from_validation(world):
     from preprocessing.expression import write_expression
-    from preprocessing.patches import read_patch_file, write_patch_file
+    from preprocessing.patch_file import read_patch_file, write_patch_file
     held_out = ad.read_h5ad(world / "gex.h5ad")
     held_out.obs["sample_id"] = "V"
     write_expression(world / "val.h5ad", held_out)

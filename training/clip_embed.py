@@ -17,7 +17,8 @@ from networks.clip import CLIP, clip_weights_sha256
 from networks.layers import images_to_float
 from preprocessing.errors import InputError, OptionError
 from preprocessing.outputs import finished_file, program_versions, strings_sha256, write_json
-from preprocessing.patches import read_patch, read_patch_file, read_patch_folder
+from preprocessing.patch_file import read_patch_file
+from preprocessing.patches import read_patch, read_patch_folder
 from training.data import ImageGeneDataset, expression_only, sample_files
 
 

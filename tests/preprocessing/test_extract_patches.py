@@ -16,7 +16,7 @@ from PIL import Image
 
 from preprocessing.extract_patches import main
 from preprocessing.extraction import ExtractConfig, choose_spots
-from preprocessing.patches import read_patch_file
+from preprocessing.patch_file import read_patch_file
 from preprocessing.pseudo_spots import group_bins, sum_members, take_spots
 from preprocessing.sample import Spots
 from preprocessing.slide import open_slide

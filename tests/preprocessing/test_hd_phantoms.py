@@ -5,7 +5,7 @@ import pytest
 from extract_runs import WRITTEN, fails, run
 from hd_phantoms import MPP, bright_code, decode_colour, decode_counts, inverted_code, n_windows, phantom_hd_folder
 
-from preprocessing.patches import read_patch_file
+from preprocessing.patch_file import read_patch_file
 from preprocessing.pseudo_spots import group_bins, sum_members
 from preprocessing.simulation.space_ranger_files import hd_barcodes
 from preprocessing.slide import open_slide

@@ -10,7 +10,7 @@ LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000
 PATCHES = """
 import numpy as np
 from preprocessing.errors import one_line_errors
-from preprocessing.patches import write_patch_file
+from preprocessing.patch_file import write_patch_file
 noise = np.random.default_rng(0).integers(0, 255, (500, 64, 64, 3), dtype=np.uint8)
 with one_line_errors():
     write_patch_file("out.h5", noise, count=500, patch_px=64, coords=np.zeros((500, 2), int), barcodes=None, patch_size_src=64,

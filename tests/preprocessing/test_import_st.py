@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from preprocessing.import_st import main
-from preprocessing.patches import read_patch_file
+from preprocessing.patch_file import read_patch_file
 from preprocessing.st_sample import read_counts, read_spots
 
 MPP, STEP_PX, COLS, ROWS = 1.0, 200, 5, 4
