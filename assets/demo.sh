@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${DEMO_OUT:-demo_run} UM=${DEMO_UM:-2000} MINUTES=${DEMO_MINUTES:-4} DRY_RUN=${DRY_RUN:-0}
 source assets/steps.sh
-[ "$DRY_RUN" = 1 ] || mkdir -p "$OUT"
+if [ "$DRY_RUN" = 1 ]; then set -f; else mkdir -p "$OUT"; fi   # a printed walk keeps its *
 
 # 1. Two sections: one biology, two tissues, two stains
 for sample in A B; do

@@ -92,7 +92,7 @@ if [ -n "$JUDGE_WEIGHTS" ]; then
     features=$features,timm:mobilenetv2_100=$JUDGE_WEIGHTS
 fi
 gan_minutes=$(awk -v m="$BUDGET" 'BEGIN { if (m + 0 <= 0) exit 1; printf "%.2f", m * 0.5 }') || fail "--budget-minutes: expected a positive number; found $BUDGET"
-[ "$DRY_RUN" = 1 ] || mkdir -p "$OUT"
+if [ "$DRY_RUN" = 1 ]; then set -f; else mkdir -p "$OUT"; fi   # a printed walk keeps its *
 
 # 1. Sections -> patches, expression, the genes that the training sections share
 for section in ${TRAIN//,/ } ${VAL//,/ }; do

@@ -47,9 +47,8 @@ def extract(config: ExtractConfig, request: Request, workers: int = 1, resume: b
         slide = stack.enter_context(open_slide(request.wsi_file))
         sample = read_any_sample(config, request, slide) if request.sample_path else None
         if sample is not None:
-            request.require_bins(sample)
             yield sample.summary()
-            yield from sample.notices
+            yield from (*sample.notices, *request.notices(sample))
         if request.spot_files() and request.spot_files() not in done:
             yield from _extract_spots(config, request, slide, sample, workers, dry_run)
         if request.random_files() and request.random_files() not in done:

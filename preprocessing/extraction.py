@@ -1,6 +1,7 @@
 """What an extraction is told, what it reads, and which spots get a patch. The command is `extract_patches.py`."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 OFF_EDGE, THIN_TISSUE = "reach over the slide's edge", "have less tissue than --min-tissue"
 SPOT_FILES = ("imgs.h5", "gex.h5ad", "dropped_spots.tsv", "qc.png", "qc.html")
-OF_BINS_AND_SPOTS, OF_RANDOM = {"stride_bins": "--stride", "edge": "--edge"}, {"n_patches": "--n-pts", "seed": "--seed"}
+OF_BINS_AND_SPOTS, OF_RANDOM = {"stride_bins": "--stride", "edge": "--edge"}, {"n_patches": "--n-pts"}
 NEEDS = ((OF_BINS_AND_SPOTS, ("space_ranger_dir", "gex_file")), (OF_RANDOM, ("tissue_seg_file",)),         # option -> any of these
          ({"is_hd": "--is-hd", "below_v2": "--below-v2"}, ("space_ranger_dir",)), ({"spot_um": "--spot-um"}, ("gex_file",)))
 
@@ -89,10 +90,12 @@ class Request:
                 if field in self.given and not any(getattr(self, other) for other in needed):
                     raise OptionError(option, f"{' or '.join(options)} beside it", "none")
 
-    def require_bins(self, sample: Sample) -> None:
-        """Refuse a --stride for a sample without bins."""
+    def notices(self, sample: Sample) -> Iterator[str]:
+        """Options that one command line for all platforms may carry, said where they have no effect."""
         if "stride_bins" in self.given and sample.bin_um is None:
-            raise OptionError("--stride", "a sample of bins (Visium HD)", sample.platform)
+            yield f"notice: --stride has no effect: {sample.platform} has spots, not bins"
+        if "seed" in self.given and not self.tissue_seg_file:
+            yield "notice: --seed has no effect: only random patches (--tissue-seg-file) are drawn"
 
     @property
     def sample_path(self) -> Path | None:

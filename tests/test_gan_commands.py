@@ -280,6 +280,18 @@ def test_empty_label_files_and_empty_labels_are_refused(world):
         assert result.exit_code == 3 and says in result.output and not outdir.exists()
 
 
+def test_spots_that_clustering_left_out_are_nobodys_prompt(world, caplog):
+    adata = ad.read_h5ad(world / "gex.h5ad")
+    adata.obs["cluster"] = adata.obs["cluster"].astype(object)
+    adata.obs.iloc[3, adata.obs.columns.get_loc("cluster")] = None
+    adata.obs["cluster"] = adata.obs["cluster"].astype("category")
+    adata.write_h5ad(world / "gaps.h5ad")
+    result, outdir = generate(world, "gaps", gex=world / "gaps.h5ad", clusters="cluster")
+    assert result.exit_code == 0, result.output
+    made = pd.read_csv(outdir / "samples.csv")
+    assert sorted(made["prompt"]) == [row for row in range(N) if row != 3] and "1 of 16 spots have no cluster" in caplog.text
+
+
 @pytest.mark.parametrize("labels", [N - 1, N + 1])
 def test_labels_that_are_not_one_a_prompt_are_refused(world, labels):
     np.save(world / "labels.npy", np.zeros(labels, int))

@@ -4,6 +4,7 @@ An .h5ad goes through the snapshot's gene encoder; an .npy of expression too; an
 """
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from networks.snapshot import Snapshot
 from preprocessing.errors import InputError, OptionError, first_few
 from training.data import expression_only
 
+log = logging.getLogger(__name__)
+NO_CLUSTER = ""                 # label of a spot that an obs column of clusters leaves out
 MAX_SEED = 2 ** 62              # what the random numbers take, with room for --n-samples to count on
 MAX_SEEDS = 1_000_000
 
@@ -29,7 +32,7 @@ class Prompts:
     path: Path
     embeddings: Tensor                # (N, c_dim) float32
     barcodes: np.ndarray              # (N,) str; empty strings for an .npy
-    clusters: np.ndarray | None       # (N,) str
+    clusters: np.ndarray | None       # (N,) str; NO_CLUSTER where there is none
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -119,9 +122,11 @@ def _read_labels(clusters: str, obs, gex: Path, n_prompts: int) -> np.ndarray:
     if labels.shape != (n_prompts,):
         raise InputError(path if path.is_file() else gex, "cluster labels", f"one for each of the {n_prompts:,} prompts", str(labels.shape))
     missing = pd.isna(labels) | np.array([not str(label).strip() for label in labels])
-    if missing.any():
+    if missing.all() or (missing.any() and path.is_file()):
         raise InputError(path if path.is_file() else gex, "cluster labels", "no gaps", f"{int(missing.sum()):,} missing")
-    return labels.astype(str)
+    if missing.any():      # clustering leaves out spots without reads: they are nobody's prompt
+        log.warning("%s: %d of %d spots have no %s and are left out", gex, missing.sum(), n_prompts, clusters)
+    return np.where(missing, NO_CLUSTER, labels.astype(str))
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,7 @@ def plan_requests(prompts: Prompts, seeds: Sequence[int], n_samples: int | None)
 
 def _chosen_rows(prompts: Prompts, n_samples: int | None, seed: int) -> list[int]:
     groups = [np.arange(len(prompts))] if prompts.clusters is None else [
-        np.flatnonzero(prompts.clusters == label) for label in np.unique(prompts.clusters)]
+        np.flatnonzero(prompts.clusters == label) for label in np.unique(prompts.clusters) if label != NO_CLUSTER]
     order = np.random.default_rng(seed)
     chosen: list[int] = []
     for rows in groups:

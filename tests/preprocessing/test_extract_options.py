@@ -11,10 +11,9 @@ from preprocessing.tenx_matrix import read_matrix
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["--n-pts", 10], "--n-pts: expected --tissue-seg-file beside it"), (["--seed", 0], "--seed: expected --tissue-seg-file beside it"),
+    (["--n-pts", 10], "--n-pts: expected --tissue-seg-file beside it"),
     (["--out-file", "o.h5"], "--tissue-seg-file: expected a GeoJSON file"),
     (["--spot-um", 55], "--spot-um: expected --gex-file beside it"),
-    (["--stride", 5], "--stride: expected a sample of bins (Visium HD); found "),
     (["--workers", 0], "--workers: expected at least 1; found 0"), (["--workers", -3], "--workers: expected at least 1; found -3"),
     (["--sample-id", "a/b"], "--sample-id: expected a name without a slash; found 'a/b'"),
     (["--sample-id", ""], "--sample-id: expected a name without a slash; found ''"),
@@ -25,6 +24,13 @@ def test_an_option_without_effect_or_sense_is_a_usage_error(sim_v2, tmp_path, op
     lines = said.strip().splitlines()
     assert lines[-1].startswith(f"error: {message}") and sum("error" in line for line in lines) == 1
     assert not list(tmp_path.glob("out/[!.]*"))
+
+
+def test_options_of_other_platforms_are_taken_and_said_to_do_nothing(sim_v2, tmp_path):
+    said = run("--space-ranger-dir", sim_v2.space_ranger_dir, "--wsi-file", sim_v2.slide, "--out-dir", tmp_path / "out", "--stride", 5,
+               "--seed", 3)
+    assert "notice: --stride has no effect: Visium" in said and "notice: --seed has no effect" in said
+    assert (tmp_path / "out" / "gex.h5ad").exists()
 
 
 @pytest.mark.parametrize("option", ["--is-hd", "--below-v2"])
