@@ -69,7 +69,8 @@ class StopOnSignal(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch, batch_idx: int) -> None:
         if not trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
             return
-        trainer.save_checkpoint(self.run_dir / "checkpoints" / "last.ckpt")   # optimiser included
+        whole = {"weights_only": False}   # of saving: Lightning's word for "with the optimiser"; nothing is ever read that way
+        trainer.save_checkpoint(self.run_dir / "checkpoints" / "last.ckpt", **whole)
         number = self.received[0] if self.received else signal.SIGTERM   # another rank's
         raise Stopped(number, f"after step {trainer.global_step}; {self._how_to_go_on()}")
 
