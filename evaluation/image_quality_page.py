@@ -64,20 +64,31 @@ def interval(row: dict[str, object], name: str) -> str:
 
 
 def patches_side_by_side(reference: ImageSet, generated: ImageSet, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    """Where the folders say what belongs together, one row a prompt or cluster, real patch first; else random rows of each."""
+    """Where the folders say what belongs together, one row a prompt or cluster, real patches first; else random rows of each."""
     groups = grouped(generated)
     if groups:
         real = {barcode: path for folder in reference.folders for barcode, path in patches_by_barcode(folder).items()}
         shown = [groups[i] for i in np.sort(rng.choice(len(groups), min(ROWS, len(groups)), replace=False))]
-        known = any(barcode in real for _, barcode, _ in shown)
-        cells = [([read_patch(real[barcode])] if barcode in real else [blank()] if known else [])
-                 + [read_patch(path) for path in paths[:COLUMNS]] for _, barcode, paths in shown]
-        columns = (["real"] if known else []) + ["generated"] * max(len(paths[:COLUMNS]) for _, _, paths in shown)
-        labels = [label for label, _, _ in shown]
-        caption = f"{len(shown)} of {len(groups)} prompts or clusters{', the real patch of the same spot first' if known else ''}."
-        return contact_sheet(cells, labels, columns, cell_px=CELL_PX), caption
+        halves = [row_of_group(members, real) for _, members in shown]
+        n_real, n_made = (max(len(side) for side in sides) for sides in zip(*halves, strict=True))
+        cells = [[*map(read_patch, left), *[blank()] * (n_real - len(left)), *map(read_patch, right)] for left, right in halves]
+        caption = (f"{len(shown)} of {len(groups)} prompts or clusters"
+                   f"{', real patches first, then those generated from the genes of the same spots' if n_real else ''}.")
+        return contact_sheet(cells, [label for label, _ in shown], ["real"] * n_real + ["generated"] * n_made, cell_px=CELL_PX), caption
     rows = [draw(reference, rng), draw(reference, rng), draw(generated, rng), draw(generated, rng)]
     return contact_sheet(rows, ["real", "real", "generated", "generated"], cell_px=CELL_PX), "Random patches of both sides."
+
+
+def row_of_group(members: Sequence[tuple[str, Path]], real: dict[str, Path]) -> tuple[list[Path], list[Path]]:
+    """Real and generated patches of one row: of a prompt its patch and what was made from it, of a cluster some spots of each."""
+    first: dict[str, Path] = {}
+    for barcode, path in members:
+        first.setdefault(barcode, path)
+    known = [barcode for barcode in first if barcode in real]
+    if len(first) == 1 or not known:
+        return [real[barcode] for barcode in known], [path for _, path in members[:COLUMNS]]
+    spots = known[:COLUMNS // 2]
+    return [real[barcode] for barcode in spots], [first[barcode] for barcode in spots]
 
 
 def draw(images: ImageSet, rng: np.random.Generator) -> list[np.ndarray]:
@@ -88,8 +99,8 @@ def blank() -> np.ndarray:
     return np.full((CELL_PX, CELL_PX, 3), 235, np.uint8)
 
 
-def grouped(generated: ImageSet) -> list[tuple[str, str | None, list[Path]]]:
-    """(label, barcode if all images of the group share one, paths) by cluster where `samples.csv` has one for all, else by prompt."""
+def grouped(generated: ImageSet) -> list[tuple[str, list[tuple[str, Path]]]]:
+    """(label, its (barcode, path)s) by cluster where `samples.csv` has one for all, else by prompt. A barcode loses its sample's name."""
     chosen, groups = set(generated.paths), {}
     for folder in generated.folders:
         if not (folder / "samples.csv").is_file():
@@ -98,12 +109,9 @@ def grouped(generated: ImageSet) -> list[tuple[str, str | None, list[Path]]]:
         by = "cluster" if all(row.get("cluster") for row in rows) else "prompt"
         for row in rows:
             if folder / row["file"] in chosen and row.get(by):
-                groups.setdefault((str(folder), f"{by} {row[by]}"), []).append((row.get("barcode"), folder / row["file"]))
-    result = []
-    for (_, label), members in groups.items():
-        barcodes = {barcode for barcode, _ in members}
-        result.append((label, barcodes.pop() if len(barcodes) == 1 else None, [path for _, path in members]))
-    return result
+                barcode = (row.get("barcode") or "").rpartition("__")[2]
+                groups.setdefault((str(folder), f"{by} {row[by]}"), []).append((barcode, folder / row["file"]))
+    return [(label, members) for (_, label), members in groups.items()]
 
 
 def patches_by_barcode(folder: Path) -> dict[str, Path]:

@@ -177,3 +177,14 @@ def test_match_px_takes_a_difference_in_sharpness_away(tmp_path):
     first, second = pd.read_csv(tmp_path / "image_quality_metrics.csv").to_dict("records")
     assert abs(second["FID"]) < 1e-4 < first["FID"] and second["match_px"] == 32
     assert "unequal sizes: 64 and 32 px" in first["flags"] and "sizes" not in second["flags"]
+
+
+def test_a_cluster_shows_real_patches_beside_those_made_from_the_same_spots(tmp_path):
+    from evaluation.image_quality_page import row_of_group
+    real = {name: tmp_path / f"real_{name}.png" for name in "abcde"}
+    members = [(name, tmp_path / f"{name}_{seed}.png") for name in "abcdex" for seed in (0, 1)]
+    left, right = row_of_group(members, real)
+    assert [path.stem.removeprefix("real_") for path in left] == [path.stem[0] for path in right] and 1 < len(left) <= 5
+    assert row_of_group([("a", tmp_path / "a_0.png"), ("a", tmp_path / "a_1.png")], real) == (
+        [real["a"]], [tmp_path / "a_0.png", tmp_path / "a_1.png"])
+    assert row_of_group([("", tmp_path / "x.png")], real) == ([], [tmp_path / "x.png"])
