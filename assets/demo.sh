@@ -10,7 +10,7 @@ if [ "$DRY_RUN" = 1 ]; then set -f; else mkdir -p "$OUT"; fi   # a printed walk 
 
 # 1. Two sections: one biology, two tissues, two stains
 for sample in A B; do
-    step_once "simulate $sample" "$OUT/SIM_$sample" python preprocessing/simulate_sample.py --out-dir "$OUT/SIM_$sample" --platform visium-hd \
+    step "simulate $sample" python preprocessing/simulate_sample.py --out-dir "$OUT/SIM_$sample" --platform visium-hd \
         --sample-id "SIM_$sample" --seed $([ $sample = A ] && echo 1 || echo 2) --width-um "$UM" --height-um "$UM"
 done
 

@@ -22,7 +22,8 @@ step() {
 step_once() {
     local name=$1 output=$2 key; shift 2
     if [ "${DRY_RUN:-0}" = 1 ]; then shown "$@"; return; fi
-    key=$({ echo "$*"; finished_inputs; } | sha256sum | cut -d' ' -f1)
+    key=$({ echo "$* $STEPS_BEFORE"; finished_inputs; } | sha256sum | cut -d' ' -f1)
+    STEPS_BEFORE+=" $key"
     if [ -e "$output" ] && [ "$(cat "$OUT/.steps/$name" 2>/dev/null)" = "$key" ]; then
         printf '\n[%s] finished before: %s\n' "$name" "$output"
         return
@@ -33,10 +34,10 @@ step_once() {
     echo "$key" > "$OUT/.steps/$name"
 }
 
-# What a later step reads: the done-manifests of preprocessing (they hold every input's hash) and the steps before it.
+# What a later step reads: the done-manifests of preprocessing, which hold every input's hash; the steps before it are in its key.
+STEPS_BEFORE=""
 finished_inputs() {
-    find "$OUT" -name '*.done.json' | LC_ALL=C sort | xargs -r cat
-    cat "$OUT"/.steps/clip "$OUT"/.steps/judge "$OUT"/.steps/gan 2>/dev/null || true
+    find "$OUT" -name '*.done.json' | LC_ALL=C sort | xargs -r -d '\n' cat
 }
 
 # A command as one would type it: words with characters the shell would touch stand in single quotes.
