@@ -48,8 +48,9 @@ def test_an_option_of_spots_says_nothing_of_random_patches(sim_v2, tmp_path, opt
 
 def test_options_that_have_an_effect_are_taken(tmp_path):
     folder, slide = phantom_hd_folder(tmp_path, offset=(0, 0))
-    run("--space-ranger-dir", folder, "--wsi-file", slide, "--out-dir", tmp_path / "out", "--dry-run", "--is-hd", "--stride", 9,
-        "--edge", "pad", "--sample-id", "KIDNEY")
+    said = run("--space-ranger-dir", folder, "--wsi-file", slide, "--out-dir", tmp_path / "out", "--dry-run", "--is-hd", "--stride", 9,
+               "--edge", "pad", "--sample-id", "KIDNEY")
+    assert "KIDNEY: Visium HD" in said and "no effect" not in said
 
 
 @pytest.mark.parametrize("options", [("--tissue-seg-file", "FOLDER", "--out-file", "o.h5"), ("--gex-file", "FOLDER")],
