@@ -1,0 +1,67 @@
+"""Keep the finished blocks of a long step, so that a killed run goes on where it was.
+
+A block is one immutable file of named arrays, written by the rule of `outputs.py` in a folder beside the output it is for.
+The folder belongs to one config and one set of inputs: blocks of another are thrown away, never mixed in. The caller holds
+the lock of the output.
+"""
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from preprocessing.outputs import config_sha256, fingerprint, finished_file, write_json
+
+KEY = "key.json"
+
+
+class Parts:
+    """The blocks 0, 1, ... of `output` made so far from exactly these inputs with exactly this config."""
+
+    def __init__(self, output: Path | str, *, config: Mapping, inputs: Mapping[str, Path | str], resume: bool = True):
+        output = Path(output).absolute()
+        self.folder = output.with_name(f".{output.name}.parts")
+        key = {"config_sha256": config_sha256(config), "inputs": {name: fingerprint(file) for name, file in inputs.items()}}
+        if not (resume and self._recorded_key() == key):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            write_json(self.folder / KEY, key)
+
+    def _recorded_key(self) -> dict | None:
+        try:
+            return json.loads((self.folder / KEY).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def __len__(self) -> int:
+        """How many blocks are finished, from block 0 without a gap."""
+        number = 0
+        while self._path(number).exists():
+            number += 1
+        return number
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"block_{number:06d}.npz"
+
+    def write(self, number: int, **arrays: np.ndarray) -> None:
+        """Finish block `number`."""
+        with finished_file(self._path(number)) as temporary, open(temporary, "wb") as stream:
+            np.savez(stream, **arrays)
+
+    def read(self, number: int) -> dict[str, np.ndarray]:
+        """The arrays of a finished block. A damaged one is thrown away, so that the next run makes it anew, and is an `OSError`."""
+        path = self._path(number)
+        try:
+            with np.load(path, allow_pickle=False) as block:
+                return dict(block)
+        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+            path.unlink(missing_ok=True)
+            raise OSError(f"{path}: damaged ({error}); run the command again, which makes this block anew") from error
+
+    def remove(self) -> None:
+        """Throw all blocks away: the output stands."""
+        shutil.rmtree(self.folder, ignore_errors=True)
