@@ -19,7 +19,9 @@ from preprocessing.simulation.config import BIN_UM, PLATFORMS, SimulateConfig
 
 if TYPE_CHECKING:
     from preprocessing.simulation.expression import Genes
-    from preprocessing.simulation.slide import SlidePainter, Stains
+    from preprocessing.simulation.pyramid import Painter
+    from preprocessing.simulation.repeat import RepeatedTissue
+    from preprocessing.simulation.slide import Stains
     from preprocessing.simulation.tissue import Cells, Tissue
 
 @dataclass(frozen=True)
@@ -59,30 +61,34 @@ def simulate_sample(config: SimulateConfig, progress: bool = False) -> Simulated
         return SimulatedSample(folder, config.sample_id, config.mpp, config.platform, facts)
     if folder.exists() and any(folder.iterdir()) and not (folder / "sample.json").is_file():
         raise InputError(folder, "--out-dir", "a new folder, or a simulated sample to replace", "a folder with other content")
-    pixels = config.width_um * config.height_um / config.mpp**2
-    require_free_space(folder, int(3 * pixels))
+    require_free_space(folder, _needed_bytes(config))
     with finished_folder(folder) as temporary:
         facts = _write_parts(config, temporary, settings, progress)
     write_done(folder, config=settings, inputs={}, **facts)
     return SimulatedSample(folder, config.sample_id, config.mpp, config.platform, facts)
 
 
-def _write_parts(config: SimulateConfig, folder: Path, settings: dict, progress: bool) -> dict:
-    from preprocessing.simulation.array import write_expression
-    from preprocessing.simulation.expression import gene_programmes
-    from preprocessing.simulation.slide import SlidePainter, slide_stains
-    from preprocessing.simulation.space_ranger_files import HD_FOLDER
-    from preprocessing.simulation.tissue import Tissue
+def _needed_bytes(config: SimulateConfig) -> int:
+    """Pixels wait uncompressed at half their size, counts of Visium HD wait in random order; about three times what stays."""
+    width, height = config.slide_um
+    bins = config.width_um * config.height_um / BIN_UM**2 if config.is_hd else 0
+    return int(3 * width * height / config.mpp**2 + 12 * config.mean_umis * bins)
 
-    tissue = Tissue(config.width_um, config.height_um, config.seed, config.region_um)
-    cells = tissue.place_cells()
+
+def _write_parts(config: SimulateConfig, folder: Path, settings: dict, progress: bool) -> dict:
+    from preprocessing.simulation.counting import write_expression
+    from preprocessing.simulation.expression import gene_programmes
+    from preprocessing.simulation.slide import slide_stains
+    from preprocessing.simulation.space_ranger_files import HD_FOLDER
+
     stains = slide_stains(config.seed if config.stain_seed is None else config.stain_seed)
+    tissue, cells, painter = _section(config, stains)
     genes = gene_programmes(config.genes, config.biology_seed)
     space_ranger = folder / "outs" / HD_FOLDER if config.is_hd else folder / "outs"
     (space_ranger / "spatial").mkdir(parents=True)
     (folder / "truth").mkdir()
 
-    _write_slide(config, SlidePainter(tissue, cells, stains, config.mpp), folder, space_ranger / "spatial", progress)
+    _write_slide(config, painter, folder, space_ranger / "spatial", progress)
     _write_tissue_outline(tissue, config.mpp, folder / "tissue.geojson")
     counted = write_expression(config, tissue, cells, genes, space_ranger, folder / "truth", progress)
     _write_truth(cells, genes, stains, config.mpp, folder / "truth")
@@ -91,7 +97,23 @@ def _write_parts(config: SimulateConfig, folder: Path, settings: dict, progress:
     return facts
 
 
-def _write_slide(config: SimulateConfig, painter: SlidePainter, folder: Path, spatial: Path, progress: bool) -> None:
+def _section(config: SimulateConfig, stains: Stains) -> tuple[Tissue | RepeatedTissue, Cells, Painter]:
+    """The tissue, its cells and who draws them."""
+    from preprocessing.simulation.outline import Outline
+    from preprocessing.simulation.repeat import RepeatedPainter, RepeatedTissue, whole_tiles_um
+    from preprocessing.simulation.slide import SlidePainter
+    from preprocessing.simulation.tissue import Tissue
+
+    outline = Outline(*config.slide_um, config.seed, config.rim_um, config.margin_um, is_torn=config.repeat_um > 0)
+    if config.repeat_um:
+        tissue = RepeatedTissue(outline, whole_tiles_um(config.repeat_um, config.mpp), config.region_um)
+        return tissue, tissue.place_cells(), RepeatedPainter(tissue, stains, config.mpp)
+    tissue = Tissue(*config.slide_um, config.seed, config.region_um, outline)
+    cells = tissue.place_cells()
+    return tissue, cells, SlidePainter(tissue, cells, stains, config.mpp)
+
+
+def _write_slide(config: SimulateConfig, painter: Painter, folder: Path, spatial: Path, progress: bool) -> None:
     from tqdm import tqdm
 
     from preprocessing.simulation.pyramid import write_pyramid
@@ -103,7 +125,7 @@ def _write_slide(config: SimulateConfig, painter: SlidePainter, folder: Path, sp
     write_images(spatial, overview, painter.width_px, painter.height_px, config.mpp, bin_um=BIN_UM if config.is_hd else None)
 
 
-def _write_tissue_outline(tissue: Tissue, mpp: float, path: Path) -> None:
+def _write_tissue_outline(tissue: Tissue | RepeatedTissue, mpp: float, path: Path) -> None:
     """GeoJSON of the outline in level-0 px, one feature a piece of tissue."""
     from functools import reduce
 
@@ -152,8 +174,8 @@ def describe(sample: SimulatedSample) -> str:
 @click.option("--out-dir", type=click.Path(path_type=Path), required=True, help="Folder of the sample; an older simulated one is replaced.")
 @click.option("--platform", type=click.Choice(PLATFORMS), default="visium-v2", help="Which Space Ranger layout to write.")
 @click.option("--sample-id", default="SIM1", help="Name of the sample.")
-@click.option("--width-um", default=2000.0, help="Width of the slide, µm.")
-@click.option("--height-um", default=2000.0, help="Height of the slide, µm.")
+@click.option("--width-um", default=2000.0, help="Width of the array, µm: of the slide without its rim.")
+@click.option("--height-um", default=2000.0, help="Height of the array, µm.")
 @click.option("--mpp", default=0.5, help="µm per level-0 pixel.")
 @click.option("--genes", default=500, help="Number of genes.")
 @click.option("--seed", default=0, help="Tissue, counts and slide effect of this sample.")
@@ -165,11 +187,19 @@ def describe(sample: SimulatedSample) -> str:
 @click.option("--clusters", default=6, help="Clusters in clusters.csv.")
 @click.option("--region-um", default=280.0, help="Scale at which tubules, stroma and lymphoid tissue alternate, µm.")
 @click.option("--jpeg-quality", default=90, help="Of the slide's tiles.")
+@click.option("--margin-um", type=float, help="Mean width of the glass between the array's border and the tissue, µm.  "
+                                              "[default: 8 % of the shorter side, 20 to 400]")
+@click.option("--rim-um", default=0.0, help="Width of the glass about the array, µm: makes the slide larger.")
+@click.option("--repeat-um", default=0.0, help="Repeat the tissue, mirrored, after this length, and tear it: gigapixels in minutes.")
 def main(**options):
     """Simulate a complete sample in 10x's formats, with an H&E slide and its known truth.
 
     \b
     python -m preprocessing.simulate_sample --out-dir demo_run/sample --platform visium-hd --width-um 2000 --height-um 2000
+    \b
+    A full slide of 11.2 million bins and 2.1 gigapixels (memory below 3 GB):
+    python -m preprocessing.simulate_sample --out-dir full --platform visium-hd --width-um 6700 --height-um 6700 --rim-um 3000
+        --mpp 0.274 --genes 19000 --umis 30 --margin-um 100 --repeat-um 1500
     """
     click.echo(describe(simulate_sample(SimulateConfig(**options), progress=True)))
 

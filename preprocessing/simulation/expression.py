@@ -36,6 +36,7 @@ CELL_REACH_UM = 7.0        # Visium HD: how far from its centre a cell's RNA is 
 SPOT_DISPERSION = 6.0      # r of the negative binomial, var = m + m**2 / r
 BIN_DISPERSION = 1.5
 AMBIENT_SHARE = 0.12       # RNA that has diffused in from anywhere
+CLUSTERED_GENES = 2000     # at most: bounds what clustering holds in memory
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,13 @@ def sample_bin_counts(weights: np.ndarray, profiles: np.ndarray, umis: float, rn
     counts = sp.csr_matrix((np.ones(len(row), np.int32), (row, gene)), shape=(len(weights), profiles.shape[1]))
     counts.sum_duplicates()
     return counts
+
+
+def telling_genes(genes: Genes) -> np.ndarray:
+    """Columns of the genes to cluster by: those that differ most between components, all of them if there are few."""
+    profiles = genes.profiles
+    spread = (profiles.max(axis=0) - profiles.min(axis=0)) / np.sqrt(profiles.mean(axis=0))
+    return np.sort(np.argsort(-spread, kind="stable")[:CLUSTERED_GENES])
 
 
 def cluster_by_expression(counts: sp.csr_matrix, clusters: int, seed: int) -> np.ndarray:

@@ -6,6 +6,7 @@ Images are uint8 (H, W, 3) RGB; positions are (x, y) in level-0 pixels.
 """
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,11 +57,25 @@ class SlidePainter:
         haematoxylin, eosin = self._concentrations((columns + 0.5) * self.mpp, (rows + 0.5) * self.mpp)
         inner = slice(margin, -margin)
         blurred = [gaussian_filter(stain, FOCUS_UM / self.mpp, truncate=4)[inner, inner] for stain in (haematoxylin, eosin)]
-        bits = lattice_bits(self.tissue.seed, 200, columns[None, inner], rows[inner, None])
-        picture = np.empty((height, width, 3), np.uint8)
+        return self._expose(*blurred, columns[inner], rows[inner])
+
+    def paint_glass(self, x: int, y: int, width: int, height: int) -> np.ndarray:
+        """As `paint` where there is no tissue."""
+        return self._expose(*np.zeros((2, height, width), np.float32), np.arange(x, x + width), np.arange(y, y + height))
+
+    def of(self, tissue: Tissue, cells: Cells) -> SlidePainter:
+        """A painter of other tissue on the same slide."""
+        other = copy(self)
+        other.tissue, other.cells = tissue, cells
+        return other
+
+    def _expose(self, haematoxylin: np.ndarray, eosin: np.ndarray, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """What the scanner sees of the stains (H, W) at the pixels rows by columns: uint8 (H, W, 3)."""
+        bits = lattice_bits(self.tissue.seed, 200, columns[None, :], rows[:, None])
+        picture = np.empty((*haematoxylin.shape, 3), np.uint8)
         for channel in range(3):
-            density = blurred[0] * np.float32(self.stains.strength[0] * self.stains.haematoxylin[channel])
-            density += blurred[1] * np.float32(self.stains.strength[1] * self.stains.eosin[channel])
+            density = haematoxylin * np.float32(self.stains.strength[0] * self.stains.haematoxylin[channel])
+            density += eosin * np.float32(self.stains.strength[1] * self.stains.eosin[channel])
             light = np.float32(self.stains.light[channel]) * np.exp(-density) + _sensor_noise(bits, channel)
             picture[..., channel] = np.clip(np.rint(light), 0, 255)
         return picture

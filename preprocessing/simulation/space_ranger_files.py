@@ -15,6 +15,8 @@ import pandas as pd
 import scipy.sparse as sp
 from PIL import Image
 
+from preprocessing.simulation.parquet_blocks import ParquetBlocks
+
 POSITION_COLUMNS = ("barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")
 SPOT_DIAMETER_UM, FIDUCIAL_UM, HD_FIDUCIAL_UM = 65.0, 105.0, 330.0     # as measured on 10x's scale factors
 HD_LIMIT, HIRES_LIMIT, LOWRES_LIMIT = 6000, 2000, 600                  # longest side of the PNGs, px
@@ -70,14 +72,17 @@ def positions_table(barcodes, in_tissue, array_row, array_col, row_px, col_px, *
     return pd.DataFrame(dict(zip(POSITION_COLUMNS, [*columns, *pixels], strict=True)))
 
 
-def write_positions(spatial: Path, table: pd.DataFrame, platform: str) -> Path:
-    """Write the table under the name and in the form of the platform: `visium-v1`, `visium-v2` or `visium-hd`."""
+def write_positions(spatial: Path, tables: pd.DataFrame | Iterable[pd.DataFrame], platform: str) -> Path:
+    """Write the table, or its blocks, under the name and in the form of the platform: `visium-v1`, `visium-v2` or `visium-hd`."""
+    tables = [tables] if isinstance(tables, pd.DataFrame) else tables
     if platform == "visium-hd":
         path = spatial / "tissue_positions.parquet"
-        table.to_parquet(path, index=False)
+        with ParquetBlocks(path) as file:
+            for table in tables:
+                file.write(table)
     else:
         path = spatial / ("tissue_positions_list.csv" if platform == "visium-v1" else "tissue_positions.csv")
-        table.to_csv(path, index=False, header=platform != "visium-v1")
+        pd.concat(tables).to_csv(path, index=False, header=platform != "visium-v1")
     return path
 
 
@@ -102,11 +107,14 @@ def write_images(spatial: Path, overview: np.ndarray, width_px: int, height_px: 
     return factors
 
 
-def write_clusters(folder: Path, barcodes: np.ndarray, clusters: np.ndarray) -> Path:
-    """Write `analysis/clustering/gene_expression_graphclust/clusters.csv`."""
+def write_clusters(folder: Path, tables: Iterable[pd.DataFrame]) -> Path:
+    """Write `analysis/clustering/gene_expression_graphclust/clusters.csv` from blocks with the columns `barcode` and `cluster`."""
     path = folder / "analysis" / "clustering" / "gene_expression_graphclust" / "clusters.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame({"Barcode": barcodes, "Cluster": clusters}).to_csv(path, index=False)
+    with open(path, "w", encoding="utf-8") as stream:
+        stream.write("Barcode,Cluster\n")
+        for table in tables:
+            table[["barcode", "cluster"]].to_csv(stream, index=False, header=False)
     return path
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from preprocessing.simulation.noise import lattice_random, noise_at
+from preprocessing.simulation.outline import Outline
 
 REGIONS = ("glass", "proximal tubules", "distal tubules", "collecting ducts", "glomerulus", "stroma", "lymphoid", "vessel")
 GLASS, PROXIMAL, DISTAL, DUCT, GLOMERULUS, STROMA, LYMPHOID, VESSEL = range(8)
@@ -87,8 +88,9 @@ class Cells:
 class Tissue:
     """The layout of one section of `width_um` by `height_um`; `region_um` is the scale at which regions change."""
 
-    def __init__(self, width_um: float, height_um: float, seed: int, region_um: float = 280.0):
+    def __init__(self, width_um: float, height_um: float, seed: int, region_um: float = 280.0, outline: Outline | None = None):
         self.width_um, self.height_um, self.seed, self.region_um = width_um, height_um, seed, region_um
+        self.outline = outline or Outline(width_um, height_um, seed)
         self._mosaic = _Sites(self, 10, TUBULE_UM, width_um, height_um)
         self._ducts = _Sites(self, 20, TUBULE_UM, width_um, height_um)
         self._duct_angle = np.float32(np.pi * lattice_random(seed, 29, 0, 0))
@@ -99,13 +101,8 @@ class Tissue:
         return Layout(**{name: np.concatenate([getattr(block, name) for block in blocks]) for name in Layout.__dataclass_fields__})
 
     def edge_depth(self, x_um: np.ndarray, y_um: np.ndarray) -> np.ndarray:
-        """µm inside the outline of the tissue; arrays broadcast. The slide's own border is always glass."""
-        half = np.array([self.width_um, self.height_um]) / 2
-        margin = np.clip(0.08 * half.min() * 2, 20, 400)
-        sides = np.abs(np.asarray(x_um) - half[0]) / (half[0] - margin), np.abs(np.asarray(y_um) - half[1]) / (half[1] - margin)
-        radius = (sides[0] ** 3.5 + sides[1] ** 3.5) ** (1 / 3.5)
-        wobble = 0.28 * noise_at(self.seed, 1, x_um, y_um, 3.5 * margin) + 0.05 * noise_at(self.seed, 2, x_um, y_um, 0.6 * margin)
-        return ((1 - radius) * (half.min() - margin) + wobble.clip(-0.8, 0.8) * margin).astype(np.float32)
+        """µm inside the outline of the tissue; arrays broadcast."""
+        return self.outline.depth(x_um, y_um)
 
     def programmes(self, x_um: np.ndarray, y_um: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """dilation, fibrosis, inflammation at the points: smooth, independent of each other, 0..1."""
