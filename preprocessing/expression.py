@@ -1,4 +1,4 @@
-"""Read, check, normalise and select expression: `gex.h5ad`, `gex_filt.h5ad`, vocabularies.
+"""Read, check and normalise expression: `gex.h5ad`, `gex_filt.h5ad`, vocabularies. Selecting genes: `gene_selection.py`.
 
 X on disk is CSR of raw UMI counts (spots, genes) and stays raw; `normalise_expression` is the one home of
 library size -> target, then log1p, and is called per sample when data are loaded.
@@ -6,7 +6,8 @@ library size -> target, then log1p, and is called per sample when data are loade
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +16,12 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from preprocessing.cores import usable_cores
 from preprocessing.errors import InputError, first_few, read_text, require_file
-from preprocessing.hdf5_output import hdf5_output
-from preprocessing.outputs import finished_file, program_versions, require_free_space, strings_sha256, write_done
+from preprocessing.expression_file import CountsPacker, write_expression_blocks
+from preprocessing.outputs import finished_file, program_versions, strings_sha256, write_done
 
-ROWS_AT_ONCE = 4096                     # rows of a backed or dense matrix looked at together
+ROWS_AT_ONCE = 2048                     # rows of a backed or dense matrix looked at together
 RAW_COUNTS = "Raw counts are needed: they may lie in layers['counts']"
 
 
@@ -28,7 +30,8 @@ RAW_COUNTS = "Raw counts are needed: they may lie in layers['counts']"
 def read_expression(path: Path | str, backed: bool = False, already_normalised: bool = False, hint: str = RAW_COUNTS) -> ad.AnnData:
     """Read an `.h5ad` and check it: unique barcodes, finite counts, raw unless `already_normalised`.
 
-    X comes back as CSR, or stays on disk if `backed`. Duplicate gene symbols are made unique by AnnData's rule (`Actb`, `Actb-1`).
+    X comes back as CSR, or stays on disk, unread and unchecked, if `backed`: `row_blocks` checks what it reads. Duplicate gene
+    symbols are made unique by AnnData's rule (`Actb`, `Actb-1`).
     `hint` says in the error what to do about values that are no counts.
     """
     path = require_file(path, "an .h5ad file")
@@ -40,8 +43,8 @@ def read_expression(path: Path | str, backed: bool = False, already_normalised: 
         found = f"shape {adata.shape}" if 0 in adata.shape else f"no X (layers: {', '.join(adata.layers) or 'none'})"
         raise InputError(path, "X", "counts of at least one spot and one gene", found)
     _require_unique_barcodes(path, adata)
-    check_counts(path, adata.X, already_normalised, hint)
     if not backed:
+        check_counts(path, adata.X, already_normalised, hint)
         adata.X = as_csr(adata.X)
     if not adata.var_names.is_unique:
         adata.var_names_make_unique()
@@ -67,35 +70,35 @@ def as_csr(matrix: Any) -> sp.csr_matrix:
     return csr
 
 
-def check_counts(path: Path | str, counts: Any, already_normalised: bool = False, hint: str = RAW_COUNTS) -> None:
+def row_blocks(adata: ad.AnnData, path: Path | str, first: int = 0) -> Iterator[sp.csr_matrix]:
+    """Raw counts in CSR blocks of `ROWS_AT_ONCE` rows, from block `first` on, each checked. X may lie on disk, in any layout."""
+    matrix = adata.X
+    if not isinstance(matrix, np.ndarray) and getattr(matrix, "format", "csr") == "csc":
+        matrix = as_csr(matrix)                      # column-wise: a block of its rows would read everything each time
+    for start in range(first * ROWS_AT_ONCE, adata.n_obs, ROWS_AT_ONCE):
+        try:
+            block = as_csr(matrix[start:start + ROWS_AT_ONCE])
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(path, "X", "readable counts", f"rows from {start:,} that cannot be read ({str(error)[:120]})") from error
+        check_counts(path, block)
+        yield block
+
+
+def check_counts(path: Path | str, counts: sp.spmatrix | np.ndarray, already_normalised: bool = False, hint: str = RAW_COUNTS) -> None:
     """Refuse NaN, infinite and negative values, and (unless `already_normalised`) values that are not whole numbers."""
-    for values in _value_blocks(counts):
-        if values.dtype.kind not in "iufb":
-            raise InputError(path, "X", "numbers", f"{values.dtype}")
-        if values.dtype.kind in "ub":
-            continue
-        for bad, what in ((~np.isfinite(values), "NaN or infinite"), (values < 0, "negative")):
-            if bad.any():
-                raise InputError(path, "X", "raw UMI counts" if not already_normalised else "normalised expression",
-                                 f"{int(bad.sum()):,} {what} values")
-        if not already_normalised and values.dtype.kind == "f" and (values != np.rint(values)).any():
-            example = values[values != np.rint(values)][0]
-            raise InputError(path, "X", "raw UMI counts, whole numbers", f"values like {example:.4g}, normalised or logged already",
-                             hint)
-
-
-def _value_blocks(counts: Any):
-    """The stored values, a block at a time: rows are loaded only for what lies on disk."""
-    if sp.issparse(counts):
-        yield counts.data
-    elif isinstance(counts, np.ndarray):
-        yield counts
-    else:
-        group = getattr(counts, "group", None)
-        stored = group["data"] if group is not None else counts          # backed sparse or backed dense
-        step = 1 << 22 if group is not None else ROWS_AT_ONCE
-        for start in range(0, len(stored), step):
-            yield np.asarray(stored[start:start + step])
+    values = counts.data if sp.issparse(counts) else counts
+    if values.dtype.kind not in "iufb":
+        raise InputError(path, "X", "numbers", f"{values.dtype}")
+    if values.dtype.kind in "ub":
+        return
+    for bad, what in ((~np.isfinite(values), "NaN or infinite"), (values < 0, "negative")):
+        if bad.any():
+            raise InputError(path, "X", "raw UMI counts" if not already_normalised else "normalised expression",
+                             f"{int(bad.sum()):,} {what} values")
+    if not already_normalised and values.dtype.kind == "f" and (values != np.rint(values)).any():
+        example = values[values != np.rint(values)][0]
+        raise InputError(path, "X", "raw UMI counts, whole numbers", f"values like {example:.4g}, normalised or logged already",
+                         hint)
 
 
 # ---- normalising ----------------------------------------------------------------------------------------------------
@@ -162,50 +165,6 @@ def read_gene_map(path: Path | str) -> dict[str, str]:
     return gene_map
 
 
-def rename_genes(adata: ad.AnnData, gene_map: Mapping[str, str]) -> ad.AnnData:
-    """A new AnnData with genes renamed; those that end in one name (two paralogs of one ortholog) are summed.
-
-    Genes outside the map keep their names.
-    """
-    names = pd.Index([gene_map.get(gene, gene) for gene in adata.var_names])
-    unique = names.unique()
-    merge = sp.csr_matrix((np.ones(len(names), dtype=adata.X.dtype), (np.arange(len(names)), unique.get_indexer(names))),
-                          shape=(len(names), len(unique)))
-    var = adata.var[~names.duplicated()].copy()
-    var.index = unique
-    return ad.AnnData(as_csr(as_csr(adata.X) @ merge), obs=adata.obs.copy(), var=var, obsm=dict(adata.obsm), uns=dict(adata.uns))
-
-
-def select_genes(adata: ad.AnnData, vocabulary: Sequence[str], missing: Literal["error", "zero"] = "error",
-                 gene_map: Mapping[str, str] | None = None, path: Path | str = "expression") -> ad.AnnData:
-    """Exactly the vocabulary's genes in its order, X as CSR; obs, obsm and uns go along. Reads a backed file in row blocks.
-
-    With `missing="zero"` absent genes become zero columns, marked in `var['zero_filled']`. `path` names the file in errors.
-    """
-    if gene_map is not None:
-        adata = rename_genes(adata, gene_map)
-    place = adata.var_names.get_indexer(pd.Index(vocabulary))
-    absent = [gene for gene, column in zip(vocabulary, place, strict=True) if column < 0]
-    if len(absent) == len(vocabulary) or (absent and missing == "error"):
-        raise InputError(path, "var_names", f"the {len(vocabulary):,} genes of the vocabulary",
-                         f"{len(vocabulary) - len(absent):,} of them; missing {first_few(absent)}",
-                         "Fill them with --missing-genes zero, or rename genes with --gene-map" if len(absent) < len(vocabulary)
-                         else "Rename genes with --gene-map, or make a vocabulary with preprocessing/gene_vocab.py")
-    found = np.flatnonzero(place >= 0)
-    columns = sp.csr_matrix((np.ones(len(found), dtype=adata.X.dtype), (place[found], found)), shape=(adata.n_vars, len(vocabulary)))
-    blocks = [as_csr(as_csr(adata.X[start:start + ROWS_AT_ONCE]) @ columns) for start in range(0, adata.n_obs, ROWS_AT_ONCE)]
-    var = adata.var.reindex(adata.var_names[place[found]])
-    var.index = [vocabulary[i] for i in found]
-    var = var.reindex(list(vocabulary))
-    for name in var.columns[var.isna().any()]:
-        if var[name].dtype == object:
-            var[name] = var[name].fillna("")
-    if missing == "zero":
-        var["zero_filled"] = place < 0
-    uns = dict(adata.uns) | {"vocab_sha256": vocabulary_sha256(vocabulary)}
-    return ad.AnnData(sp.vstack(blocks, format="csr"), obs=adata.obs.copy(), var=var, obsm=dict(adata.obsm), uns=uns)
-
-
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 def morphology_record(*, barcodes: Sequence[str], mpp: float, patch_um: float, patch_px: int, slide: Mapping[str, object],
@@ -219,31 +178,23 @@ def morphology_record(*, barcodes: Sequence[str], mpp: float, patch_um: float, p
 
 def write_expression(path: Path | str, adata: ad.AnnData, *, config: Mapping | None = None, inputs: Mapping[str, Path | str] | None = None,
                      **facts: object) -> None:
-    """Write an `.h5ad` with CSR counts; it appears under `path` after it was read back. With `config`, a done-manifest follows.
+    """Write obs, var, obsm, uns and X of expression in memory by `expression_file.py`. With `config`, a done-manifest follows.
 
     Fills in `uns['morphology']['barcode_sha256']` where the record lacks it. Counts must be raw: nothing normalised goes to disk.
     """
-    adata.X = as_csr(adata.X)
-    check_counts(path, adata.X)
+    counts = as_csr(adata.X)
+    check_counts(path, counts)
+    if counts.nnz and counts.data.max() > np.iinfo(np.int32).max:
+        raise InputError(path, "X", f"counts up to {np.iinfo(np.int32).max:,}", f"{counts.data.max():,}")
     if "morphology" in adata.uns and "barcode_sha256" not in adata.uns["morphology"]:
         adata.uns["morphology"] = dict(adata.uns["morphology"]) | {"barcode_sha256": strings_sha256(adata.obs_names)}
-    require_free_space(Path(path).parent, adata.X.data.nbytes + adata.X.indices.nbytes)
-    with finished_file(path, validate=lambda temporary: _require_complete(temporary, path, adata)) as temporary:
-        with hdf5_output(temporary) as file:
-            ad.io.write_elem(file, "/", adata, dataset_kwargs={"compression": "gzip", "compression_opts": 1})
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        packed = CountsPacker().pack(counts, pool)
+    about = ad.AnnData(obs=adata.obs, var=adata.var, obsm=dict(adata.obsm), uns=dict(adata.uns))
+    write_expression_blocks(path, about, lambda *names: iter([packed]))
     if config is not None:
         write_done(path, config=config, inputs=inputs or {}, rows=adata.n_obs, genes=adata.n_vars,
                    barcode_sha256=strings_sha256(adata.obs_names), **facts)
-
-
-def _require_complete(temporary: Path, path: Path | str, adata: ad.AnnData) -> None:
-    written = ad.read_h5ad(temporary, backed="r")
-    try:
-        if (list(written.obs_names) != list(adata.obs_names) or list(written.var_names) != list(adata.var_names)
-                or int(written.X.group["indptr"][-1]) != adata.X.nnz or len(written.X.group["data"]) != adata.X.nnz):
-            raise OSError(f"{path}: what was written is not what was meant")
-    finally:
-        written.file.close()
 
 
 def recorded_barcode_sha256(adata: ad.AnnData) -> str | None:

@@ -1,31 +1,45 @@
 """Write a gene vocabulary: the symbols that every given sample has, in the order of the first, one a line."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
+import numpy as np
 
 from preprocessing.errors import Command, InputError, OptionError
 
 
 def make_vocabulary(gex_files: Sequence[Path | str], min_counts: int = 0, gene_map: Path | str | None = None) -> list[str]:
     """Genes found in all files whose counts, summed over all spots of all files, reach `min_counts`."""
-    from preprocessing.expression import read_expression, read_gene_map, rename_genes
+    from preprocessing.expression import read_gene_map
 
-    renamed = read_gene_map(gene_map) if gene_map is not None else None
+    renamed = read_gene_map(gene_map) if gene_map is not None else {}
     totals: dict[str, int] = {}
     for number, path in enumerate(gex_files):
-        adata = read_expression(path)
-        if renamed is not None:
-            adata = rename_genes(adata, renamed)
-        counts = dict(zip(adata.var_names, adata.X.sum(axis=0).A1.tolist(), strict=True))
+        counts = gene_totals(path, renamed)
         totals = counts if number == 0 else {gene: total + counts[gene] for gene, total in totals.items() if gene in counts}
     genes = [gene for gene, total in totals.items() if total >= min_counts]
     if not genes:
         found = "none" if not totals else f"none of the {len(totals):,} common genes has as many"
         raise InputError(", ".join(str(path) for path in gex_files), "var_names", f"common genes with at least {min_counts} counts", found)
     return genes
+
+
+def gene_totals(path: Path | str, gene_map: Mapping[str, str]) -> dict[str, int]:
+    """Counts of every gene, renamed by `gene_map`, over all spots of a file, which is read in blocks."""
+    from preprocessing.expression import read_expression, row_blocks
+
+    adata = read_expression(path, backed=True)
+    try:
+        sums = sum((block.sum(axis=0, dtype=np.float64).A1 for block in row_blocks(adata, path)), np.zeros(adata.n_vars))
+    finally:
+        adata.file.close()
+    totals: dict[str, int] = {}
+    for gene, count in zip(adata.var_names, sums.tolist(), strict=True):
+        name = gene_map.get(gene, gene)
+        totals[name] = totals.get(name, 0) + round(count)
+    return totals
 
 
 def write_sample_vocabulary(gex: str, out: Path, min_counts: int, gene_map: Path | None) -> int:

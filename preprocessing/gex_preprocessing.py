@@ -1,21 +1,34 @@
 """Select and order genes: `gex.h5ad` and a vocabulary -> `gex_filt.h5ad` with exactly those genes, raw counts."""
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
+from preprocessing.cores import usable_cores
 from preprocessing.errors import Command, OptionError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from preprocessing.gene_selection import GeneSelection
+    from preprocessing.parts import Parts
 
 
 def filter_expression(raw_file: Path | str, vocab_file: Path | str, out_file: Path | str | None = None,
-                      missing_genes: Literal["error", "zero"] = "error", gene_map: Path | str | None = None) -> tuple[Path, str]:
-    """Write the selected genes of `raw_file`, unless that was finished before from these inputs.
+                      missing_genes: Literal["error", "zero"] = "error", gene_map: Path | str | None = None,
+                      workers: int = 1) -> tuple[Path, str]:
+    """Write the selected genes of `raw_file`, unless that was finished before from these inputs. A killed run goes on.
 
     Returns the path (default: gex_filt.h5ad beside it) and a sentence on what was done.
     """
     from preprocessing.outputs import is_done, locked, read_done
+    from preprocessing.parts import Parts
+
+    if workers < 1:
+        raise OptionError("--workers", "at least 1", str(workers))
 
     out_file = Path(raw_file).parent / "gex_filt.h5ad" if out_file is None else Path(out_file)
     inputs = {"raw_file": Path(raw_file), "vocab_file": Path(vocab_file)} | ({"gene_map": Path(gene_map)} if gene_map is not None else {})
@@ -25,26 +38,52 @@ def filter_expression(raw_file: Path | str, vocab_file: Path | str, out_file: Pa
     config = {"missing_genes": missing_genes}
     with locked(out_file):
         if is_done(out_file, config=config, inputs=inputs):
+            Parts.clear(out_file)
             return out_file, f"{read_done(out_file)['summary']}; finished before"
-        return out_file, _filter(inputs, config, out_file)
+        return out_file, _filter(inputs, config, out_file, workers)
 
 
-def _filter(inputs: dict[str, Path], config: dict, out_file: Path) -> str:
-    from preprocessing.expression import read_expression, read_gene_map, read_vocabulary, select_genes, write_expression
+def _filter(inputs: dict[str, Path], config: dict, out_file: Path, workers: int) -> str:
+    from preprocessing.expression import read_expression, read_gene_map, read_vocabulary
+    from preprocessing.expression_file import write_expression_blocks
+    from preprocessing.gene_selection import choose_genes
+    from preprocessing.outputs import strings_sha256, write_done
+    from preprocessing.parts import Parts
 
     vocabulary = read_vocabulary(inputs["vocab_file"])
     renamed = read_gene_map(inputs["gene_map"]) if "gene_map" in inputs else None
     adata = read_expression(inputs["raw_file"], backed=True)
     try:
-        n_before = adata.n_vars
-        selected = select_genes(adata, vocabulary, config["missing_genes"], renamed, path=inputs["raw_file"])
+        selection = choose_genes(adata.var_names, vocabulary, config["missing_genes"], renamed, path=inputs["raw_file"])
+        parts = Parts(out_file, config=config, inputs=inputs)
+        _make_blocks(adata, inputs["raw_file"], selection, parts, workers)
+        about, n_before = selection.about(adata), adata.n_vars
     finally:
         adata.file.close()
-    filled = int(selected.var["zero_filled"].sum()) if "zero_filled" in selected.var else 0
+    write_expression_blocks(out_file, about, parts.blocks)
+    filled = int(selection.missing.sum())
     zero = f", {filled:,} of them missing and filled with zeros" if filled else ""
-    summary = f"{selected.n_obs:,} spots, {selected.n_vars:,} genes of the vocabulary{zero} (from {n_before:,})"
-    write_expression(out_file, selected, config=config, inputs=inputs, summary=summary)
+    summary = f"{about.n_obs:,} spots, {about.n_vars:,} genes of the vocabulary{zero} (from {n_before:,})"
+    write_done(out_file, config=config, inputs=inputs, rows=about.n_obs, genes=about.n_vars,
+               barcode_sha256=strings_sha256(about.obs_names), summary=summary)
+    parts.remove()
     return summary
+
+
+def _make_blocks(adata: AnnData, path: Path, selection: GeneSelection, parts: Parts, workers: int) -> None:
+    """The blocks of rows that `parts` lacks."""
+    from tqdm import tqdm
+
+    from preprocessing.expression import ROWS_AT_ONCE, row_blocks
+    from preprocessing.expression_file import CountsPacker
+
+    done = len(parts)
+    packer = CountsPacker(parts.read(done - 1) if done else None)
+    with ThreadPoolExecutor(workers) as pool, tqdm(desc="genes", unit="spot", total=adata.n_obs, initial=min(done * ROWS_AT_ONCE,
+                                                                                                            adata.n_obs)) as bar:
+        for number, counts in enumerate(row_blocks(adata, path, first=done), start=done):
+            parts.write(number, **packer.pack(selection.counts(counts), pool))
+            bar.update(counts.shape[0])
 
 
 PATH = click.Path(path_type=Path)
@@ -57,6 +96,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--missing-genes", type=click.Choice(["error", "zero"]), default="error",
               help="Genes the data lack: stop, or fill with zeros.")
 @click.option("--gene-map", type=PATH, default=None, help="TSV: symbol in the data, symbol in the vocabulary (human to mouse orthologs).")
+@click.option("--workers", type=int, default=usable_cores, show_default="all cores", help="Threads that compress.")
 def main(**options):
     """Keep exactly the genes of a vocabulary, in its order.
 

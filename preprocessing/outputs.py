@@ -6,13 +6,15 @@ A reader never sees a half-written file under its final name. A step is skipped 
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,21 +26,24 @@ SILENT_WAIT_S = 2                 # a lock that is free within this time is not 
 
 
 @contextmanager
-def finished_file(path: Path | str, validate: Callable[[Path], object] | None = None) -> Iterator[Path]:
+def finished_file(path: Path | str, validate: Callable[[Path], object] | None = None, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success fsync, `validate(temporary)`, rename to `path`.
 
-    On any error the temporary is removed and the old `path`, if there was one, stays as it was.
+    On any error the temporary is removed and the old `path`, if there was one, stays as it was. Without `sync` a power cut may
+    leave a torn file under the final name: for what the reader checks and can make again.
     """
     path = _named(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
         yield temporary
-        _fsync(temporary)
+        if sync:
+            _fsync(temporary)
         if validate is not None:
             validate(temporary)
         os.replace(temporary, path)
-        _fsync(path.parent)
+        if sync:
+            _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -48,25 +53,33 @@ def finished_folder(path: Path | str, validate: Callable[[Path], object] | None 
     """As `finished_file` for a whole folder. An older folder of that name is replaced only once the new one stands."""
     path = _named(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    working_here = path.is_dir() and path.samefile(Path.cwd())
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    old = path.with_name(f"{path.name}.old.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
         if validate is not None:
             validate(temporary)
+        replace_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(new: Path, path: Path | str) -> None:
+    """Give a complete folder on the same disk its final name; an older folder of that name goes once the new one stands."""
+    path = _named(path)
+    working_here = path.is_dir() and path.samefile(Path.cwd())
+    old = path.with_name(f"{path.name}.old.{os.getpid()}")
+    try:
         if path.exists():
             os.rename(path, old)
-        os.rename(temporary, path)
+        os.rename(new, path)
         if working_here:
             os.chdir(path)
         _fsync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not path.exists():   # killed between the two renames: put the old one back
+        if old.exists() and not path.exists():   # the second of the two renames failed: put the old one back
             os.rename(old, path)
 
 
@@ -110,14 +123,19 @@ def fingerprint(path: Path | str) -> dict[str, object]:
     """Name, size and SHA-256 of a file. Of more than 256 MiB, without reading gigabytes: time of last change, SHA-256 of both ends."""
     path = Path(path)
     about = path.stat()
-    if about.st_size <= WHOLE_FILE_MIB * MIB:
-        return {"name": path.name, "bytes": about.st_size, "sha256": file_sha256(path)}
+    return dict(_fingerprint(path.absolute(), about.st_size, about.st_mtime_ns, about.st_ino))
+
+
+@lru_cache(maxsize=256)                          # one command asks for the same slide a dozen times
+def _fingerprint(path: Path, size: int, mtime_ns: int, _inode: int) -> dict[str, object]:
+    if size <= WHOLE_FILE_MIB * MIB:
+        return {"name": path.name, "bytes": size, "sha256": file_sha256(path)}
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         digest.update(stream.read(MIB))
         stream.seek(-MIB, os.SEEK_END)
         digest.update(stream.read(MIB))
-    return {"name": path.name, "bytes": about.st_size, "mtime_ns": about.st_mtime_ns, "ends_sha256": digest.hexdigest()}
+    return {"name": path.name, "bytes": size, "mtime_ns": mtime_ns, "ends_sha256": digest.hexdigest()}
 
 
 def strings_sha256(strings) -> str:
@@ -193,9 +211,9 @@ def require_free_space(folder: Path | str, needed_bytes: int) -> None:
 
 
 @contextmanager
-def locked(path: Path | str, wait_s: float = 3600) -> Iterator[None]:
-    """Hold the lock of one output while writing it. A live process's lock is waited for, never taken;
-    the lock of a dead process is free (the kernel releases it)."""
+def locked(path: Path | str, wait_s: float = 3600, covers: Iterable[Path | str] = ()) -> Iterator[None]:
+    """Hold the lock of one output while writing it, and what else the lock `covers`. A live process's lock is waited for,
+    never taken; the lock of a dead process is free (the kernel releases it), and what it left half-written is removed."""
     path = _named(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
@@ -208,6 +226,20 @@ def locked(path: Path | str, wait_s: float = 3600) -> Iterator[None]:
     except Timeout as error:
         raise OSError(errno.EAGAIN, "another process is still writing it", str(path)) from error
     try:
+        for output in (path, *covers):
+            _clear_leftovers(_named(output))
         yield
     finally:
         lock.release()
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove temporaries of killed processes; put back a folder that was killed between its two renames."""
+    for kind in ("tmp", "old"):
+        for left in path.parent.glob(f"{glob.escape(path.name)}.{kind}.*"):
+            if kind == "old" and not path.exists():
+                os.rename(left, path)
+            elif left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)

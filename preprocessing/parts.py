@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,17 @@ from preprocessing.outputs import config_sha256, fingerprint, finished_file, wri
 KEY = "key.json"
 
 
+def parts_folder(output: Path | str) -> Path:
+    """Where the blocks of an output lie while it is made."""
+    output = Path(output).absolute()
+    return output.with_name(f".{output.name}.parts")
+
+
 class Parts:
     """The blocks 0, 1, ... of `output` made so far from exactly these inputs with exactly this config."""
 
     def __init__(self, output: Path | str, *, config: Mapping, inputs: Mapping[str, Path | str], resume: bool = True):
-        output = Path(output).absolute()
-        self.folder = output.with_name(f".{output.name}.parts")
+        self.folder = parts_folder(output)
         key = {"config_sha256": config_sha256(config), "inputs": {name: fingerprint(file) for name, file in inputs.items()}}
         if not (resume and self._recorded_key() == key):
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -48,20 +53,32 @@ class Parts:
         return self.folder / f"block_{number:06d}.npz"
 
     def write(self, number: int, **arrays: np.ndarray) -> None:
-        """Finish block `number`."""
-        with finished_file(self._path(number)) as temporary, open(temporary, "wb") as stream:
+        """Finish block `number`. It need not reach the disk at once: a torn block is noticed when it is read."""
+        with finished_file(self._path(number), sync=False) as temporary, open(temporary, "wb") as stream:
             np.savez(stream, **arrays)
 
-    def read(self, number: int) -> dict[str, np.ndarray]:
-        """The arrays of a finished block. A damaged one is thrown away, so that the next run makes it anew, and is an `OSError`."""
+    def read(self, number: int, *names: str) -> dict[str, np.ndarray]:
+        """The arrays `names` of a finished block (default: all).
+
+        A damaged block is thrown away, so that the next run makes it anew, and is an `OSError`.
+        """
         path = self._path(number)
         try:
             with np.load(path, allow_pickle=False) as block:
-                return dict(block)
+                return {name: block[name] for name in names or block.files}
         except (zipfile.BadZipFile, ValueError, EOFError) as error:
             path.unlink(missing_ok=True)
             raise OSError(f"{path}: damaged ({error}); run the command again, which makes this block anew") from error
 
+    def blocks(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
+        """These arrays of every finished block, in order."""
+        return (self.read(number, *names) for number in range(len(self)))
+
     def remove(self) -> None:
         """Throw all blocks away: the output stands."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    @staticmethod
+    def clear(output: Path | str) -> None:
+        """Throw away the blocks of an output that stands, whatever they were made of."""
+        shutil.rmtree(parts_folder(output), ignore_errors=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from preprocessing.compressed_chunks import GZIP, compress
 from preprocessing.errors import InputError, require_file, require_unique
 from preprocessing.hdf5_output import hdf5_output
 from preprocessing.outputs import finished_file, require_free_space
@@ -20,11 +21,25 @@ BLOCK = 64                                                      # patches held i
 
 def write_patch_file(path: Path | str, patches: Iterable[np.ndarray], *, count: int, patch_px: int, coords: np.ndarray,
                      barcodes: Sequence[str] | None, patch_size_src: float, pixel_size: float, name: str) -> None:
-    """Stream exactly `count` patches (patch_px, patch_px, 3) into `path`, a block at a time.
+    """Stream exactly `count` patches uint8 (patch_px, patch_px, 3) into `path`.
 
     coords int64 (count, 2) top-left at level 0; `barcodes` is None for random patches. `patch_size_src` is the side cut from
     level 0 in px, `pixel_size` the µm per level-0 px, `name` the sample id.
     """
+    write_compressed_patches(path, (compress_patch(patch, patch_px) for patch in patches), count=count, patch_px=patch_px, coords=coords,
+                             barcodes=barcodes, patch_size_src=patch_size_src, pixel_size=pixel_size, name=name)
+
+
+def compress_patch(patch: np.ndarray, patch_px: int) -> bytes:
+    """One patch as the chunk it becomes in the file."""
+    if patch.shape != (patch_px, patch_px, 3) or patch.dtype != np.uint8:
+        raise ValueError(f"a patch of uint8 ({patch_px}, {patch_px}, 3) was announced, {patch.dtype} {patch.shape} came")
+    return compress(patch)
+
+
+def write_compressed_patches(path: Path | str, streams: Iterable[bytes], *, count: int, patch_px: int, coords: np.ndarray,
+                             barcodes: Sequence[str] | None, patch_size_src: float, pixel_size: float, name: str) -> None:
+    """As `write_patch_file`, for patches that went through `compress_patch`, in worker threads maybe."""
     coords = np.asarray(coords)
     if coords.shape != (count, 2) or (barcodes is not None and len(barcodes) != count):
         raise ValueError(f"{count} patches need as many coords and barcodes; got {coords.shape} and {len(barcodes or ())}")
@@ -34,8 +49,7 @@ def write_patch_file(path: Path | str, patches: Iterable[np.ndarray], *, count: 
     with finished_file(path, validate=lambda temporary: _require_complete(temporary, path, count)) as temporary:
         with hdf5_output(temporary) as file:
             shape = (patch_px, patch_px, 3)
-            images = file.create_dataset("img", (count, *shape), np.uint8, chunks=(1, *shape) if count else None,
-                                         compression="lzf" if count else None)
+            images = file.create_dataset("img", (count, *shape), np.uint8, **({"chunks": (1, *shape), **GZIP} if count else {}))
             positions = file.create_dataset("coords", data=coords.astype(np.int64))
             if barcodes is not None:
                 text = np.array([str(barcode) for barcode in barcodes], dtype=object).reshape(-1, 1)
@@ -43,10 +57,10 @@ def write_patch_file(path: Path | str, patches: Iterable[np.ndarray], *, count: 
             for dataset in (images, positions):
                 dataset.attrs.update(attributes)
             written = 0
-            for block in blocks(patches):
-                if written + len(block) <= count:
-                    images[written:written + len(block)] = np.stack(block)
-                written += len(block)
+            for stream in streams:
+                if written < count:
+                    images.id.write_direct_chunk((written, 0, 0, 0), stream)
+                written += 1
             if written != count:
                 raise ValueError(f"{path}: {count} patches were announced, {written} came")
 

@@ -12,13 +12,13 @@ from preprocessing.expression import (
     read_expression,
     read_gene_map,
     read_vocabulary,
-    rename_genes,
-    select_genes,
+    row_blocks,
     spot_positions,
     vocabulary_sha256,
     write_expression,
     write_vocabulary,
 )
+from preprocessing.gene_selection import select_genes
 from preprocessing.outputs import strings_sha256
 from preprocessing.stain import read_stain_file
 from training.data import read_sample_sheet
@@ -54,7 +54,8 @@ def test_what_are_not_raw_counts_is_refused(tmp_path, value, message, layout, ba
     counts = COUNTS.astype(np.float32)
     counts[2, 1] = value
     with pytest.raises(InputError, match=message):
-        read_expression(saved(tmp_path, anndata(layout(counts))), backed=backed)
+        adata = read_expression(saved(tmp_path, anndata(layout(counts))), backed=backed)
+        list(row_blocks(adata, "gex.h5ad") if backed else ())        # on disk: refused when it is read
 
 
 def test_the_hint_about_values_that_are_no_counts_is_the_callers(tmp_path):
@@ -124,6 +125,8 @@ def test_what_is_no_h5ad_is_refused(tmp_path, content):
 @pytest.mark.parametrize("dtype", [np.int32, np.float32, np.uint16])
 def test_every_layout_gives_the_same_numbers(tmp_path, layout, backed, dtype):
     adata = read_expression(saved(tmp_path, anndata(layout(COUNTS.astype(dtype)))), backed=backed)
+    [rows] = row_blocks(adata, "gex.h5ad")
+    assert (rows.toarray() == COUNTS).all()
     selected = select_genes(adata, ["Aqp2", "Actb"])
     assert sp.issparse(selected.X) and (selected.X.toarray() == COUNTS[:, [4, 0]]).all()
     expected = np.log1p([[3 / 7 * 8, 4 / 7 * 8], [0, 0], [0, 9 / 9 * 8]])          # median of 7 and 9 is 8
@@ -209,7 +212,19 @@ def test_a_gene_map_renames_before_selecting_and_sums_genes_that_meet(tmp_path):
     adata = anndata(genes=["ACTB", "ACTB2", "Umod", "NONE", "X"])
     selected = select_genes(adata, ["Umod", "Actb", "NONE"], gene_map=gene_map)
     assert (selected.X.toarray() == np.stack([COUNTS[:, 2], COUNTS[:, 0] + COUNTS[:, 1], COUNTS[:, 3]], axis=1)).all()
-    assert rename_genes(adata, gene_map).X.sum() == COUNTS.sum()
+
+
+def test_rows_after_a_gene_that_is_left_out_start_from_nothing():
+    selected = select_genes(anndata(genes=["A", "B", "C", "D", "E"]), ["E", "B"])
+    assert (selected.X.toarray() == COUNTS[:, [4, 1]]).all() and selected.X.has_canonical_format
+
+
+def test_blocks_of_rows_are_the_rows_and_go_on_where_they_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("preprocessing.expression.ROWS_AT_ONCE", 2)
+    adata = read_expression(saved(tmp_path, anndata()), backed=True)
+    assert [block.toarray().tolist() for block in row_blocks(adata, "gex.h5ad")] == [COUNTS[:2].tolist(), COUNTS[2:].tolist()]
+    assert [block.toarray().tolist() for block in row_blocks(adata, "gex.h5ad", first=1)] == [COUNTS[2:].tolist()]
+
 
 
 @pytest.mark.parametrize("text, message", [("ACTB\n", "two columns with a tab between; found lines 1"),

@@ -1,0 +1,89 @@
+"""Blocks of a long step: kept for the same config and inputs, thrown away for others, and never half there."""
+import numpy as np
+import pytest
+
+from preprocessing.outputs import finished_folder, locked
+from preprocessing.parts import Parts
+
+
+def parts(tmp_path, **changed):
+    (tmp_path / "input").touch()
+    return Parts(tmp_path / "imgs.h5", **{"config": {"stride": 5}, "inputs": {"slide": tmp_path / "input"}} | changed)
+
+
+def test_a_block_comes_back_as_it_was(tmp_path):
+    made = parts(tmp_path)
+    made.write(0, rows=np.arange(3), names=np.array(["A-1", "B-1"]))
+    assert len(parts(tmp_path)) == 1
+    block = parts(tmp_path).read(0)
+    assert block["rows"].tolist() == [0, 1, 2] and block["names"].tolist() == ["A-1", "B-1"]
+    assert list(parts(tmp_path).read(0, "rows")) == ["rows"]
+
+
+def test_blocks_count_up_to_the_first_gap(tmp_path):
+    made = parts(tmp_path)
+    for number in (0, 1, 3):
+        made.write(number, x=np.zeros(1))
+    assert len(parts(tmp_path)) == 2 and len(list(parts(tmp_path).blocks("x"))) == 2
+
+
+@pytest.mark.parametrize("change", ["config", "input", "no resume"])
+def test_blocks_of_another_config_or_input_are_thrown_away(tmp_path, change):
+    parts(tmp_path).write(0, x=np.zeros(1))
+    if change == "input":
+        (tmp_path / "input").write_text("other")
+    changed = {"config": {"config": {"stride": 7}}, "no resume": {"resume": False}}.get(change, {})
+    assert len(parts(tmp_path, **changed)) == 0
+    assert not (tmp_path / ".imgs.h5.parts" / "block_000000.npz").exists()
+
+
+def test_a_damaged_block_is_an_error_and_is_made_anew_by_the_next_run(tmp_path):
+    made = parts(tmp_path)
+    made.write(0, x=np.arange(1000))
+    made.write(1, x=np.arange(1000))
+    path = tmp_path / ".imgs.h5.parts" / "block_000000.npz"
+    content = bytearray(path.read_bytes())
+    content[500] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(OSError, match="block_000000.npz: damaged .* run the command again"):
+        made.read(0)
+    assert len(parts(tmp_path)) == 0
+
+
+def test_a_block_that_cannot_be_written_is_not_there(tmp_path, monkeypatch):
+    made = parts(tmp_path)
+
+    def full(stream, **_):
+        stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("numpy.savez", full)
+    with pytest.raises(OSError, match="No space"):
+        made.write(0, x=np.zeros(1))
+    assert len(made) == 0 and [path.name for path in made.folder.iterdir()] == ["key.json"]
+
+
+def test_nothing_is_left_once_the_output_stands(tmp_path):
+    parts(tmp_path).write(0, x=np.zeros(1))
+    parts(tmp_path).remove()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["input"]
+    Parts.clear(tmp_path / "imgs.h5")                                   # nor does it matter that there is nothing
+
+
+def test_the_lock_removes_what_a_killed_process_left(tmp_path):
+    (tmp_path / "gex.h5ad.tmp.123").write_text("half")
+    (tmp_path / "imgs.h5.tmp.99").write_text("half")
+    (tmp_path / "other.h5.tmp.99").write_text("not covered")
+    with locked(tmp_path / "imgs.h5", covers=[tmp_path / "gex.h5ad"]):
+        assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["other.h5.tmp.99"]
+
+
+def test_a_folder_killed_between_its_two_renames_comes_back(tmp_path):
+    with finished_folder(tmp_path / "patches") as working:
+        (working / "a.png").write_text("old")
+    (tmp_path / "patches").rename(tmp_path / "patches.old.77")
+    with locked(tmp_path / "patches"):
+        assert (tmp_path / "patches" / "a.png").read_text() == "old"
+    (tmp_path / "patches.old.78").mkdir()
+    with locked(tmp_path / "patches"):
+        assert not (tmp_path / "patches.old.78").exists()
