@@ -5,27 +5,33 @@ Row order is that of the `gex.h5ad` beside the `imgs.h5` where there is one (joi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
 import numpy as np
 
+from preprocessing.cores import usable_cores
 from preprocessing.errors import Command, InputError, OptionError, first_few, require_file
 
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".bif", ".btf", ".jpg", ".jpeg", ".png")
-BLOCK = 64                        # patches normalised together
+BLOCK_BYTES, MOST_PATCHES = 1 << 26, 1000     # of a block: what is in memory, and what a killed run may have to repeat
 
 
 def dump_patches_to_folder_single(images_path: Path | str, wsi_path: Path | str | None, out_dir: Path | str, normalize: bool = True, *,
-                                  stain_file: Path | str | None = None, on_stain_failure: str = "error", progress: bool = False) -> int:
+                                  stain_file: Path | str | None = None, on_stain_failure: str = "error", workers: int | None = None,
+                                  progress: bool = False) -> int:
     """Write every patch of `images_path` into the folder `out_dir`, unless it was finished from these inputs; returns how many.
 
     Stain vectors are estimated on the tissue of `wsi_path`, or read from `stain_file` (a `stain.json`). A slide without two
     stains is an InputError, or keeps its colours with `on_stain_failure="skip"`. The slide is not needed without `normalize`.
+    A killed run goes on where it was when called again. `workers` None: as many as the process has cores.
     """
     from preprocessing.outputs import is_done, locked, strings_sha256, write_done
+    from preprocessing.parts import Parts
     from preprocessing.patch_file import read_patch_file
-    from preprocessing.patches import patch_folder_sha256, write_patch_folder
+    from preprocessing.png_folder import finish_patch_folder, name_digits, patch_folder_sha256, refuse_foreign_content
+    from preprocessing.stain import find_stain
 
     images_path, out_dir, gex_path = Path(images_path), Path(out_dir), Path(images_path).parent / "gex.h5ad"
     named = {"images": images_path, "wsi": wsi_path, "gex": gex_path if gex_path.is_file() else None, "stain_file": stain_file}
@@ -33,20 +39,25 @@ def dump_patches_to_folder_single(images_path: Path | str, wsi_path: Path | str 
         require_file(stain_file, "a stain.json")
     inputs = {name: path for name, path in named.items() if path is not None and Path(path).is_file()}
     config = {"normalize": normalize, "on_stain_failure": on_stain_failure}
-    stain, record = None, {"normalised": False}
     with locked(out_dir), read_patch_file(images_path) as file:
         if is_done(out_dir, config=config, inputs=inputs, content_sha256=patch_folder_sha256(out_dir)):
             return len(file)
+        refuse_foreign_content(out_dir)
         order, centre_xy_px, sample_id = _rows_of_expression(file, gex_path)
-        if normalize:
-            stain, record = _stain(wsi_path, stain_file, on_stain_failure)
+        stain, record = find_stain(wsi_path, stain_file, on_stain_failure) if normalize else (None, {"normalised": False})
         if file.barcodes is not None:
             record = record | {"barcode_sha256": strings_sha256(file.barcodes)}
-        patches = _patches(file, order, stain, progress)
-        write_patch_folder(out_dir, patches, barcodes=[file.barcodes[i] for i in order] if file.barcodes else None,
-                           sample_id=sample_id, xy=centre_xy_px, stain=record)
-        write_done(out_dir, config=config, inputs=inputs, rows=len(order), stain=record,
-                   content_sha256=patch_folder_sha256(out_dir))
+        length = _rows_a_block(file)
+        parts = Parts(out_dir, config=config | {"stain": record, "rows_a_block": length}, inputs=inputs)
+        working, digits = parts.folder / "patches", name_digits(len(order))
+        _write_blocks(parts, working, digits, file, [order[i:i + length] for i in range(0, len(order), length)], stain,
+                      workers or usable_cores(), progress)
+        finish_patch_folder(
+            working, out_dir, count=len(order), digits=digits, sample_id=sample_id, xy=centre_xy_px, stain=record,
+            barcodes=[file.barcodes[i] for i in order] if file.barcodes else None,
+            record=lambda complete: write_done(out_dir, config=config, inputs=inputs, rows=len(order), stain=record,
+                                               content_sha256=patch_folder_sha256(complete)))
+        parts.remove()
     return len(order)
 
 
@@ -71,39 +82,51 @@ def _rows_of_expression(file, gex_path: Path) -> tuple[np.ndarray, np.ndarray, s
         adata.file.close()
 
 
-def _stain(wsi_path, stain_file, on_stain_failure: str) -> tuple[object, dict]:
-    """(stain vectors or None, content of stain.json)."""
-    from preprocessing.outputs import fingerprint
-    from preprocessing.slide import open_slide
-    from preprocessing.stain import NoStainError, read_stain_file, slide_stain
+def _rows_a_block(file) -> int:
+    from preprocessing.patches import MAX_SIDE_PX
 
-    if stain_file is not None:
-        stain = read_stain_file(stain_file)
-        return stain, stain.to_json() | {"from_stain_file": Path(stain_file).name}
-    if wsi_path is None:
-        raise OptionError("--wsi", "the slide, to estimate its stain on (or --stain-file, or --no-normalize)", "nothing")
-    try:
-        with open_slide(wsi_path) as slide:
-            stain = slide_stain(slide)
-    except NoStainError as error:
-        if on_stain_failure != "skip":
-            raise
-        return None, {"normalised": False, "reason": str(error)}
-    return stain, stain.to_json() | {"slide": fingerprint(wsi_path)}
+    _, height, width, _ = file.images(slice(0, 0)).shape
+    if max(height, width) > MAX_SIDE_PX:
+        raise InputError(file.path, "img", f"patches of at most {MAX_SIDE_PX} x {MAX_SIDE_PX} px", f"{width:,} x {height:,}")
+    return min(max(BLOCK_BYTES // (3 * height * width), 1), MOST_PATCHES)
 
 
-def _patches(file, order: np.ndarray, stain, progress: bool) -> Iterator[np.ndarray]:
+def _write_blocks(parts, working: Path, digits: int, file, blocks: list[np.ndarray], stain, workers: int, progress: bool) -> None:
+    """Write the PNG files of those `blocks` (rows of `file`, in order of writing) that `parts` does not know as finished."""
     from tqdm import tqdm
 
+    from preprocessing.outputs import require_free_space
+    from preprocessing.png_folder import PNG_SHARE, whole_pngs, write_pngs
+
+    working.mkdir(exist_ok=True)
+    starts = np.cumsum([0, *map(len, blocks)])
+    done = min(len(parts), int(np.searchsorted(starts, whole_pngs(working, digits), side="right")) - 1)
+    _, height, width, _ = file.images(slice(0, 0)).shape
+    require_free_space(working, int(PNG_SHARE * (starts[-1] - starts[done]) * 3 * height * width))
+    with tqdm(total=starts[-1], initial=starts[done], desc="patches", unit="patch", disable=not progress) as bar:
+        for number, patches in enumerate(_made_ahead(_patches(file, blocks[done:], stain)), start=done):
+            write_pngs(working, int(starts[number]), patches, digits, workers)
+            parts.write(number, rows=blocks[number])
+            bar.update(len(patches))
+
+
+def _patches(file, blocks: list[np.ndarray], stain) -> Iterator[np.ndarray]:
+    """uint8 (n, H, W, 3) of every block, in the stain of the target where `stain` is given."""
     from preprocessing.stain import normalise_stain
 
-    with tqdm(total=len(order), desc="patches", unit="patch", disable=not progress) as bar:
-        for start in range(0, len(order), BLOCK):
-            rows = order[start:start + BLOCK]
-            in_a_row = (np.diff(rows) == 1).all()
-            block = file.images(slice(rows[0], rows[-1] + 1)) if in_a_row else np.stack([file.images(int(row)) for row in rows])
-            yield from block if stain is None else normalise_stain(block, stain)
-            bar.update(len(rows))
+    for rows in blocks:
+        in_a_row = (np.diff(rows) == 1).all()
+        images = file.images(slice(rows[0], rows[-1] + 1)) if in_a_row else np.stack([file.images(int(row)) for row in rows])
+        yield images if stain is None else normalise_stain(images, stain)
+
+
+def _made_ahead(items: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same items, each made in a thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
 
 
 def find_sample(sample_id: str, root_dir: Path, wsi_dir: Path | None) -> tuple[Path, Path | None]:
@@ -144,7 +167,7 @@ def dump_all(**options) -> Iterator[str]:
     """Dump every sample the options name; yields a line a sample."""
     for images, wsi, out_dir in _jobs(options):
         count = dump_patches_to_folder_single(images, wsi, out_dir, options["normalize"], stain_file=options["stain_file"],
-                                              on_stain_failure=options["on_stain_failure"], progress=True)
+                                              on_stain_failure=options["on_stain_failure"], workers=options["workers"], progress=True)
         yield f"{count:,} patches stand in {out_dir}"
 
 
@@ -162,6 +185,8 @@ PATH = click.Path(path_type=Path)
 @click.option("--stain-file", type=PATH, help="stain.json of an earlier run: use its vectors instead of estimating.")
 @click.option("--on-stain-failure", type=click.Choice(["error", "skip"]), default="error",
               help="A slide without two stains: stop, or keep its colours.")
+@click.option("--workers", type=click.IntRange(min=1), default=usable_cores, show_default="the cores this process may use",
+              help="Threads that encode PNG files.")
 def main(**options):
     """Write the patches of imgs.h5 as a folder of stain-normalised PNG files with metadata.jsonl and stain.json.
 

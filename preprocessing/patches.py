@@ -1,17 +1,15 @@
-"""Write and read the patch folder `patches/`, and say which patch - of a folder or an `imgs.h5` - belongs to which row.
+"""Read the patch folder `patches/`, and say which patch - of a folder or an `imgs.h5` - belongs to which row.
 
 Patches are uint8 (H, W, 3) RGB; `x, y` is a patch's centre in level-0 pixels. The join is by barcode, never by row number;
-positions, where both sides have them, prove it. The folder keeps the row order of the `gex.h5ad` beside it.
+positions, where both sides have them, prove it. Writing such a folder: `png_folder.py`.
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +17,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from preprocessing.errors import InputError, first_few, read_text, require_unique
-from preprocessing.outputs import file_sha256, finished_folder, require_free_space, strings_sha256
-from preprocessing.patch_file import blocks
+from preprocessing.outputs import strings_sha256
 
 METADATA, STAIN = "metadata.jsonl", "stain.json"
-LITTER = r"\.DS_Store|\._.*|\.nfs.*|\.ipynb_checkpoints"       # what systems and notebooks leave in any folder
-PNG_SHARE = 0.4                                                 # bytes of a PNG per byte of its pixels; 0.45 to 0.7 on H&E
 SAME_PLACE_PX = 2.0               # centres may differ by this: `coords` are whole pixels, some programs round side and corner
+MAX_SIDE_PX = 4096                # of a patch; larger ones are refused before they are decoded
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
@@ -43,69 +39,6 @@ class PatchFolder:
     rows: list[int] | None = None              # `gex_emb`: row of gex.h5ad when the folder was written
     centre_xy_px: np.ndarray | None = None     # (N, 2) float64
     barcode_sha256: str | None = None          # over the barcodes of the extraction in its order, as `stain.json` keeps it
-
-
-def write_patch_folder(folder: Path | str, patches: Iterable[np.ndarray], *, barcodes: Sequence[str] | None, sample_id: str,
-                       xy: np.ndarray, stain: dict, workers: int = 2) -> None:
-    """Write `patch_<padded row>.png`, `metadata.jsonl` and `stain.json`; `xy` (N, 2) centres fix the number of patches.
-
-    The folder appears when it is complete; an older patch folder is replaced, any other folder is left alone.
-    """
-    folder, count = Path(folder), len(xy)
-    _refuse_foreign_content(folder)
-    digits = len(str(max(count - 1, 0)))
-    names = [f"patch_{row:0{digits}d}.png" for row in range(count)]
-    with finished_folder(folder) as temporary:
-        _write_images(temporary, patches, names, workers)
-        with open(temporary / METADATA, "w", encoding="utf-8") as stream:
-            for row, name in enumerate(names):
-                line = {"file_name": name}
-                if barcodes is not None:
-                    line["barcode"] = str(barcodes[row])
-                line |= {"sample_id": sample_id, "x": float(xy[row][0]), "y": float(xy[row][1])}
-                if barcodes is not None:
-                    line["gex_emb"] = row
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-        (temporary / STAIN).write_text(json.dumps(stain, indent=2) + "\n")
-
-
-def _write_images(folder: Path, patches: Iterable[np.ndarray], names: Sequence[str], workers: int) -> None:
-    written = 0
-    with ThreadPoolExecutor(workers) as pool:
-        for block in blocks(patches):
-            if not written:
-                require_free_space(folder, int(PNG_SHARE * len(names) * block[0].nbytes))
-            block_names = names[written:written + len(block)]
-            written += len(block)
-            if written > len(names):
-                break
-            list(pool.map(lambda name, patch: Image.fromarray(patch).save(folder / name, compress_level=3), block_names, block))
-    if written != len(names):
-        raise ValueError(f"{folder}: {len(names)} patches were announced, {written} or more came")
-
-
-def _refuse_foreign_content(folder: Path) -> None:
-    """Writing replaces the whole folder, so nothing in it may be anybody else's."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise InputError(folder, "folder", "a folder for the patches", "a file")
-    pattern = re.compile(rf"patch_\d+\.png|{re.escape(METADATA)}|{re.escape(STAIN)}")
-    others = sorted(entry.name for entry in folder.iterdir() if not (pattern.fullmatch(entry.name) and entry.is_file()))
-    foreign = [name for name in others if not re.fullmatch(LITTER, name)]
-    if not foreign and not any(pattern.fullmatch(entry.name) for entry in folder.iterdir()):
-        foreign = others                                        # litter alone does not make a folder ours
-    if foreign:
-        raise InputError(folder, "content", "a new folder, or a patch folder to replace", f"{first_few(foreign)} other entries",
-                         "Name another folder")
-
-
-def patch_folder_sha256(folder: Path | str) -> str:
-    """SHA-256 over `metadata.jsonl`, `stain.json` and the name and size of every `patch_*.png`: tells a damaged folder."""
-    folder = Path(folder)
-    texts = [f"{name} {file_sha256(folder / name)}" for name in (METADATA, STAIN) if (folder / name).is_file()]
-    images = [f"{path.name} {path.stat().st_size}" for path in sorted(folder.glob("patch_*.png"))]
-    return hashlib.sha256("\n".join(texts + images).encode()).hexdigest()
 
 
 def read_patch_folder(folder: Path | str) -> PatchFolder:
@@ -269,7 +202,7 @@ def _warn_foreign(folder: PatchFolder, by_what: str) -> None:
 
 # ---- one patch ------------------------------------------------------------------------------------------------------
 
-def read_patch(path: Path | str, max_side: int = 4096) -> np.ndarray:
+def read_patch(path: Path | str, max_side: int = MAX_SIDE_PX) -> np.ndarray:
     """uint8 (H, W, 3) of an 8-bit image file: turned by its EXIF, transparency on white. The size is checked before decoding."""
     with open(path, "rb") as stream:
         try:

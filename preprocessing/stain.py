@@ -13,8 +13,9 @@ import numpy as np
 from skimage.color import rgb2hsv
 from skimage.filters import threshold_otsu
 
-from preprocessing.errors import InputError, read_text
-from preprocessing.slide import Slide, SlideReadError
+from preprocessing.errors import InputError, OptionError, read_text
+from preprocessing.outputs import fingerprint
+from preprocessing.slide import Slide, SlideReadError, open_slide
 
 LIGHT = 240.0                                     # intensity of unstained glass, "Io"
 TRANSPARENT_OD = 0.15                             # "beta": pixels with a channel below it do not shape the vectors
@@ -27,6 +28,7 @@ MIN_PIXELS = 100                                  # stained pixels needed to spe
 MIN_ANGLE_DEG = 3.0                               # between H and E; 22 in the target, below this the pixels show one colour
 MASK_PX, TILE_PX, TILES = 2048, 256, 64           # side of the tissue mask; up to 64 tiles = 4 M pixels are looked at
 MAX_GLASS_SATURATION = 0.1                        # on a slide without glass Otsu would split the tissue
+MAX_EXPONENT = 230.0                              # of one of three factors, so that their product is finite; T is 40 and more beyond it
 OPTICAL_DENSITY = -np.log((np.arange(256) + 1) / LIGHT)                     # by grey level
 
 
@@ -105,11 +107,26 @@ def _no_stain(path: Path | str, found: str) -> NoStainError:
 
 
 def normalise_stain(images: np.ndarray, stain: StainVectors) -> np.ndarray:
-    """uint8 (..., 3), one patch or many, as if stained like the target. One matrix takes OD to OD: least squares in closed form."""
+    """uint8 (..., 3), one patch or many, as if stained like the target. Releases the GIL.
+
+    Macenko's least squares in closed form is one matrix T from OD to OD, so that a channel of the result is a product,
+    Io * exp(-T OD) = Io * A(red) * B(green) * C(blue), of tables with an entry a grey level: exact, and no exponential a pixel.
+    """
+    from preprocessing.stain_kernel import multiply_tables
+
+    images = np.ascontiguousarray(images)
+    normalised = np.empty_like(images)
+    multiply_tables(images.reshape(-1, 3), _tables(stain), normalised.reshape(-1, 3))
+    return normalised
+
+
+def _tables(stain: StainVectors) -> np.ndarray:
+    """float64 (3 channels of the result, 3 of the pixel, 256 grey levels). Their product never overflows to infinity times 0."""
     ratio = np.array(TARGET_MAXIMA) / np.array(stain.maxima)
     transfer = np.array(TARGET_VECTORS) * ratio @ np.linalg.pinv(np.array(stain.vectors))      # (3, 3)
-    density = OPTICAL_DENSITY.astype(np.float32)[images] @ transfer.T.astype(np.float32)
-    return np.minimum(LIGHT * np.exp(-density), 255).astype(np.uint8)
+    tables = np.exp(np.clip(-transfer[:, :, None] * OPTICAL_DENSITY, -MAX_EXPONENT, MAX_EXPONENT))
+    tables[:, 0] *= LIGHT
+    return tables
 
 
 # ---- where on the slide to look -------------------------------------------------------------------------------------
@@ -155,3 +172,24 @@ def tissue_pixels(slide: Slide, seed: int = 0) -> np.ndarray:
 def slide_stain(slide: Slide, seed: int = 0) -> StainVectors:
     """Stain vectors of the tissue of a slide."""
     return estimate_stain(tissue_pixels(slide, seed), slide.path)
+
+
+def find_stain(wsi_path: Path | str | None, stain_file: Path | str | None, on_stain_failure: str = "error"
+               ) -> tuple[StainVectors | None, dict]:
+    """(stain vectors, content of `stain.json`) from a `stain.json`, else from the slide.
+
+    A slide without two stains is an InputError, or gives no vectors with `on_stain_failure="skip"`: its colours are to be kept.
+    """
+    if stain_file is not None:
+        stain = read_stain_file(stain_file)
+        return stain, stain.to_json() | {"from_stain_file": Path(stain_file).name}
+    if wsi_path is None:
+        raise OptionError("--wsi", "the slide, to estimate its stain on (or --stain-file, or --no-normalize)", "nothing")
+    try:
+        with open_slide(wsi_path) as slide:
+            stain = slide_stain(slide)
+    except NoStainError as error:
+        if on_stain_failure != "skip":
+            raise
+        return None, {"normalised": False, "reason": str(error)}
+    return stain, stain.to_json() | {"slide": fingerprint(wsi_path)}

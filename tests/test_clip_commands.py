@@ -20,7 +20,7 @@ from networks.clip import CLIP
 from networks.weights import read_plain_file
 from preprocessing.errors import InputError, OptionError, WeightsError
 from preprocessing.expression import write_expression
-from preprocessing.patches import write_patch_folder
+from preprocessing.png_folder import write_patch_folder
 from train_clip import quote_paths, train
 from training.clip_module import ClipModule
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 import evaluate_sections
 from preprocessing.errors import InputError
-from preprocessing.patches import write_patch_folder
+from preprocessing.png_folder import write_patch_folder
 
 N, G, PX, SEEDS = 40, 12, 32, 2
 RETRIEVAL = {"r1", "r5", "r10", "median_rank", "r10_ci95", "chance_r10"}

@@ -1,5 +1,8 @@
 """imgs.h5 -> patch folder: the command, its function, and the run of one sample."""
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -248,3 +251,162 @@ def test_the_working_folder_can_be_the_patch_folder(sample, tmp_path, monkeypatc
         result = run("--images", "../S1/imgs.h5", "--out-dir", ".", "--no-normalize")
         assert result.exit_code == 0, result.output
     assert read_patch_folder(tmp_path / "empty").barcodes == BARCODES
+
+
+# ---- a run that was stopped ----
+
+@pytest.fixture
+def long_sample(tmp_path, monkeypatch):
+    """S2/imgs.h5 of 47 random patches, dumped in ten blocks of five."""
+    monkeypatch.setattr("preprocessing.dump_patches.MOST_PATCHES", 5)
+    folder = tmp_path / "S2"
+    folder.mkdir()
+    slide = stained_image(100, 100)
+    Image.fromarray(slide).save(folder / "slide.png")
+    coords = np.random.default_rng(0).integers(0, 84, (47, 2))
+    write_patch_file(folder / "imgs.h5", (slide[y:y + 16, x:x + 16] for x, y in coords), count=47, patch_px=16, coords=coords,
+                     barcodes=None, patch_size_src=16, pixel_size=0.5, name="S2")
+    return folder
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def blocks_written(monkeypatch):
+    """First rows of the blocks that were written, in order; a test may append to `stop_at` the row at which the user presses Ctrl-C."""
+    import preprocessing.png_folder as png_folder
+    rows, write = [], png_folder.write_pngs
+    rows_and_stop = type("Blocks", (list,), {"stop_at": None})(rows)
+
+    def counted(folder, first_row, *arguments):
+        if first_row == rows_and_stop.stop_at:
+            raise KeyboardInterrupt
+        rows_and_stop.append(first_row)
+        write(folder, first_row, *arguments)
+
+    monkeypatch.setattr(png_folder, "write_pngs", counted)
+    return rows_and_stop
+
+
+def dump_long(sample, out, **options):
+    return dump_patches_to_folder_single(sample / "imgs.h5", sample / "slide.png", out, workers=2, **options)
+
+
+def test_blocks_make_the_folder_that_one_block_makes(long_sample, tmp_path, monkeypatch, blocks_written):
+    assert dump_long(long_sample, tmp_path / "in blocks") == 47 and blocks_written == list(range(0, 47, 5))
+    monkeypatch.setattr("preprocessing.dump_patches.MOST_PATCHES", 1000)
+    dump_long(long_sample, tmp_path / "at once")
+    assert content(tmp_path / "in blocks") == content(tmp_path / "at once") and blocks_written[10:] == [0]
+
+
+def test_ctrl_c_ends_in_one_line_and_the_next_run_goes_on_where_it_was(long_sample, tmp_path, blocks_written):
+    arguments = ["--images", long_sample / "imgs.h5", "--wsi", long_sample / "slide.png", "--out-dir", tmp_path / "out", "--workers", "1"]
+    blocks_written.stop_at = 25
+    stopped = run(*arguments)
+    assert stopped.exit_code == 130 and "error: interrupted; what was finished is kept" in stopped.output
+    assert "Traceback" not in stopped.output and not (tmp_path / "out").exists()
+    blocks_written.stop_at = None
+    done = run(*arguments)
+    assert done.exit_code == 0 and blocks_written == list(range(0, 47, 5)) and "| 25/47" in done.output
+    dump_long(long_sample, tmp_path / "straight")
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
+    assert not list(tmp_path.glob(".out.parts"))
+
+
+@pytest.mark.parametrize("change", ["config", "patches", "stain"])
+def test_a_stopped_run_of_other_patches_or_settings_is_begun_anew(long_sample, tmp_path, blocks_written, change):
+    blocks_written.stop_at = 25
+    with pytest.raises(KeyboardInterrupt):
+        dump_long(long_sample, tmp_path / "out")
+    blocks_written.stop_at = None
+    options = {"normalize": False} if change == "config" else {}
+    if change == "patches":
+        with h5py.File(long_sample / "imgs.h5", "r+") as file:
+            file["img"][3] = 7
+    elif change == "stain":
+        Image.fromarray(stained_image(100, 100, seed=1)).save(long_sample / "slide.png")
+    del blocks_written[:]
+    dump_long(long_sample, tmp_path / "out", **options)
+    assert blocks_written == list(range(0, 47, 5))
+    dump_long(long_sample, tmp_path / "straight", **options)
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
+
+
+def test_patches_that_vanished_from_a_stopped_run_are_made_again(long_sample, tmp_path, blocks_written):
+    blocks_written.stop_at = 25
+    with pytest.raises(KeyboardInterrupt):
+        dump_long(long_sample, tmp_path / "out")
+    (tmp_path / ".out.parts" / "patches" / "patch_12.png").unlink()
+    blocks_written.stop_at = None
+    del blocks_written[:]
+    dump_long(long_sample, tmp_path / "out")
+    assert blocks_written == list(range(10, 47, 5)) and len(read_patch_folder(tmp_path / "out").paths) == 47
+
+
+def test_a_run_killed_when_the_folder_had_just_got_its_name_is_done(long_sample, tmp_path, monkeypatch, blocks_written):
+    from preprocessing.parts import Parts
+    monkeypatch.setattr(Parts, "remove", lambda self: os.kill(os.getpid(), signal.SIGKILL))
+    assert killed_after(lambda: dump_long(long_sample, tmp_path / "out"), seconds=60)
+    assert dump_long(long_sample, tmp_path / "out") == 47 and blocks_written == []
+
+
+def killed_after(work, seconds) -> bool:
+    """Do `work` in another process, which is killed if it takes longer; True if it did not end by itself."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(seconds)
+    process.kill()
+    process.join()
+    return process.exitcode != 0
+
+
+def test_a_run_killed_at_twenty_random_moments_comes_to_the_same_folder(long_sample, tmp_path, monkeypatch):
+    import time
+
+    import preprocessing.png_folder as png_folder
+    dump_long(long_sample, tmp_path / "straight")
+    log, write = tmp_path / "log", png_folder.write_pngs
+
+    def logged(folder, first_row, *arguments):
+        with open(log, "a") as stream:
+            stream.write(f"{first_row}\n")
+        time.sleep(0.01)                                       # kills must find blocks half done, not only whole runs
+        write(folder, first_row, *arguments)
+
+    monkeypatch.setattr(png_folder, "write_pngs", logged)
+    generator, kills, in_a_block, number = np.random.default_rng(0), 0, 0, 0
+    while kills < 20 or log.exists():                          # every folder is brought to its end, after some kills
+        out = tmp_path / f"out{number}"
+        if killed_after(lambda out=out: dump_long(long_sample, out), generator.uniform(0.02, 0.25)):
+            kills += 1
+            continue
+        assert content(out) == content(tmp_path / "straight")
+        rows = [int(line) for line in log.read_text().split()]
+        assert all(later in (earlier, earlier + 5) for earlier, later in zip(rows, rows[1:], strict=False)), rows
+        in_a_block += sum(np.diff(rows) == 0)
+        number += 1
+        log.unlink()
+    assert in_a_block >= 5, "too few kills came while a block was being written"
+
+
+@pytest.mark.parametrize("shape", [(4, 5000, 2, 3), (4, 2, 200_000, 3)], ids=["tall", "wide"])
+def test_patches_too_large_to_read_back_are_refused_before_they_are_decoded(sample, shape):
+    with h5py.File(sample / "imgs.h5", "r+") as file:
+        del file["img"]
+        file.create_dataset("img", shape, np.uint8, chunks=(1, *shape[1:]), compression="gzip")
+    result = run("--images", sample / "imgs.h5", "--out-dir", sample / "patches", "--no-normalize")
+    assert result.exit_code == 3 and "img: expected patches of at most 4096 x 4096 px; found" in result.output
+    assert not (sample / "patches").exists()
+
+
+def test_a_full_disk_is_noticed_before_the_first_patch(long_sample, tmp_path, monkeypatch, blocks_written):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 500}))
+    result = run("--images", long_sample / "imgs.h5", "--out-dir", tmp_path / "out", "--no-normalize")
+    assert result.exit_code == 4 and "needs 0.0 GB, 0.0 GB are free" in result.output and blocks_written == []
+
+
+def test_workers_are_counted_from_one(sample):
+    result = run("--images", sample / "imgs.h5", "--out-dir", sample / "patches", "--no-normalize", "--workers", "0")
+    assert result.exit_code == 2 and "--workers" in result.output

@@ -12,7 +12,8 @@ from PIL import Image, PngImagePlugin
 from preprocessing.errors import InputError
 from preprocessing.outputs import strings_sha256
 from preprocessing.patch_file import read_patch_file, write_patch_file
-from preprocessing.patches import pair, read_patch, read_patch_folder, write_patch_folder
+from preprocessing.patches import pair, read_patch, read_patch_folder
+from preprocessing.png_folder import write_patch_folder
 
 BARCODES = [f"AAAC{i:02d}-1" for i in range(12)]
 

@@ -12,6 +12,7 @@ from preprocessing.stain import (
     TARGET_VECTORS,
     NoStainError,
     StainVectors,
+    _tables,
     estimate_stain,
     normalise_stain,
     read_stain_file,
@@ -64,6 +65,32 @@ def test_applying_agrees_with_the_published_formula_on_real_tissue(real_pixels):
     stain = estimate_stain(real_pixels.reshape(-1, 3))
     difference = normalise_stain(real_pixels, stain).astype(int) - published_formula(real_pixels, stain)
     assert np.abs(difference).max() <= 1
+
+
+COLOURS = np.stack(np.meshgrid(*[[*range(0, 256, 5), 1, 239, 254]] * 3), axis=-1).astype(np.uint8)     # (55, 55, 55, 3): the whole cube
+
+
+@pytest.mark.parametrize("vectors, maxima", [
+    (HE, (1.5, 1.0)), (TARGET_VECTORS, TARGET_MAXIMA), (HE[:, ::-1], (3.0, 0.2)), ([[0.5, 0.4], [0.7, 0.8], [0.5, 0.45]], (2.5, 2.5)),
+    ([[0.58, 0.60], [0.60, 0.56], [0.55, 0.57]], (1.0, 1.0)),
+], ids=["published", "as the target", "swapped, faint", "like one another", "hardly two stains"])
+def test_every_colour_comes_out_as_the_published_formula_says(vectors, maxima):
+    stain = StainVectors(tuple(map(tuple, np.asarray(vectors).tolist())), maxima)
+    difference = normalise_stain(COLOURS, stain).astype(int) - published_formula(COLOURS, stain)
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("vectors, maxima", [([[1, 1], [1, 1.0001], [1, 1]], (1.0, 1.0)), (HE, (1e-300, 1e300))],
+                         ids=["one stain", "no maxima"])
+def test_vectors_beyond_reason_give_black_or_white_never_what_is_not_a_number(vectors, maxima):
+    tables = _tables(StainVectors(tuple(map(tuple, np.asarray(vectors, dtype=float).tolist())), maxima))
+    assert np.isfinite(tables.max(axis=2).prod(axis=1)).all() and (tables > 0).all()
+
+
+def test_a_view_into_other_pixels_is_normalised_and_left_as_it_was():
+    pixels = stained_pixels(n=64 * 64).reshape(64, 64, 3)
+    before, stain = pixels.copy(), estimate_stain(stained_pixels())
+    assert (normalise_stain(pixels[::2, 3:], stain) == normalise_stain(pixels, stain)[::2, 3:]).all() and (pixels == before).all()
 
 
 def test_normalised_real_tissue_has_the_stain_of_the_target(real_pixels):

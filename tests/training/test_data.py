@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from preprocessing.errors import InputError, OptionError
 from preprocessing.expression import morphology_record, normalise_expression, read_expression, write_expression
 from preprocessing.patch_file import write_patch_file
-from preprocessing.patches import write_patch_folder
+from preprocessing.png_folder import write_patch_folder
 from training.data import ImageGeneDataset, SampleFiles, expression_only, read_sample_sheet, sample_files, spatial_block_split
 
 GENES = ["Umod", "Actb", "Aqp2"]

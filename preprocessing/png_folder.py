@@ -1,0 +1,181 @@
+"""Write a patch folder: `patch_<padded row>.png`, `metadata.jsonl` and `stain.json`, complete or not there at all.
+
+Patches are uint8 (H, W, 3) RGB. They go in any blocks into a working folder, which gets its final name once all are there;
+who keeps the working folder goes on where a killed run was. Reading and pairing such a folder: `patches.py`.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count as count_from
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+
+from preprocessing.errors import InputError, first_few
+from preprocessing.outputs import file_sha256, finished_folder, replace_folder, require_free_space
+from preprocessing.patch_file import blocks
+from preprocessing.patches import METADATA, STAIN
+
+LITTER = r"\.DS_Store|\._.*|\.nfs.*|\.ipynb_checkpoints"       # what systems and notebooks leave in any folder
+PNG_SHARE = 0.4                                                 # bytes of a PNG per byte of its pixels; 0.45 to 0.7 on H&E
+FLUSHERS = 8                                                    # files on their way to the disk at a time: waiting, not work
+PNG_SIGNATURE, AVERAGE_FILTER = b"\x89PNG\r\n\x1a\n", 3
+
+
+# ---- one PNG --------------------------------------------------------------------------------------------------------
+
+def encode_png(patch: np.ndarray) -> bytes:
+    """A PNG file of uint8 (H, W, 3), with nothing in it but the pixels. Lossless; releases the GIL.
+
+    Every byte is stored as its difference from the mean of the one to the left and the one above (PNG's filter 3, the cheapest
+    that works well on H&E), compressed by libdeflate's fastest level: as small as zlib's, in an eighth of the time.
+    """
+    height, width, _ = patch.shape
+    rows = np.ascontiguousarray(patch).reshape(height, 3 * width)
+    left, above = np.zeros_like(rows), np.zeros_like(rows)
+    left[:, 3:], above[1:] = rows[:, :-3], rows[:-1]
+    filtered = np.empty((height, 1 + 3 * width), np.uint8)
+    filtered[:, 0] = AVERAGE_FILTER
+    np.subtract(rows, (left & above) + ((left ^ above) >> 1), out=filtered[:, 1:])       # the mean rounded down, without a ninth bit
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)                       # 8 bits a channel, RGB
+    pixels = imagecodecs.deflate_encode(filtered, level=1, raw=False)
+    return PNG_SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(content, zlib.crc32(kind)))
+
+
+# ---- the working folder ---------------------------------------------------------------------------------------------
+
+def name_digits(count: int) -> int:
+    """Digits of the row in the names of `count` patches, so that the order of names is the order of rows."""
+    return len(str(max(count - 1, 0)))
+
+
+def png_name(row: int, digits: int) -> str:
+    """`patch_0042.png`"""
+    return f"patch_{row:0{digits}d}.png"
+
+
+def write_pngs(folder: Path, first_row: int, patches: Iterable[np.ndarray], digits: int, workers: int) -> None:
+    """Write consecutive patches from `first_row` on, over what a killed run left there. They are on the disk when this returns."""
+    def write(row: int, patch: np.ndarray) -> Path:
+        path = folder / png_name(row, digits)
+        path.write_bytes(encode_png(patch))
+        return path
+
+    with ThreadPoolExecutor(workers) as pool:
+        paths = list(pool.map(write, count_from(first_row), patches))
+    with ThreadPoolExecutor(FLUSHERS) as pool:
+        list(pool.map(_flush, [*paths, folder]))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def whole_pngs(working: Path, digits: int) -> int:
+    """How many PNG files from row 0 on stand in the working folder without a gap."""
+    if not working.is_dir():
+        return 0
+    present = {entry.name for entry in os.scandir(working)}
+    return next(row for row in count_from() if png_name(row, digits) not in present)
+
+
+def finish_patch_folder(working: Path, folder: Path | str, *, count: int, digits: int, barcodes: Sequence[str] | None, sample_id: str,
+                        xy: np.ndarray, stain: dict, record: Callable[[Path], object] | None = None) -> None:
+    """Describe the `count` patches in `working` and give it the name `folder`; an older patch folder there is replaced.
+
+    `xy` (count, 2) are centres in level-0 px. What a killed run left in `working` beside the patches is removed. `record(working)`
+    sees the complete folder before it has its name: what it writes about the content stands no later than the folder does.
+    """
+    refuse_foreign_content(folder)
+    _complete(working, [png_name(row, digits) for row in range(count)], barcodes, sample_id, xy, stain)
+    if record is not None:
+        record(working)
+    replace_folder(working, folder)
+
+
+def _complete(working: Path, names: Sequence[str], barcodes: Sequence[str] | None, sample_id: str, xy: np.ndarray, stain: dict) -> None:
+    if len(xy) != len(names) or (barcodes is not None and len(barcodes) != len(names)):
+        raise ValueError(f"{len(names)} patches need as many centres and barcodes; got {len(xy)} and {len(barcodes or ())}")
+    present = {entry.name for entry in os.scandir(working)}
+    missing = [name for name in names if name not in present]
+    if missing:
+        raise OSError(f"{working}: {first_few(missing)} of {len(names):,} patches are not there; run the command again")
+    for name in present.difference(names):
+        (working / name).unlink()
+    with open(working / METADATA, "w", encoding="utf-8") as stream:
+        for row, name in enumerate(names):
+            line = {"file_name": name}
+            if barcodes is not None:
+                line["barcode"] = str(barcodes[row])
+            line |= {"sample_id": sample_id, "x": float(xy[row][0]), "y": float(xy[row][1])}
+            if barcodes is not None:
+                line["gex_emb"] = row
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+    (working / STAIN).write_text(json.dumps(stain, indent=2) + "\n")
+    for path in (working / METADATA, working / STAIN, working):
+        _flush(path)
+
+
+# ---- the finished folder --------------------------------------------------------------------------------------------
+
+def write_patch_folder(folder: Path | str, patches: Iterable[np.ndarray], *, barcodes: Sequence[str] | None, sample_id: str,
+                       xy: np.ndarray, stain: dict, workers: int = 2) -> None:
+    """Write a patch folder in one go; `xy` (N, 2) centres fix the number of patches.
+
+    The folder appears when it is complete; an older patch folder is replaced, any other folder is left alone.
+    """
+    refuse_foreign_content(folder)
+    count, written = len(xy), 0
+    digits = name_digits(count)
+    with finished_folder(folder) as working:
+        for block in blocks(patches):
+            if not written:
+                require_free_space(working, int(PNG_SHARE * count * block[0].nbytes))
+            written += len(block)
+            if written > count:
+                break
+            write_pngs(working, written - len(block), block, digits, workers)
+        if written != count:
+            raise ValueError(f"{folder}: {count} patches were announced, {written} or more came")
+        _complete(working, [png_name(row, digits) for row in range(count)], barcodes, sample_id, xy, stain)
+
+
+def refuse_foreign_content(folder: Path | str) -> None:
+    """Writing replaces the whole folder, so nothing in it may be anybody else's."""
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(folder, "folder", "a folder for the patches", "a file")
+    pattern = re.compile(rf"patch_\d+\.png|{re.escape(METADATA)}|{re.escape(STAIN)}")
+    others = sorted(entry.name for entry in folder.iterdir() if not (pattern.fullmatch(entry.name) and entry.is_file()))
+    foreign = [name for name in others if not re.fullmatch(LITTER, name)]
+    if not foreign and not any(pattern.fullmatch(entry.name) for entry in folder.iterdir()):
+        foreign = others                                        # litter alone does not make a folder ours
+    if foreign:
+        raise InputError(folder, "content", "a new folder, or a patch folder to replace", f"{first_few(foreign)} other entries",
+                         "Name another folder")
+
+
+def patch_folder_sha256(folder: Path | str) -> str:
+    """SHA-256 over `metadata.jsonl`, `stain.json` and the name and size of every `patch_*.png`: tells a damaged folder."""
+    folder = Path(folder)
+    texts = [f"{name} {file_sha256(folder / name)}" for name in (METADATA, STAIN) if (folder / name).is_file()]
+    images = [f"{path.name} {path.stat().st_size}" for path in sorted(folder.glob("patch_*.png"))]
+    return hashlib.sha256("\n".join(texts + images).encode()).hexdigest()
