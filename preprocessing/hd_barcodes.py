@@ -19,25 +19,27 @@ KEY_STRIDE = 100_000                                 # rows and columns have fiv
 
 @dataclass(frozen=True)
 class HdBarcodes:
-    """Where each barcode says its bin is; (P,) int64 each."""
+    """Where each barcode says its bin is; (P,) each."""
 
-    bin_um: np.ndarray
-    array_row: np.ndarray
-    array_col: np.ndarray
+    bin_um: np.ndarray       # int16
+    array_row: np.ndarray    # int32
+    array_col: np.ndarray    # int32
 
     @property
     def key(self) -> np.ndarray:
         """One integer a bin, equal for equal bins whatever the case of their barcodes."""
-        return (self.bin_um * KEY_STRIDE + self.array_row) * KEY_STRIDE + self.array_col
+        return (self.bin_um.astype(np.int64) * KEY_STRIDE + self.array_row) * KEY_STRIDE + self.array_col
 
 
 def parse_hd_barcodes(barcodes: np.ndarray, path: object) -> HdBarcodes:
     """Barcodes (P,) `S` or `U` -> bins; anything that is not a Visium HD barcode is an error that names five."""
     barcodes = np.asarray(barcodes)
-    numbers = np.empty((3, len(barcodes)), dtype=np.int64)
+    numbers = [np.empty(len(barcodes), dtype) for dtype in (np.int16, np.int32, np.int32)]
     for start in range(0, len(barcodes), BLOCK):
         block = slice(start, min(start + BLOCK, len(barcodes)))
-        numbers[:, block], is_hd = _parse_block(barcodes[block])
+        parsed, is_hd = _parse_block(barcodes[block])
+        for whole, part in zip(numbers, parsed, strict=True):
+            whole[block] = part
         if not is_hd.all():
             foreign = [str(barcode) for barcode in as_text(barcodes[block][~is_hd][:5])]
             total = sum(int(np.count_nonzero(~_parse_block(barcodes[i:i + BLOCK])[1])) for i in range(0, len(barcodes), BLOCK))
@@ -48,7 +50,7 @@ def parse_hd_barcodes(barcodes: np.ndarray, path: object) -> HdBarcodes:
 
 
 def _parse_block(barcodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers (3, n) of bin side, row and column, and which of the n barcodes are well-formed."""
+    """Numbers (3, n) int32 of bin side, row and column, and which of the n barcodes are well-formed."""
     wide = np.ascontiguousarray(as_bytes(barcodes).astype(f"S{len(PATTERN) + 3}"))          # one more, to see what is too long
     letters = wide.view(np.uint8).reshape(len(barcodes), -1)
     body, tail = letters[:, :len(PATTERN)], letters[:, len(PATTERN):]
@@ -58,9 +60,11 @@ def _parse_block(barcodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     well_formed = np.where(DIGITS, is_digit, lower == expected).all(axis=1)
     suffix = np.frombuffer(b"-1\0", np.uint8)
     well_formed &= (tail == suffix).all(axis=1) | (tail == 0).all(axis=1)
-    digits = body.astype(np.int64) - ord("0")
-    number = [digits[:, first:first + width] @ (10 ** np.arange(width - 1, -1, -1)) for first, width in ((2, 3), (8, 5), (14, 5))]
-    return np.stack(number), well_formed
+    number = np.zeros((3, len(barcodes)), dtype=np.int32)
+    for i, (first, width) in enumerate(((2, 3), (8, 5), (14, 5))):
+        for place in range(first, first + width):
+            number[i] = 10 * number[i] + body[:, place] - ord("0")
+    return number, well_formed
 
 
 def check_agreement(path: object, parsed: HdBarcodes, array_row: np.ndarray, array_col: np.ndarray, barcodes: np.ndarray,

@@ -91,9 +91,9 @@ def _patches(slide: Slide, spots: Spots, mpp: float, patch_px: int) -> Iterator[
 
 def quality_line(sample: Sample, spots: Spots) -> str:
     """What a person checks first: spots kept and lost, and how deeply they were sequenced."""
-    from preprocessing.pseudo_spots import sum_members
+    from preprocessing.spot_sums import sum_spots
 
-    counts = sum_members(spots, sample.counts)
+    counts = sum_spots(sample, spots)
     umis, genes = np.asarray(counts.sum(axis=1)).ravel(), counts.getnnz(axis=1)
     lost = "".join(f"; {count:,} {reason}" for reason, count in spots.dropped.items())
     return (f"kept {len(spots):,} of {len(sample.barcodes):,} spots{lost}; median {np.median(umis):,.0f} UMIs and "

@@ -50,13 +50,12 @@ def fit_grid(array_row, array_col, centre_xy_px, *, row_um: float, col_um: float
     `array_row`, `array_col` (P,) int; `centre_xy_px` (P, 2). Outliers are trimmed. Rotated and mirrored images fit
     as well as upright ones. Positions on one line fix the scale along it, and only that.
     """
-    array_um = np.column_stack([np.asarray(array_col, float) * col_um, np.asarray(array_row, float) * row_um])
-    pixels = np.asarray(centre_xy_px, dtype=float)
-    usable = np.isfinite(array_um).all(axis=1) & np.isfinite(pixels).all(axis=1)
-    array_um, pixels = array_um[usable], pixels[usable]
-    if len(pixels) > MAX_FITTED:
-        chosen = np.random.default_rng(0).choice(len(pixels), MAX_FITTED, replace=False)
-        array_um, pixels = array_um[chosen], pixels[chosen]
+    array_row, array_col, pixels = np.asarray(array_row), np.asarray(array_col), np.asarray(centre_xy_px)
+    usable = np.flatnonzero(np.isfinite(array_row) & np.isfinite(array_col) & np.isfinite(pixels).all(axis=1))
+    if len(usable) > MAX_FITTED:
+        usable = np.random.default_rng(0).choice(usable, MAX_FITTED, replace=False)
+    array_um = np.column_stack([array_col[usable] * float(col_um), array_row[usable] * float(row_um)])
+    pixels = pixels[usable].astype(float)
     if len(np.unique(array_um, axis=0)) < 3:
         return None
     array_um = array_um - array_um.mean(axis=0)

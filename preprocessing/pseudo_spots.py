@@ -7,16 +7,14 @@ pixel columns only: array columns may run against image x.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
-import scipy.sparse as sp
 
 from preprocessing.errors import InputError, OptionError
+from preprocessing.hd_barcodes import as_text
 from preprocessing.sample import Sample, Spots
-
-BLOCK_WINDOWS = 4096     # windows whose member bins are looked up at once: 12 MB at 27 × 27
-BLOCK_SPOTS = 512        # pseudo-spots summed at once
 
 
 def bins_per_side(patch_um: float, bin_um: float) -> int:
@@ -36,7 +34,7 @@ def bins_per_side(patch_um: float, bin_um: float) -> int:
 def group_bins(sample: Sample, patch_um: float = 55.0, stride_bins: int = 5) -> Spots:
     """Every n × n window of bins, stepping by `stride_bins` over the array from bin (0, 0), whose bins are all in tissue.
 
-    Members of a pseudo-spot stand in the order of its bins, row by row, so member n * n // 2 is the centre bin.
+    Rows are ordered by the window's top row, then its left column. Does not touch the counts: `spot_sums.py` adds them up.
     """
     if sample.bin_um is None:
         raise InputError(sample.sample_id, "bin size", "a Visium HD sample, made of bins", sample.platform)
@@ -45,12 +43,9 @@ def group_bins(sample: Sample, patch_um: float = 55.0, stride_bins: int = 5) -> 
     n = bins_per_side(patch_um, sample.bin_um)
     row_of_bin = _index_grid(sample, margin=n)
     top, left, n_incomplete = _complete_windows(row_of_bin >= 0, n, stride_bins)
-    members = _member_indicator(row_of_bin, top, left, n, len(sample.barcodes))
-    centre = row_of_bin[top + n // 2, left + n // 2]
-    return Spots(
-        barcodes=sample.barcodes[centre], centre_xy_px=sample.centre_xy_px[centre],
-        array_row=sample.array_row[centre], array_col=sample.array_col[centre], members=members, patch_um=patch_um,
-        dropped={"have a bin outside tissue": n_incomplete} if n_incomplete else {})
+    centre = row_of_bin[top + n // 2, left + n // 2].astype(np.int64)
+    return replace(_spots_of_rows(sample, centre, patch_um), bins_per_side=n,
+                   dropped={"have a bin outside tissue": n_incomplete} if n_incomplete else {})
 
 
 def _index_grid(sample: Sample, margin: int) -> np.ndarray:
@@ -83,61 +78,19 @@ def _complete_windows(in_tissue: np.ndarray, n: int, stride: int) -> tuple[np.nd
     return tops[i], lefts[j], int(np.count_nonzero(centre_in_tissue & ~complete))
 
 
-def _member_indicator(row_of_bin: np.ndarray, top: np.ndarray, left: np.ndarray, n: int, n_rows: int) -> sp.csr_matrix:
-    """(P, n_rows) int8 indicator of the n * n bins of each window; filled block by block, so only the result is large."""
-    n_windows, n_bins = len(top), n * n
-    indices = np.empty(n_windows * n_bins, dtype=np.int32)
-    step_row, step_col = (step.ravel() for step in np.indices((n, n)))
-    for start in range(0, n_windows, BLOCK_WINDOWS):
-        block = slice(start, min(start + BLOCK_WINDOWS, n_windows))
-        found = row_of_bin[top[block, None] + step_row, left[block, None] + step_col]         # (block, n * n)
-        indices[block.start * n_bins:block.stop * n_bins] = found.ravel()
-    index_pointer = np.arange(n_windows + 1, dtype=np.int64) * n_bins
-    return sp.csr_matrix((np.ones(len(indices), dtype=np.int8), indices, index_pointer), shape=(n_windows, n_rows))
-
-
 def as_spots(sample: Sample, patch_um: float) -> Spots:
     """In-tissue spots of a Visium or Spatial Transcriptomics sample, in the sample's order; each its own only member."""
     if not (math.isfinite(patch_um) and patch_um > 0):
         raise OptionError("--patch-sz-um", "a positive number of µm", f"{patch_um:g}")
-    rows = np.flatnonzero(sample.in_tissue)
-    members = sp.csr_matrix((np.ones(len(rows), dtype=np.int8), rows.astype(np.int32), np.arange(len(rows) + 1)),
-                            shape=(len(rows), len(sample.barcodes)))
-    return Spots(
-        barcodes=sample.barcodes[rows], centre_xy_px=sample.centre_xy_px[rows], array_row=sample.array_row[rows],
-        array_col=sample.array_col[rows], members=members, patch_um=patch_um)
+    return _spots_of_rows(sample, np.flatnonzero(sample.in_tissue), patch_um)
+
+
+def _spots_of_rows(sample: Sample, rows: np.ndarray, patch_um: float) -> Spots:
+    return Spots(barcodes=as_text(sample.barcodes[rows]), centre_xy_px=sample.centre_xy_px[rows], array_row=sample.array_row[rows],
+                 array_col=sample.array_col[rows], sample_rows=rows, patch_um=patch_um)
 
 
 def take_spots(spots: Spots, rows: np.ndarray, dropped: Mapping[str, int]) -> Spots:
     """The spots of `rows` (indices or a mask), in that order; the reasons in `dropped` are added to those known."""
-    return Spots(
-        barcodes=spots.barcodes[rows], centre_xy_px=spots.centre_xy_px[rows], array_row=spots.array_row[rows],
-        array_col=spots.array_col[rows], members=spots.members[rows], patch_um=spots.patch_um,
-        dropped={**spots.dropped, **{reason: count for reason, count in dropped.items() if count}})
-
-
-def sum_members(spots: Spots, counts: sp.spmatrix) -> sp.csr_matrix:
-    """Counts (rows of the sample, G) -> (P, G) sums over each spot's members: exact integers, zeros not stored."""
-    blocks = list(sum_blocks(spots, counts))
-    return sp.csr_matrix(sp.vstack(blocks, format="csr")) if blocks else sp.csr_matrix((0, counts.shape[1]), dtype=np.int32)
-
-
-def sum_blocks(spots: Spots, counts: sp.spmatrix, block_spots: int = BLOCK_SPOTS) -> Iterator[sp.csr_matrix]:
-    """`sum_members` in blocks of rows, for writing a large sample as it is summed."""
-    whole = _as_integers(counts, int(spots.n_members.max(initial=1)))
-    for start in range(0, len(spots), block_spots):
-        block = spots.members[start:start + block_spots].astype(whole.dtype) @ whole
-        block.eliminate_zeros()
-        block.sort_indices()
-        yield block
-
-
-def _as_integers(counts: sp.spmatrix, n_members: int) -> sp.csr_matrix:
-    """CSR in an integer type that cannot overflow when `n_members` rows are added."""
-    counts = sp.csr_matrix(counts)
-    largest = counts.data.max(initial=0)
-    integer = np.int32 if float(largest) * n_members < np.iinfo(np.int32).max else np.int64
-    whole = counts.astype(integer)
-    if not np.array_equal(whole.data, counts.data):
-        raise InputError("counts", "X", "raw UMI counts, whole numbers", "fractions or values that are not finite")
-    return whole
+    of_rows = {name: getattr(spots, name)[rows] for name in ("barcodes", "centre_xy_px", "array_row", "array_col", "sample_rows")}
+    return replace(spots, **of_rows, dropped={**spots.dropped, **{reason: count for reason, count in dropped.items() if count}})

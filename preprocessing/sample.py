@@ -5,10 +5,13 @@ Positions are (x, y) in level-0 pixels of the slide, float64. Touches no files.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
+
+if TYPE_CHECKING:
+    from preprocessing.tenx_matrix import StoredCounts
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,8 @@ class Sample:
 
     sample_id: str
     platform: str                  # as told to the user: "Visium (Space Ranger 1.x)", "Visium HD", ...
-    counts: sp.csr_matrix          # (P, G) raw UMIs, integer-valued; a position without a row in the matrix is a zero row
-    barcodes: np.ndarray           # (P,) str, unique
+    counts: sp.csr_matrix | StoredCounts   # raw UMIs, whole numbers, of the first rows (Visium HD: left on disk); rows beyond are zero
+    barcodes: np.ndarray           # (P,) str, unique; Visium HD's stay ASCII bytes, a quarter of the size
     gene_names: np.ndarray         # (G,) str symbols, unique
     gene_ids: np.ndarray | None    # (G,) str, where known
     in_tissue: np.ndarray          # (P,) bool
@@ -50,14 +53,15 @@ class Spots:
     centre_xy_px: np.ndarray       # (P, 2) float64
     array_row: np.ndarray          # (P,) int
     array_col: np.ndarray          # (P,) int
-    members: sp.csr_matrix         # (P, rows of the Sample) 0/1 indicator; identity-like for Visium
+    sample_rows: np.ndarray        # (P,) int64 row of the Sample: of the spot, or of the centre bin
     patch_um: float                # side of the square of tissue this row stands for, µm
+    bins_per_side: int = 1         # its members are this many bins squared about the centre bin; 1: a spot, its own only member
     dropped: dict[str, int] = field(default_factory=dict)   # reason -> number of candidates not kept
 
     def __len__(self) -> int:
         return len(self.barcodes)
 
     @property
-    def n_members(self) -> np.ndarray:
-        """(P,) int: bins per pseudo-spot, or 1."""
-        return np.diff(self.members.indptr)
+    def n_members(self) -> int:
+        """Bins per pseudo-spot, or 1."""
+        return self.bins_per_side ** 2

@@ -2,6 +2,7 @@
 
 Counts and positions are joined by barcode. Rows of the sample: first the barcodes of the matrix in its order, then the
 positions without counts by array row and column, as zero rows. So the order of rows in the table of positions is of no account.
+The counts of Visium HD, up to half a billion, stay on disk.
 """
 from __future__ import annotations
 
@@ -15,17 +16,20 @@ import pandas as pd
 import scipy.sparse as sp
 from PIL import Image, UnidentifiedImageError
 
+from preprocessing.barcode_join import match, match_bins
 from preprocessing.errors import InputError, first_few
 from preprocessing.hd_barcodes import HdBarcodes, as_bytes, as_text, check_agreement, parse_hd_barcodes
 from preprocessing.mpp import VISIUM_COL_UM, VISIUM_ROW_UM, check_axes, decide_mpp, fit_grid
 from preprocessing.position_checks import check_on_image, check_over_tissue, check_slide_size
 from preprocessing.sample import Sample
 from preprocessing.space_ranger_folder import BIN_FOLDER, SpaceRangerFolder, find_folder
-from preprocessing.tenx_matrix import TenxMatrix, read_matrix
+from preprocessing.tenx_matrix import TenxMatrix, open_matrix, read_matrix
 from preprocessing.tissue_positions import Positions, read_positions, require_unique
 
 if TYPE_CHECKING:
     from preprocessing.slide import Slide
+
+COMPARED = 200_000        # positions whose grey is compared
 
 
 def read_sample(space_ranger_dir: Path | str, *, sample_id: str | None = None, slide: Slide | None = None, mpp: float | None = None,
@@ -37,15 +41,11 @@ def read_sample(space_ranger_dir: Path | str, *, sample_id: str | None = None, s
     """
     found = find_folder(space_ranger_dir, is_hd, below_v2)
     positions = read_positions(found.positions)
-    matrix = read_matrix(found.matrix)
-    require_unique(found.matrix, "barcodes", matrix.barcodes)
+    stays_on_disk = found.is_hd and not found.matrix.is_dir()
+    matrix = open_matrix(found.matrix) if stays_on_disk else read_matrix(found.matrix)
     factors = _read_scalefactors(found)
-    position_of_row, n_counted = _join(found, positions, matrix)
     bin_um = _bin_side(found, factors) if found.is_hd else None
-    if found.is_hd:
-        check_agreement(found.positions, parse_hd_barcodes(positions.barcodes, found.positions), positions.array_row,
-                        positions.array_col, positions.barcodes, bin_um)
-    in_tissue, centres = positions.in_tissue[position_of_row], positions.centre_xy_px[position_of_row]
+    position_of_row, n_counted = _join_bins(found, positions, matrix, bin_um) if found.is_hd else _join_spots(found, positions, matrix)
     grid = fit_grid(positions.array_row, positions.array_col, positions.centre_xy_px,
                     row_um=bin_um or VISIUM_ROW_UM, col_um=bin_um or VISIUM_COL_UM)
     check_axes(found.positions, grid)
@@ -54,52 +54,59 @@ def read_sample(space_ranger_dir: Path | str, *, sample_id: str | None = None, s
                           spot_diameter_px=None if found.is_hd else factors.get("spot_diameter_fullres"),
                           slide_mpp=slide.declared_mpp if slide else None, slide_path=slide.path if slide else None,
                           use_wsi_res=use_wsi_res)
+    barcodes, in_tissue, array_row, array_col, centre_xy_px = (part[position_of_row] for part in (
+        positions.barcodes, positions.in_tissue, positions.array_row, positions.array_col, positions.centre_xy_px))
     notices = [*found.notices, *decision.notices, *_count_notices(in_tissue, n_counted),
                check_slide_size(slide.path, (slide.width_px, slide.height_px), images, factors) if slide else "",
                _check_places(found, positions, slide, images, factors)]
     metadata = {"mpp_source": decision.source, "software": matrix.software}
-    barcodes = as_text(positions.barcodes[position_of_row])
     if found.clusters:
-        metadata["cluster"], notice = _read_clusters(found, barcodes[:n_counted], len(barcodes))
+        bins = HdBarcodes(np.full(n_counted, bin_um, np.int16), array_row[:n_counted], array_col[:n_counted]) if found.is_hd else None
+        metadata["cluster"], notice = _read_clusters(found.clusters, barcodes[:n_counted], bins, len(barcodes))
         notices.append(notice)
     return Sample(
-        sample_id=sample_id or found.default_sample_id, platform=found.platform, counts=_with_zero_rows(matrix.counts, len(barcodes)),
-        barcodes=barcodes, gene_names=matrix.gene_names, gene_ids=matrix.gene_ids, in_tissue=in_tissue,
-        array_row=positions.array_row[position_of_row], array_col=positions.array_col[position_of_row], centre_xy_px=centres,
-        mpp=decision.mpp, bin_um=bin_um, images=images, scalefactors=factors, metadata=metadata,
-        notices=tuple(notice for notice in notices if notice))
+        sample_id=sample_id or found.default_sample_id, platform=found.platform,
+        counts=matrix.counts if stays_on_disk else _with_zero_rows(matrix.counts, len(barcodes)),
+        barcodes=barcodes if found.is_hd else as_text(barcodes), gene_names=matrix.gene_names, gene_ids=matrix.gene_ids,
+        in_tissue=in_tissue, array_row=array_row, array_col=array_col, centre_xy_px=centre_xy_px, mpp=decision.mpp, bin_um=bin_um,
+        images=images, scalefactors=factors, metadata=metadata, notices=tuple(notice for notice in notices if notice))
 
 
-def _join(found: SpaceRangerFolder, positions: Positions, matrix: TenxMatrix) -> tuple[np.ndarray, int]:
+def _join_spots(found: SpaceRangerFolder, positions: Positions, matrix: TenxMatrix) -> tuple[np.ndarray, int]:
     """Row of `positions` for every row of the sample, and how many rows of the sample have counts."""
-    by_bin = found.is_hd and positions.barcodes[0][:2].lower() == b"s_"
-    if by_bin:
-        keys, wanted = parse_hd_barcodes(positions.barcodes, found.positions).key, parse_hd_barcodes(matrix.barcodes, found.matrix).key
-    else:
-        keys, wanted = positions.barcodes, as_bytes(matrix.barcodes)
-    place = match(keys, wanted)
+    require_unique(found.matrix, "barcodes", matrix.barcodes)
+    return _counted_first(found, positions, matrix, match(positions.barcodes, as_bytes(matrix.barcodes)))
+
+
+def _join_bins(found: SpaceRangerFolder, positions: Positions, matrix: TenxMatrix, bin_um: float) -> tuple[np.ndarray, int]:
+    """As `_join_spots` by the bins that barcodes name, in any case; array positions must be what their barcodes say."""
+    bins, wanted = parse_hd_barcodes(positions.barcodes, found.positions), parse_hd_barcodes(matrix.barcodes, found.matrix)
+    _require_bins_once(found.positions, "barcode", match_bins(bins, bins), positions.barcodes)
+    place = match_bins(bins, wanted)
+    joined = _counted_first(found, positions, matrix, place)
+    _require_bins_once(found.matrix, "barcodes", match_bins(wanted, wanted), matrix.barcodes)
+    check_agreement(found.positions, bins, positions.array_row, positions.array_col, positions.barcodes, bin_um)
+    return joined
+
+
+def _require_bins_once(path: Path, field: str, place_of_itself: np.ndarray, barcodes: np.ndarray) -> None:
+    """Bins that come twice are found at one place only."""
+    twice = place_of_itself != np.arange(len(place_of_itself), dtype=place_of_itself.dtype)
+    if twice.any():
+        raise InputError(path, field, "every bin once", f"repeated {first_few(as_text(barcodes[np.flatnonzero(twice)]))}")
+
+
+def _counted_first(found: SpaceRangerFolder, positions: Positions, matrix: TenxMatrix, place: np.ndarray) -> tuple[np.ndarray, int]:
+    """Rows of `positions`: `place` of each barcode of the matrix, then those without counts by array row and column."""
     missing = place < 0
     if missing.any():
-        raise InputError(found.positions, "barcodes", f"a position for each of the {len(wanted):,} barcodes of {found.matrix.name}",
+        raise InputError(found.positions, "barcodes", f"a position for each of the {len(place):,} barcodes of {found.matrix.name}",
                          f"none for {int(missing.sum()):,}, first {first_few(as_text(matrix.barcodes[missing][:5]))}")
-    if by_bin:
-        require_unique(found.positions, "barcode", keys)                   # the same bin in two spellings
-    uncounted = np.ones(len(keys), dtype=bool)
+    uncounted = np.ones(len(positions.barcodes), dtype=bool)
     uncounted[place] = False
     rest = np.flatnonzero(uncounted)
     rest = rest[np.lexsort((positions.array_col[rest], positions.array_row[rest]))]
-    return np.concatenate([place, rest]), len(place)
-
-
-def match(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Index in `keys` of each of `wanted`, -1 where absent; both integers or bytes, `keys` unique."""
-    if keys.dtype.kind == "S":
-        width = max(keys.dtype.itemsize, wanted.dtype.itemsize)
-        keys, wanted = keys.astype(f"S{width}"), wanted.astype(f"S{width}")
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    slot = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
-    return np.where(ordered[slot] == wanted, order[slot], -1)
+    return np.concatenate([place, rest.astype(place.dtype)]), len(place)
 
 
 def _with_zero_rows(counts: sp.csr_matrix, n_rows: int) -> sp.csr_matrix:
@@ -157,7 +164,9 @@ def _check_places(found: SpaceRangerFolder, positions: Positions, slide: Slide |
     for kind in ("lowres", "hires"):
         scale = factors.get(f"tissue_{kind}_scalef")
         if kind in images and scale:
-            check_over_tissue(found.positions, positions.centre_xy_px * scale, positions.in_tissue, images[kind], found.images[kind])
+            some = _some(len(positions.in_tissue))
+            check_over_tissue(found.positions, positions.centre_xy_px[some] * scale, positions.in_tissue[some], images[kind],
+                              found.images[kind])
             if slide is None:
                 height, width = images[kind].shape[:2]
                 notice = check_on_image(found.positions, centres, width / scale, height / scale, found.images[kind], may_be_cropped=True)
@@ -165,25 +174,29 @@ def _check_places(found: SpaceRangerFolder, positions: Positions, slide: Slide |
     return notice
 
 
-def _read_clusters(found: SpaceRangerFolder, counted: np.ndarray, n_rows: int) -> tuple[np.ndarray, str]:
+def _some(n_positions: int) -> np.ndarray | slice:
+    """Positions enough to compare the grey under them: all, or of millions some at random, and the same every time."""
+    return slice(None) if n_positions <= COMPARED else np.random.default_rng(0).integers(0, n_positions, COMPARED)
+
+
+def _read_clusters(path: Path, counted: np.ndarray, bins: HdBarcodes | None, n_rows: int) -> tuple[np.ndarray, str]:
     """Labels (n_rows,) of Space Ranger's graph-based clusters, '' in gaps; rows beyond `counted` have no counts, hence no label.
 
-    Visium HD clusters larger bins: each small bin takes the label of the one it lies in."""
+    Visium HD clusters larger bins: each of the small `bins` takes the label of the one it lies in."""
     try:
-        table = pd.read_csv(found.clusters, dtype=str, keep_default_na=False)
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
         names, labels = as_bytes(table["Barcode"].to_numpy(object)), table["Cluster"].to_numpy(str)
     except (OSError, KeyError, ValueError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise InputError(found.clusters, "file", "a table with the columns Barcode and Cluster", f"another ({error})") from error
-    require_unique(found.clusters, "Barcode", names)
-    keys, wanted = names, as_bytes(counted)
-    if found.is_hd and len(names):
-        cluster_bins, bins = parse_hd_barcodes(names, found.clusters), parse_hd_barcodes(counted, found.positions)
-        ratio = cluster_bins.bin_um[0] // bins.bin_um[0]
-        keys = cluster_bins.key
-        wanted = HdBarcodes(bins.bin_um * ratio, bins.array_row // ratio, bins.array_col // ratio).key
+        raise InputError(path, "file", "a table with the columns Barcode and Cluster", f"another ({error})") from error
+    require_unique(path, "Barcode", names)
     aligned = np.full(n_rows, "", dtype=labels.dtype if len(labels) else "U1")
-    if len(keys):
-        place = match(keys, wanted)
-        aligned[:len(place)] = np.where(place >= 0, labels[place], "")
+    if len(names) and bins is None:
+        place = match(names, counted)
+    elif len(names):
+        cluster_bins = parse_hd_barcodes(names, path)
+        ratio = cluster_bins.bin_um[0] // bins.bin_um[0]
+        place = match_bins(cluster_bins, HdBarcodes(bins.bin_um * ratio, bins.array_row // ratio, bins.array_col // ratio))
+    if len(names):
+        aligned[:len(counted)] = np.where(place >= 0, labels[place], "")
     gaps = int(np.count_nonzero(aligned[:len(counted)] == ""))
-    return aligned, f"{found.clusters}: {gaps:,} of {len(counted):,} barcodes with counts have no cluster label" if gaps else ""
+    return aligned, f"{path}: {gaps:,} of {len(counted):,} barcodes with counts have no cluster label" if gaps else ""

@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 from preprocessing.errors import InputError, first_few
 from preprocessing.hd_barcodes import as_bytes, as_text
 
+ROWS_AT_ONCE = 1 << 20            # of a parquet file: a Visium HD table has eleven million
 COLUMNS = ("barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")
+INT32_MAX = np.iinfo(np.int32).max
 PARSE_ERRORS = (OSError, ValueError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError, pa.ArrowException)
 
 
@@ -28,8 +30,8 @@ class Positions:
     path: Path
     barcodes: np.ndarray          # (P,) `S`, unique
     in_tissue: np.ndarray         # (P,) bool
-    array_row: np.ndarray         # (P,) int64
-    array_col: np.ndarray         # (P,) int64
+    array_row: np.ndarray         # (P,) int32
+    array_col: np.ndarray         # (P,) int32
     centre_xy_px: np.ndarray      # (P, 2) float64
 
 
@@ -42,13 +44,13 @@ def read_positions(path: Path) -> Positions:
     if (barcodes == b"").any():
         raise InputError(path, "barcode", "a barcode in every row", f"{int((barcodes == b'').sum()):,} rows without one")
     require_unique(path, "barcode", barcodes)
-    numbers = {name: _whole(path, name, columns[name]) for name in ("in_tissue", "array_row", "array_col")}
-    if not np.isin(numbers["in_tissue"], (0, 1)).all():
-        raise InputError(path, "in_tissue", "0 or 1", first_few(np.unique(numbers["in_tissue"]).tolist()))
+    numbers = {name: _whole(path, name, columns.pop(name)) for name in ("in_tissue", "array_row", "array_col")}
     in_tissue = numbers["in_tissue"] == 1
+    if not (in_tissue | (numbers["in_tissue"] == 0)).all():
+        raise InputError(path, "in_tissue", "0 or 1", first_few(np.unique(numbers["in_tissue"]).tolist()))
     if not in_tissue.any():
         raise InputError(path, "in_tissue", "positions in tissue", f"none of {len(in_tissue):,}")
-    pixels = np.column_stack([_floats(path, name, columns[name]) for name in ("pxl_col_in_fullres", "pxl_row_in_fullres")])
+    pixels = np.column_stack([_floats(path, name, columns.pop(name)) for name in ("pxl_col_in_fullres", "pxl_row_in_fullres")])
     nowhere = in_tissue & ~np.isfinite(pixels).all(axis=1)
     if nowhere.any():
         raise InputError(path, "pxl_row_in_fullres, pxl_col_in_fullres", "a place for every position in tissue",
@@ -58,6 +60,8 @@ def read_positions(path: Path) -> Positions:
 
 def require_unique(path: Path, field: str, barcodes: np.ndarray) -> None:
     """Refuse a repeated barcode, naming five."""
+    if (barcodes[1:] > barcodes[:-1]).all():
+        return
     ordered = np.sort(barcodes)
     repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     if len(repeated):
@@ -91,26 +95,27 @@ def _read_parquet(path: Path) -> dict[str, np.ndarray]:
     try:
         file = pq.ParquetFile(path)
         _require_columns(path, file.schema_arrow.names)
-        table = file.read(columns=list(COLUMNS))
-        columns = {name: table[name].to_numpy() for name in COLUMNS[1:]}
-        columns["barcode"] = _fixed_width(table["barcode"])
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=list(COLUMNS)):
+            parts["barcode"].append(_fixed_width(batch["barcode"]))
+            for name in COLUMNS[1:]:
+                parts[name].append(batch[name].to_numpy(zero_copy_only=False).copy())        # let go of the file's own memory
     except PARSE_ERRORS as error:
         if isinstance(error, InputError):
             raise
         raise _unreadable(path, error) from error
-    return columns
+    return {name: np.concatenate(parts.pop(name) or [np.empty(0, "S1")]) for name in COLUMNS}
 
 
-def _fixed_width(column: pa.ChunkedArray) -> np.ndarray:
+def _fixed_width(column: pa.Array) -> np.ndarray:
     """Strings of one length as an `S` array over their bytes: no Python object a row."""
-    lengths = pc.binary_length(column.cast(pa.large_binary()))
+    binary = column.cast(pa.large_binary())
+    lengths = pc.binary_length(binary)
     shortest, longest = pc.min(lengths).as_py(), pc.max(lengths).as_py()
     if column.null_count or not shortest or shortest != longest:
-        return as_bytes(column.fill_null("").to_numpy())
-    parts = [chunk.cast(pa.large_binary()) for chunk in column.chunks if len(chunk)]
-    first_bytes = [np.frombuffer(part.buffers()[1], np.int64, count=1, offset=8 * part.offset)[0] for part in parts]
-    return np.concatenate([np.frombuffer(part.buffers()[2], f"S{longest}", count=len(part), offset=int(first))
-                           for part, first in zip(parts, first_bytes, strict=True)])
+        return as_bytes(column.fill_null("").to_numpy(zero_copy_only=False))
+    first = np.frombuffer(binary.buffers()[1], np.int64, count=1, offset=8 * binary.offset)[0]
+    return np.frombuffer(binary.buffers()[2], f"S{longest}", count=len(binary), offset=int(first)).copy()
 
 
 def _require_columns(path: Path, names: list) -> None:
@@ -125,12 +130,14 @@ def _whole(path: Path, name: str, values: np.ndarray) -> np.ndarray:
         broken = ~np.isfinite(values) | (values != np.rint(values))
         if broken.any():
             raise InputError(path, name, "whole numbers", f"{int(broken.sum()):,} gaps or fractions")
-    return values.astype(np.int64)
+    if len(values) and not -INT32_MAX <= values.min() <= values.max() <= INT32_MAX:
+        raise InputError(path, name, f"whole numbers up to {INT32_MAX:,}", f"{values.min()} to {values.max()}")
+    return values.astype(np.int32, copy=False)
 
 
 def _floats(path: Path, name: str, values: np.ndarray) -> np.ndarray:
     try:
-        return values.astype(np.float64)
+        return values.astype(np.float64, copy=False)
     except (TypeError, ValueError) as error:
         raise InputError(path, name, "numbers", f"words ({error})") from error
 

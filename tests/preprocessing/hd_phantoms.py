@@ -3,9 +3,11 @@ import numpy as np
 import scipy.sparse as sp
 import tifffile
 
+from preprocessing.sample import Sample
 from preprocessing.simulation.space_ranger_files import hd_barcodes, positions_table, write_count_matrix, write_images, write_positions
 
 BIN_PX, MPP, MARGIN_BINS = 4, 0.5, 20
+BIN_UM = BIN_PX * MPP
 
 
 def plain_code(place: np.ndarray) -> np.ndarray:
@@ -79,3 +81,37 @@ def n_windows(offset, shape, holes, n, stride) -> int:
         in_tissue[offset[0] + row, offset[1] + col] = False
     return sum(in_tissue[top:top + n, left:left + n].all() for top in range(0, in_tissue.shape[0] - n + 1, stride)
                for left in range(0, in_tissue.shape[1] - n + 1, stride))
+
+
+def hd_sample(in_tissue: np.ndarray, *, offset=(0, 0), columns_run_left=False, counts=None, seed=0) -> Sample:
+    """A sample of one bin per cell of `in_tissue` (rows, columns), its rows shuffled; bin (0, 0) lies off the slide's corner."""
+    rows, columns = (index.ravel() for index in np.indices(in_tissue.shape))
+    order = np.random.default_rng(seed).permutation(in_tissue.size)
+    rows, columns, inside = rows[order], columns[order], in_tissue.ravel()[order]
+    array_row, array_col = rows + offset[0], columns + offset[1]
+    x = (in_tissue.shape[1] - columns if columns_run_left else columns) * BIN_PX + 100
+    counts = np.ones((in_tissue.size, 1), dtype=np.int32) if counts is None else counts(array_row, array_col)
+    return Sample(
+        sample_id="phantom", platform="Visium HD", counts=sp.csr_matrix(counts * inside[:, None]),
+        barcodes=np.array([f"s_002um_{row:05d}_{col:05d}-1" for row, col in zip(array_row, array_col, strict=True)]),
+        gene_names=np.array([f"gene{g}" for g in range(counts.shape[1])]), gene_ids=None, in_tissue=inside,
+        array_row=array_row, array_col=array_col, centre_xy_px=np.stack([x, rows * BIN_PX + 60], axis=1), mpp=MPP, bin_um=BIN_UM)
+
+
+def position_code(array_row, array_col):
+    """One UMI in gene 0, row in gene 1, column in gene 2: sums decode to a centre of mass."""
+    return np.stack([np.ones_like(array_row), array_row, array_col], axis=1).astype(np.int32)
+
+
+def with_holes(shape=(40, 45), holes=((12, 13), (30, 7), (31, 7))) -> np.ndarray:
+    in_tissue = np.ones(shape, dtype=bool)
+    in_tissue[tuple(np.transpose(holes))] = False
+    return in_tissue
+
+
+def member_rows(sample: Sample, spots) -> np.ndarray:
+    """(P, K) rows of the sample of every bin of every pseudo-spot, looked up one by one."""
+    row_of = {place: row for row, place in enumerate(zip(sample.array_row.tolist(), sample.array_col.tolist(), strict=True))}
+    half = spots.bins_per_side // 2
+    return np.array([[row_of[row + i, col + j] for i in range(-half, half + 1) for j in range(-half, half + 1)]
+                     for row, col in zip(spots.array_row.tolist(), spots.array_col.tolist(), strict=True)])

@@ -2,12 +2,12 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.sparse as sp
 import tifffile
 from click.testing import CliRunner
 from extract_runs import WRITTEN, fails, run
@@ -16,11 +16,13 @@ from PIL import Image
 
 from preprocessing.extract_patches import main
 from preprocessing.extraction import ExtractConfig, choose_spots
+from preprocessing.hd_barcodes import as_text
 from preprocessing.patch_file import read_patch_file
-from preprocessing.pseudo_spots import group_bins, sum_members, take_spots
+from preprocessing.pseudo_spots import group_bins, take_spots
 from preprocessing.sample import Spots
 from preprocessing.slide import open_slide
 from preprocessing.space_ranger import read_sample
+from preprocessing.spot_sums import sum_spots
 
 # ---- the edge of the slide ------------------------------------------------------------------------------------------
 
@@ -131,12 +133,10 @@ def test_an_h5ad_with_positions_serves_instead_of_a_space_ranger_folder(shared_d
 
 
 def true_spots_as_windows(sample, positions, n=27) -> Spots:
-    """The n x n bins about each true spot centre, in tissue or not."""
+    """The n x n bins about each true spot centre."""
     centre = np.array([np.argmin(((sample.centre_xy_px - xy) ** 2).sum(axis=1)) for xy in positions])
-    near = (np.abs(sample.array_row[None] - sample.array_row[centre][:, None]) <= n // 2) & (
-        np.abs(sample.array_col[None] - sample.array_col[centre][:, None]) <= n // 2)
-    return Spots(barcodes=sample.barcodes[centre], centre_xy_px=sample.centre_xy_px[centre], array_row=sample.array_row[centre],
-                 array_col=sample.array_col[centre], members=sp.csr_matrix(near.astype(np.int8)), patch_um=54)
+    return Spots(barcodes=as_text(sample.barcodes[centre]), centre_xy_px=sample.centre_xy_px[centre], array_row=sample.array_row[centre],
+                 array_col=sample.array_col[centre], sample_rows=centre, bins_per_side=n, patch_um=54)
 
 
 def test_bins_about_a_true_spot_return_its_molecules(shared_data):
@@ -146,7 +146,8 @@ def test_bins_about_a_true_spot_return_its_molecules(shared_data):
     truth = pd.read_csv(folder / "true_spot_counts.tsv.gz", sep="\t", index_col=0)
     in_tissue = spots.in_tissue & np.isin(spots.barcodes, truth.index)
     windows = true_spots_as_windows(bins, spots.centre_xy_px[in_tissue])
-    sums = pd.DataFrame(sum_members(windows, bins.counts).toarray(), columns=bins.gene_names)[truth.columns].to_numpy()
+    everywhere = replace(bins, in_tissue=np.ones(len(bins.barcodes), dtype=bool))        # true spots reach over the tissue's edge
+    sums = pd.DataFrame(sum_spots(everywhere, windows).toarray(), columns=bins.gene_names)[truth.columns].to_numpy()
     true = truth.loc[spots.barcodes[in_tissue]].to_numpy()
     assert len(true) == 49
     assert (np.minimum(sums, true).sum(axis=1) >= 0.99 * true.sum(axis=1)).all()
@@ -162,7 +163,7 @@ def test_pseudo_spots_of_the_real_hd_folder_include_its_spots(shared_data):
     nearest = np.array([np.argmin(((every.centre_xy_px - xy) ** 2).sum(axis=1)) for xy in true_xy])
     found = np.linalg.norm(every.centre_xy_px[nearest] - true_xy, axis=1) <= 2.0          # within the centre bin, 2.75 px wide
     truth = pd.read_csv(folder / "true_spot_counts.tsv.gz", sep="\t", index_col=0).loc[spots.barcodes[spots.in_tissue][found]]
-    sums = sum_members(take_spots(every, nearest[found], {}), bins.counts)
+    sums = sum_spots(bins, take_spots(every, nearest[found], {}))
     sums = pd.DataFrame(sums.toarray(), columns=bins.gene_names)[truth.columns].to_numpy()
     assert found.sum() == 41
     assert (np.minimum(sums, truth.to_numpy()).sum(axis=1) >= 0.99 * truth.to_numpy().sum(axis=1)).all()

@@ -6,10 +6,11 @@ from extract_runs import WRITTEN, fails, run
 from hd_phantoms import MPP, bright_code, decode_colour, decode_counts, inverted_code, n_windows, phantom_hd_folder
 
 from preprocessing.patch_file import read_patch_file
-from preprocessing.pseudo_spots import group_bins, sum_members
+from preprocessing.pseudo_spots import group_bins
 from preprocessing.simulation.space_ranger_files import hd_barcodes
 from preprocessing.slide import open_slide
 from preprocessing.space_ranger import read_sample
+from preprocessing.spot_sums import sum_spots
 from preprocessing.windows import cut_patches
 
 OFFSETS = [(0, 0), (3, 0), (10, 20), (30, 30), (80, 90)]
@@ -27,7 +28,7 @@ def test_the_molecules_of_every_hd_patch_come_from_where_its_picture_was_taken(t
             spots = group_bins(sample, patch_um, stride)
             patches = dict(cut_patches(slide, spots.centre_xy_px, patch_um, sample.mpp, 64))
             assert len(spots) == len(patches) == n_windows(offset, (40, 45), holes, int(patch_um // 2), stride) > 0
-            error_bins = np.abs(decode_counts(sum_members(spots, sample.counts)) - decode_colour(np.stack(list(patches.values()))))
+            error_bins = np.abs(decode_counts(sum_spots(sample, spots)) - decode_colour(np.stack(list(patches.values()))))
             assert error_bins.max() <= 0.5, (patch_um, stride)
 
 

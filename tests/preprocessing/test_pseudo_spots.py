@@ -1,41 +1,13 @@
 """Pseudo-spots: which bins belong to a window, and that their place is where their patch is."""
 import numpy as np
 import pytest
-import scipy.sparse as sp
+from hd_phantoms import BIN_UM, hd_sample, member_rows, position_code, with_holes
 
 from preprocessing.errors import InputError, OptionError
-from preprocessing.pseudo_spots import as_spots, bins_per_side, group_bins, sum_blocks, sum_members
-from preprocessing.sample import Sample
+from preprocessing.pseudo_spots import as_spots, bins_per_side, group_bins, take_spots
+from preprocessing.spot_sums import sum_spots
 
-BIN_UM, MPP = 2.0, 0.5
-BIN_PX = BIN_UM / MPP
 OFFSETS = [(0, 0), (3, 0), (10, 20), (30, 30), (80, 90)]
-
-
-def hd_sample(in_tissue: np.ndarray, *, offset=(0, 0), columns_run_left=False, counts=None, seed=0) -> Sample:
-    """A sample of one bin per cell of `in_tissue` (rows, columns), its rows shuffled; bin (0, 0) lies off the slide's corner."""
-    rows, columns = (index.ravel() for index in np.indices(in_tissue.shape))
-    order = np.random.default_rng(seed).permutation(in_tissue.size)
-    rows, columns, inside = rows[order], columns[order], in_tissue.ravel()[order]
-    array_row, array_col = rows + offset[0], columns + offset[1]
-    x = (in_tissue.shape[1] - columns if columns_run_left else columns) * BIN_PX + 100
-    counts = np.ones((in_tissue.size, 1), dtype=np.int32) if counts is None else counts(array_row, array_col)
-    return Sample(
-        sample_id="phantom", platform="Visium HD", counts=sp.csr_matrix(counts * inside[:, None]),
-        barcodes=np.array([f"s_002um_{row:05d}_{col:05d}-1" for row, col in zip(array_row, array_col, strict=True)]),
-        gene_names=np.array([f"gene{g}" for g in range(counts.shape[1])]), gene_ids=None, in_tissue=inside,
-        array_row=array_row, array_col=array_col, centre_xy_px=np.stack([x, rows * BIN_PX + 60], axis=1), mpp=MPP, bin_um=BIN_UM)
-
-
-def position_code(array_row, array_col):
-    """One UMI in gene 0, row in gene 1, column in gene 2: sums decode to a centre of mass."""
-    return np.stack([np.ones_like(array_row), array_row, array_col], axis=1).astype(np.int32)
-
-
-def with_holes(shape=(40, 45), holes=((12, 13), (30, 7), (31, 7))) -> np.ndarray:
-    in_tissue = np.ones(shape, dtype=bool)
-    in_tissue[tuple(np.transpose(holes))] = False
-    return in_tissue
 
 
 def windows_by_definition(in_tissue: np.ndarray, offset, n: int, stride: int) -> set[tuple[int, int]]:
@@ -55,12 +27,11 @@ def test_members_surround_the_centre_wherever_tissue_starts(offset, columns_run_
     spots = group_bins(sample, patch_um=9 * BIN_UM, stride_bins=stride)
 
     assert set(zip(spots.array_row.tolist(), spots.array_col.tolist(), strict=True)) == windows_by_definition(in_tissue, offset, 9, stride)
-    sums = sum_members(spots, sample.counts).toarray()
-    assert (sums[:, 0] == 81).all() and (spots.n_members == 81).all()
+    sums = sum_spots(sample, spots).toarray()
+    assert (sums[:, 0] == 81).all() and spots.n_members == 81
     assert np.array_equal(sums[:, 1] / 81, spots.array_row) and np.array_equal(sums[:, 2] / 81, spots.array_col)
     assert spots.barcodes.tolist() == [f"s_002um_{row:05d}_{col:05d}-1" for row, col in zip(spots.array_row, spots.array_col, strict=True)]
-    member_xy = np.stack([spots.members @ sample.centre_xy_px[:, axis] for axis in (0, 1)], axis=1) / 81
-    assert np.allclose(member_xy, spots.centre_xy_px)
+    assert np.allclose(sample.centre_xy_px[member_rows(sample, spots)].mean(axis=1), spots.centre_xy_px)
 
 
 def test_a_window_with_one_bin_outside_tissue_is_skipped_and_counted():
@@ -84,14 +55,14 @@ def test_a_bin_in_tissue_without_reads_counts_as_tissue_with_zero_counts():
     in_tissue = np.ones((3, 3), dtype=bool)
     sample = hd_sample(in_tissue, counts=lambda row, col: np.where((row == 1) & (col == 2), 0, 5)[:, None].astype(np.int32))
     spots = group_bins(sample, patch_um=6, stride_bins=1)
-    assert len(spots) == 1 and sum_members(spots, sample.counts).toarray().tolist() == [[8 * 5]]
+    assert len(spots) == 1 and sum_spots(sample, spots).toarray().tolist() == [[8 * 5]]
 
 
 def test_the_order_of_the_samples_rows_does_not_matter():
     first, second = (hd_sample(with_holes(), counts=position_code, seed=seed) for seed in (1, 2))
     a, b = group_bins(first, 10, 2), group_bins(second, 10, 2)
     assert np.array_equal(a.barcodes, b.barcodes)
-    assert (sum_members(a, first.counts) != sum_members(b, second.counts)).nnz == 0
+    assert (sum_spots(first, a) != sum_spots(second, b)).nnz == 0
 
 
 @pytest.mark.parametrize(("patch_um", "bin_um", "expected"), [
@@ -128,26 +99,18 @@ def test_a_sample_without_tissue_has_no_pseudo_spots():
     assert len(group_bins(hd_sample(np.zeros((5, 5), dtype=bool)), 6, 1)) == 0
 
 
-def test_sums_are_exact_integers_whatever_the_block():
-    sample = hd_sample(np.ones((20, 20), dtype=bool), counts=lambda row, col: (row * 20 + col)[:, None] ** 2 * np.array([[1, 3001]]))
-    spots = group_bins(sample, 10, 1)
-    exact = spots.members.astype(np.int64).toarray() @ sample.counts.toarray().astype(np.int64)
-    assert exact.max() > np.iinfo(np.int32).max
-    assert np.array_equal(sum_members(spots, sample.counts).toarray(), exact)
-    blocks = list(sum_blocks(spots, sample.counts, block_spots=7))
-    assert len(blocks) == -(-len(spots) // 7) and np.array_equal(sp.vstack(blocks).toarray(), exact)
-
-
-def test_counts_with_fractions_are_not_summed():
-    spots = group_bins(hd_sample(np.ones((5, 5), dtype=bool)), 6, 1)
-    with pytest.raises(InputError, match="raw UMI counts"):
-        sum_members(spots, sp.csr_matrix(np.full((25, 2), 0.5)))
-
-
 def test_visium_spots_pass_through_in_their_order_without_those_outside_tissue():
     in_tissue = np.array([[True, False, True], [True, True, False]])
     sample = hd_sample(in_tissue, counts=position_code)
     spots = as_spots(sample, 55)
     kept = np.flatnonzero(sample.in_tissue)
-    assert spots.barcodes.tolist() == sample.barcodes[kept].tolist() and spots.n_members.tolist() == [1] * 4
-    assert np.array_equal(sum_members(spots, sample.counts).toarray(), sample.counts[kept].toarray())
+    assert spots.barcodes.tolist() == sample.barcodes[kept].tolist()
+    assert spots.sample_rows.tolist() == kept.tolist() and spots.n_members == 1
+    assert np.array_equal(sum_spots(sample, spots).toarray(), sample.counts[kept].toarray())
+
+
+def test_spots_taken_keep_their_rows_and_add_their_reasons():
+    spots = group_bins(hd_sample(with_holes()), 10, 4)
+    taken = take_spots(spots, np.arange(len(spots)) % 2 == 1, {"reach over the slide's edge": 3, "never": 0})
+    assert taken.barcodes.tolist() == spots.barcodes[1::2].tolist() and taken.sample_rows.tolist() == spots.sample_rows[1::2].tolist()
+    assert taken.bins_per_side == 5 and taken.dropped == {**spots.dropped, "reach over the slide's edge": 3}

@@ -119,3 +119,9 @@ def write_clusters(folder: Path, barcodes, labels) -> None:
     path = folder / "analysis" / "clustering" / "gene_expression_graphclust" / "clusters.csv"
     path.parent.mkdir(parents=True)
     pd.DataFrame({"Barcode": list(barcodes), "Cluster": list(labels)}).to_csv(path, index=False)
+
+
+def counts_of_rows(sample) -> np.ndarray:
+    """(P, G) counts of every row of a sample, read from disk where they lie there."""
+    counts = sample.counts if sp.issparse(sample.counts) else sample.counts.load()
+    return np.pad(counts.toarray(), ((0, len(sample.barcodes) - counts.shape[0]), (0, 0)))
