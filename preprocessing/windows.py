@@ -3,29 +3,38 @@
 A position (x, y) is a point of the continuous level-0 plane whose origin is the outer corner of the first pixel:
 pixel (column j, row i) covers [j, j + 1) × [i, i + 1) and has its middle at (j + 0.5, i + 0.5). A window of side s about
 (x, y) is [x - s/2, x + s/2) × [y - s/2, y + s/2) with s = side_um / mpp a float, even or odd or neither; it is read from
-level 0 and resampled with an antialiasing filter to patch_px × patch_px.
+level 0 and resampled with an antialiasing filter to patch_px × patch_px. Overlapping windows share one decode (`strips.py`).
 """
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from preprocessing.errors import OptionError
-
-if TYPE_CHECKING:
-    from preprocessing.slide import Slide
+from preprocessing.slide import Slide, SlideReadError
+from preprocessing.strips import Chunk, Strip, chunks_of, overlap, plan_strips, read_padded
 
 EDGE_TOLERANCE_PX = 1e-6     # a window that touches the edge is inside in spite of rounding
-STRIP_WINDOWS = 64           # windows one worker cuts at a time, from one read where they overlap
-MAX_STRIP_PX = 1 << 25       # largest region read at once: 100 MB of RGB
+CHUNKS_AHEAD = 16            # chunks (of 64 windows or 4 MB) cut while the caller is busy with a block
+BLOCK_WINDOWS = 1024         # windows that `cut_patches` takes at a time
 WHITE = 255
 
 Edge = Literal["drop", "pad"]
+
+
+@dataclass(frozen=True)
+class CutBlock:
+    """The patches of a block of windows, in the order of its rows."""
+
+    patches: np.ndarray        # uint8 (n, patch_px, patch_px, 3); white where not readable
+    readable: np.ndarray       # bool (n,): False where a tile under the patch cannot be decoded
+    reasons: tuple[str, ...]   # one for each patch that is not readable, naming the region
 
 
 def windows_inside(slide: Slide, centre_xy_px: np.ndarray, side_um: float, mpp: float,
@@ -46,40 +55,38 @@ def windows_inside(slide: Slide, centre_xy_px: np.ndarray, side_um: float, mpp: 
     return inside, top_left
 
 
+def cut_blocks(slide: Slide, centre_xy_px: np.ndarray, side_um: float, mpp: float, patch_px: int, blocks: Sequence[slice], *,
+               edge: Edge = "drop", workers: int = 1) -> Iterator[CutBlock]:
+    """Cut the windows about positions (P, 2), one `CutBlock` for each slice of their rows. Every window must be one of `windows_inside`.
+
+    `workers` threads decode strips of the slide and resample from them; both leave the interpreter free. The pictures depend
+    neither on their number nor on the blocks nor on the order of the windows, but windows near to each other in order decode least.
+    Memory, whatever P and the slide: two strips (`strips.MAX_STRIP_PX`, 134 MB each), one block of patches, CHUNKS_AHEAD chunks of at
+    most 4 MB and one piece of 1 Mpx a worker. A slide that was decoded when it was opened adds itself.
+    """
+    if patch_px < 1:
+        raise OptionError("--patch-sz-px", "at least 1 px", str(patch_px))
+    windows = _float_windows(slide, centre_xy_px, side_um, mpp, edge)
+    parts = [windows[block] for block in blocks]                 # views
+    if not all(np.isfinite(part).all() for part in parts):
+        raise ValueError(f"{slide.path}: blocks hold windows that are not inside (edge={edge}); keep those of windows_inside")
+    return _assembled(parts, patch_px, _cut_in_order(slide, parts, patch_px, workers))
+
+
 def cut_patches(slide: Slide, centre_xy_px: np.ndarray, side_um: float, mpp: float, patch_px: int, edge: Edge = "drop",
                 workers: int = 1) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (row of `centre_xy_px`, uint8 (patch_px, patch_px, 3)) for every window of `windows_inside`, in row order.
 
-    `workers` threads read and resample strips of consecutive windows; decoding and resampling both leave the
-    interpreter free. The pictures do not depend on their number.
+    A patch that cannot be read is an error here.
     """
-    if patch_px < 1:
-        raise OptionError("--patch-sz-px", "at least 1 px", str(patch_px))
-    inside, _ = windows_inside(slide, centre_xy_px, side_um, mpp, edge)
-    rows = np.flatnonzero(inside)
-    half_px = _side_px(side_um, mpp) / 2
+    rows = np.flatnonzero(windows_inside(slide, centre_xy_px, side_um, mpp, edge)[0])
     centres = np.asarray(centre_xy_px, dtype=np.float64).reshape(-1, 2)[rows]
-    windows = np.concatenate([centres - half_px, centres + half_px], axis=1)        # (P, 4) x0 y0 x1 y1
-    if edge == "drop":                                   # the tolerance of windows_inside must not read past the edge
-        windows = np.clip(windows, 0, np.array([slide.width_px, slide.height_px] * 2))
-    strips = [slice(start, start + STRIP_WINDOWS) for start in range(0, len(rows), STRIP_WINDOWS)]
-    if workers <= 1:
-        for strip in strips:
-            yield from zip(rows[strip].tolist(), _cut_strip(slide, windows[strip], patch_px), strict=True)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        pending: deque = deque()
-        for strip in strips:
-            pending.append((strip, pool.submit(_cut_strip, slide, windows[strip], patch_px)))
-            if len(pending) > 2 * workers:
-                yield from _next_strip(pending, rows)
-        while pending:
-            yield from _next_strip(pending, rows)
-
-
-def _next_strip(pending: deque, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    strip, patches = pending.popleft()
-    return zip(rows[strip].tolist(), patches.result(), strict=True)
+    blocks = [slice(start, start + BLOCK_WINDOWS) for start in range(0, len(rows), BLOCK_WINDOWS)]
+    cut = cut_blocks(slide, centres, side_um, mpp, patch_px, blocks, edge=edge, workers=workers)
+    for block, part in zip(blocks, cut, strict=True):
+        if part.reasons:
+            raise SlideReadError(slide.path, "patches", "pixels under every one", part.reasons[0])
+        yield from zip(rows[block].tolist(), part.patches, strict=True)
 
 
 def _side_px(side_um: float, mpp: float) -> float:
@@ -91,34 +98,80 @@ def _side_px(side_um: float, mpp: float) -> float:
     return side_um / mpp
 
 
-def _cut_strip(slide: Slide, windows: np.ndarray, patch_px: int) -> list[np.ndarray]:
-    """Patches of a few consecutive windows (P, 4). Where they overlap, their common region is decoded once."""
-    lower, upper = np.floor(windows[:, :2]).astype(int), np.ceil(windows[:, 2:]).astype(int)
-    x, y = lower.min(axis=0)
-    width, height = upper.max(axis=0) - (x, y)
-    if width * height > min(np.prod(upper - lower, axis=1).sum(), MAX_STRIP_PX):
-        return [_resample(_read_padded(slide, *low, *(up - low)), window - np.tile(low, 2), patch_px)
-                for low, up, window in zip(lower, upper, windows, strict=True)]
-    region = _read_padded(slide, x, y, width, height)
-    return [_resample(region[low[1] - y:up[1] - y, low[0] - x:up[0] - x], window - np.tile(low, 2), patch_px)
-            for low, up, window in zip(lower, upper, windows, strict=True)]
+def _float_windows(slide: Slide, centre_xy_px: np.ndarray, side_um: float, mpp: float, edge: Edge) -> np.ndarray:
+    """float64 (P, 4) of (x0, y0, x1, y1); NaN for a window that is not inside."""
+    inside, _ = windows_inside(slide, centre_xy_px, side_um, mpp, edge)
+    half_px = _side_px(side_um, mpp) / 2
+    centres = np.asarray(centre_xy_px, dtype=np.float64).reshape(-1, 2)
+    windows = np.concatenate([centres - half_px, centres + half_px], axis=1)
+    if edge == "drop":                                   # the tolerance of windows_inside must not read past the edge
+        windows = np.clip(windows, 0, np.array([slide.width_px, slide.height_px] * 2))
+    windows[~inside] = np.nan
+    return windows
 
 
-def _read_padded(slide: Slide, x: int, y: int, width: int, height: int) -> np.ndarray:
-    """uint8 (height, width, 3) of level 0; what lies off the slide is white."""
-    x, y, width, height = int(x), int(y), int(width), int(height)
-    x0, y0 = max(x, 0), max(y, 0)
-    x1, y1 = min(x + width, slide.width_px), min(y + height, slide.height_px)
-    region = slide.read_region(x0, y0, x1 - x0, y1 - y0)
-    if region.shape[:2] == (height, width):
-        return region
-    padded = np.full((height, width, 3), WHITE, dtype=np.uint8)
-    padded[y0 - y:y1 - y, x0 - x:x1 - x] = region
-    return padded
+# ---- from windows to chunks, to strips, to patches, to blocks -------------------------------------------------------
+
+Cut = tuple[np.ndarray, np.ndarray, dict[int, str]]         # rows of the block (n,), patches (n, px, px, 3), reason by row
 
 
-def _resample(region: np.ndarray, box: np.ndarray, patch_px: int) -> np.ndarray:
-    """The float `box` (x0, y0, x1, y1) of a region -> uint8 (patch_px, patch_px, 3), by Lanczos over each pixel's footprint."""
-    image = Image.fromarray(np.ascontiguousarray(region))
-    box = np.clip(box, 0, np.tile(image.size, 2))        # a box may not stick out by a rounding error
-    return np.asarray(image.resize((patch_px, patch_px), Image.Resampling.LANCZOS, box=tuple(box.tolist())))
+def _assembled(parts: list[np.ndarray], patch_px: int, cuts: Iterator[Cut]) -> Iterator[CutBlock]:
+    """Chunks, which come in the order of their blocks, put together to blocks."""
+    for windows in parts:
+        patches, reasons, n_cut = np.empty((len(windows), patch_px, patch_px, 3), np.uint8), {}, 0
+        while n_cut < len(windows):
+            rows, cut, unreadable = next(cuts)
+            patches[rows] = cut
+            reasons |= unreadable
+            n_cut += len(rows)
+        readable = np.ones(len(windows), bool)
+        readable[list(reasons)] = False
+        yield CutBlock(patches, readable, tuple(reasons[row] for row in sorted(reasons)))
+
+
+def _cut_in_order(slide: Slide, parts: list[np.ndarray], patch_px: int, workers: int) -> Iterator[Cut]:
+    """Chunks cut by workers, in order. The jobs of a strip are its pieces, then its chunks, which wait for the pieces: the pool
+    takes jobs in the order in which they were handed in, so none waits for one behind it."""
+    pool = ThreadPoolExecutor(max(1, workers))
+    pending: deque = deque()                                 # (number of the strip, future)
+    try:
+        chunks = (chunk for windows in parts for chunk in chunks_of(windows, patch_px))
+        for number, strip in enumerate(plan_strips(chunks)):
+            while pending and pending[0][0] < number - 1:    # no more than two strips at a time
+                yield pending.popleft()[1].result()
+            if strip.is_shared:
+                strip.start_decoding(slide, pool)
+            for chunk in strip.chunks:
+                pending.append((number, pool.submit(_cut_chunk, slide, strip, chunk, patch_px)))
+                if len(pending) > max(CHUNKS_AHEAD, 2 * workers):
+                    yield pending.popleft()[1].result()
+        while pending:
+            yield pending.popleft()[1].result()
+    finally:                                                 # also where the caller stops early
+        pool.shutdown(cancel_futures=True)
+
+
+def _cut_chunk(slide: Slide, strip: Strip, chunk: Chunk, patch_px: int) -> Cut:
+    undecoded = strip.wait()
+    left, top = strip.box[:2]
+    patches, reasons = np.empty((len(chunk.rows), patch_px, patch_px, 3), np.uint8), {}
+    for patch, row, window, box in zip(patches, chunk.rows.tolist(), chunk.windows, chunk.boxes.tolist(), strict=True):
+        try:
+            if strip.image is None or any(overlap(box, piece) for piece in undecoded):
+                region = read_padded(slide, box)
+            else:
+                region = strip.image.crop((box[0] - left, box[1] - top, box[2] - left, box[3] - top))
+            patch[...] = _resample(region, window - np.tile(box[:2], 2), patch_px)
+        except SlideReadError as error:
+            patch[...] = WHITE
+            reasons[row] = str(error)
+    return chunk.rows, patches, reasons
+
+
+def _resample(region: Image.Image, window: np.ndarray, patch_px: int) -> Image.Image:
+    """The float `window` of a region -> patch_px × patch_px, by Lanczos over each pixel's footprint.
+
+    The region holds no pixel beyond the window's own: the filter would see it."""
+    x0, y0, x1, y1 = window.tolist()
+    box = (max(x0, 0.0), max(y0, 0.0), min(x1, region.width), min(y1, region.height))      # a rounding error may stick out
+    return region.resize((patch_px, patch_px), Image.Resampling.LANCZOS, box=box)

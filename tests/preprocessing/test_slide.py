@@ -7,7 +7,8 @@ import tifffile
 from PIL import Image
 
 from preprocessing.errors import InputError
-from preprocessing.slide import FlatSlide, PyramidSlide, SlideReadError, on_white, open_slide
+from preprocessing.flat_image import on_white
+from preprocessing.slide import FlatSlide, PyramidSlide, SlideReadError, open_slide
 
 SECONDS = 5
 
@@ -190,7 +191,7 @@ def test_deep_images_are_refused_and_not_squeezed(tmp_path, dtype):
 
 
 def test_a_flat_image_too_large_to_decode_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr("preprocessing.slide.MAX_FLAT_PX", 1000)
+    monkeypatch.setattr("preprocessing.flat_image.MAX_FLAT_PX", 1000)
     with pytest.raises(InputError, match="at most 1,000 pixels in a flat image; found 420 x 300"):
         open_slide(write(tmp_path / "s.png", picture()))
 

@@ -1,6 +1,7 @@
 """Windows: the patch's middle is the position, to half a pixel; nothing black enters at the slide's edge."""
 import numpy as np
 import pytest
+from PIL import Image
 
 from preprocessing.errors import OptionError
 from preprocessing.windows import cut_patches, windows_inside
@@ -13,10 +14,10 @@ class ArraySlide:
         self.pixels, self.n_reads = pixels, 0
         self.height_px, self.width_px = pixels.shape[:2]
 
-    def read_region(self, x, y, width, height):
+    def read_image(self, x, y, width, height):
         assert x >= 0 and y >= 0 and width > 0 and height > 0 and x + width <= self.width_px and y + height <= self.height_px
         self.n_reads += 1
-        return self.pixels[y:y + height, x:x + width]
+        return Image.fromarray(np.ascontiguousarray(self.pixels[y:y + height, x:x + width]))
 
 
 def grey_slide(width=400, height=300) -> ArraySlide:
@@ -128,7 +129,7 @@ def test_overlapping_windows_are_read_together():
 def test_an_error_in_a_worker_reaches_the_caller():
     slide = grey_slide()
     slide.pixels = slide.pixels[:100]                   # the slide is shorter than it says
-    slide.read_region = lambda x, y, width, height: (_ for _ in ()).throw(OSError("damaged tile"))
+    slide.read_image = lambda x, y, width, height: (_ for _ in ()).throw(OSError("damaged tile"))
     with pytest.raises(OSError, match="damaged tile"):
         list(cut_patches(slide, np.array([[200, 150]]), 20, 1.0, 16, workers=2))
 
