@@ -1,8 +1,10 @@
 """imgs.h5, the patch folder, and which patch belongs to which row."""
 import json
+import resource
 import struct
 import weakref
 import zlib
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -402,22 +404,24 @@ def test_transparent_pixels_are_white(tmp_path):
     assert patch[0, 0].tolist() == [255, 255, 255] and patch[1, 1].tolist() == [200, 30, 40]
 
 
-def test_exif_rotation_is_applied(tmp_path):
-    pixels = RED.copy()
-    pixels[0, :] = (0, 0, 255)
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_exif_rotation_is_applied(tmp_path, suffix):
+    pixels = np.repeat(RED, 8, axis=0).repeat(8, axis=1)          # (48, 32), JPEG's blocks of 8 x 8 each of one colour
+    pixels[:16] = (0, 0, 255)
     exif = Image.Exif()
     exif[0x0112] = 6                                              # show it turned by 90 degrees clockwise
-    Image.fromarray(pixels).save(tmp_path / "patch.png", exif=exif)
-    patch = read_patch(tmp_path / "patch.png")
-    assert patch.shape == (4, 6, 3) and (patch[:, -1] == (0, 0, 255)).all()
+    Image.fromarray(pixels).save(tmp_path / f"patch{suffix}", exif=exif, quality=95)
+    patch = read_patch(tmp_path / f"patch{suffix}").astype(int)
+    assert patch.shape == (32, 48, 3) and np.abs(patch[:, -12:] - (0, 0, 255)).max() < 8
+    assert np.abs(patch[:, :28] - (200, 30, 40)).max() < 8
 
 
-@pytest.mark.parametrize("kind", ["grey", "rgb", "float"])
+@pytest.mark.parametrize("kind", ["grey", "rgb", "rgba", "float"])
 def test_more_than_eight_bits_a_channel_is_refused(tmp_path, kind):
     path = tmp_path / ("patch.tif" if kind == "float" else "patch.png")
-    if kind == "rgb":
-        rows = b"".join(b"\0" + np.full((4, 3), 40000, ">u2").tobytes() for _ in range(4))
-        header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    if kind.startswith("rgb"):
+        rows = b"".join(b"\0" + np.full((4, len(kind)), 40000, ">u2").tobytes() for _ in range(4))
+        header = struct.pack(">IIBBBBB", 4, 4, 16, 6 if kind == "rgba" else 2, 0, 0, 0)
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
     else:
         Image.fromarray(np.full((4, 4), 40000, np.uint16 if kind == "grey" else np.float32)).save(path)
@@ -454,10 +458,28 @@ def test_a_huge_patch_is_refused_before_it_is_decoded(tmp_path, side, found, mon
         read_patch(tmp_path / "bomb.png")
 
 
-def test_a_text_chunk_that_inflates_to_a_gigabyte_is_refused(tmp_path):
+@pytest.fixture
+def little_memory():
+    """At most 150 MB more than the process has now; what asks for more gets a MemoryError."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 150_000_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("kind, prefix, refused", [
+    (b"zTXt", b"Comment\0\0", True), (b"iTXt", b"Comment\0\1\0\0\0", True), (b"iCCP", b"profile\0\0", True), (b"IDAT", b"", False),
+], ids=["text", "international text", "colour profile", "pixels beyond the size"])
+def test_a_small_patch_that_inflates_to_a_gigabyte_takes_little_memory(tmp_path, kind, prefix, refused, little_memory):
     header = struct.pack(">IIBBBBB", 4, 4, 8, 2, 0, 0, 0)
-    text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100 << 20), 9))
-    rows = zlib.compress(bytes(4 * 13))
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + text + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
-    with pytest.raises(InputError, match="bomb.png: image"):
-        read_patch(tmp_path / "bomb.png")
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
+    ten_mb = squeeze.compress(bytes(10 << 20)) + squeeze.flush(zlib.Z_FULL_FLUSH)        # stands by itself, so it can be repeated
+    pixels = b"" if kind == b"IDAT" else chunk(b"IDAT", zlib.compress(bytes(4 * 13)))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(kind, prefix + b"\x78\xda" + 100 * ten_mb)
+                                        + pixels + chunk(b"IEND", b""))
+    if refused:
+        with pytest.raises(InputError, match="bomb.png: image"):
+            read_patch(tmp_path / "bomb.png")
+    else:
+        assert (read_patch(tmp_path / "bomb.png") == np.zeros((4, 4, 3))).all()

@@ -1,12 +1,13 @@
 """Macenko: the same figures as torchstain on the same pixels, and never NaN."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from preprocessing.errors import InputError
-from preprocessing.slide import SlideReadError, open_slide
+from preprocessing.slide import Slide, SlideReadError, open_slide
 from preprocessing.stain import (
     TARGET_MAXIMA,
     TARGET_VECTORS,
@@ -189,6 +190,30 @@ def test_stain_is_estimated_on_tissue_only(glass_with_tissue):
 def test_a_slide_gives_the_same_stain_every_time(glass_with_tissue):
     with open_slide(glass_with_tissue) as slide:
         assert slide_stain(slide) == slide_stain(slide)
+
+
+class HugeSlide(Slide):
+    """40 gigapixels, tissue all over; counts the pixels that are decoded."""
+
+    def __init__(self):
+        super().__init__(Path("huge.tif"), 200_000, 200_000, None)
+        self.decoded = 0
+
+    def close(self):
+        pass
+
+    def thumbnail(self, max_px):
+        return np.tile(stained_pixels(n=64 * 64).reshape(64, 64, 3), (max_px // 64, max_px // 64, 1))
+
+    def _read(self, x, y, width, height):
+        self.decoded += width * height
+        return np.full((height, width, 3), (120, 60, 130), np.uint8)
+
+
+def test_of_a_slide_of_any_size_no_more_than_64_tiles_are_read():
+    slide = HugeSlide()
+    pixels = tissue_pixels(slide)
+    assert slide.decoded == 64 * 256 * 256 and 0.9 * slide.decoded < len(pixels) <= slide.decoded
 
 
 def test_a_blank_slide_is_refused_by_name(tmp_path):
