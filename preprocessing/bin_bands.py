@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Band:
     first_col: int
     width: int                # cells a row
     pointers: np.ndarray      # (rows * width + 1,) int64
-    genes: np.ndarray         # (entries,) int32
+    genes: np.ndarray         # (entries,) uint16 or uint32
     counts: np.ndarray        # (entries,) int32
 
 
@@ -48,7 +49,7 @@ class BinBands:
         self.sample, self.budget = sample, int(memory_gb * 1e9)
         self.first_col = int(lefts.min())
         self.width = int(lefts.max()) + side - self.first_col
-        self.gene_dtype = np.uint16 if sample.counts.shape[1] <= 1 << 16 else np.int32
+        self.gene_dtype = np.uint16 if sample.counts.shape[1] <= 1 << 16 else np.uint32
         entries = _entries_of_rows(sample, int(tops[0]), int(tops[-1]) + side)
         self.rows = _cut_bands(np.unique(tops), side, entries, max_entries=self.budget // BAND_SHARE // ENTRY_BYTES)
         self.tops = np.array([first for first, _ in self.rows])
@@ -79,7 +80,7 @@ class BinBands:
 
         n_bins = self.sample.counts.shape[0]
         with tqdm(total=n_bins, desc="sorting bins", unit="bin", unit_scale=True) as progress:
-            for first, counts in count_slices(self.sample, max(1, self.budget // SLICE_SHARE // SLICE_BYTES)):
+            for first, counts in _read_ahead(count_slices(self.sample, max(1, self.budget // SLICE_SHARE // SLICE_BYTES))):
                 self._distribute(first, counts)
                 progress.update(counts.shape[0])
 
@@ -112,11 +113,11 @@ class BinBands:
             cells, lengths = self._next_array(), self._next_array()
             pointers[cells + 1] = lengths
         np.cumsum(pointers, out=pointers)
-        genes, counts = np.empty(pointers[-1], np.int32), np.empty(pointers[-1], np.int32)
+        genes, counts = np.empty(pointers[-1], self.gene_dtype), np.empty(pointers[-1], np.int32)
         for start in self.chunks[number]:
             self.stream.seek(start)
-            cells, lengths, *entries = (self._next_array() for _ in range(4))
-            place_cells(cells, lengths, *(part.astype(np.int32) for part in entries), pointers, genes, counts)
+            cells, lengths, chunk_genes, chunk_counts = (self._next_array() for _ in range(4))
+            place_cells(cells, lengths, chunk_genes, chunk_counts.astype(np.int32), pointers, genes, counts)
         return Band(first_row, self.first_col, self.width, pointers, genes, counts)
 
     def _next_array(self) -> np.ndarray:
@@ -143,6 +144,15 @@ def _cut_bands(tops: np.ndarray, side: int, entries: np.ndarray, max_entries: in
         else:
             bands.append((top, stop))
     return bands
+
+
+def _read_ahead(items: Iterator) -> Iterator:
+    """The same items, of which the next is made while the caller works on one."""
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = pool.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = pool.submit(next, items, None)
+            yield item
 
 
 def count_slices(sample: Sample, max_entries: int) -> Iterator[tuple[int, sp.csr_matrix]]:

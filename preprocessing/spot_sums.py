@@ -46,6 +46,7 @@ def sum_blocks(sample: Sample, spots: Spots, blocks: Sequence[slice], *, workers
         return
     if spots.bins_per_side == 1 and sp.issparse(sample.counts):
         counts = whole_counts(sample.sample_id, sample.counts)
+        counts.resize(len(sample.barcodes), counts.shape[1])                 # rows beyond the matrix have no counts
         for block in blocks:
             yield _canonical(counts[spots.sample_rows[block]])
         return

@@ -21,9 +21,11 @@ from visium_folders import (
     write_visium,
 )
 
+from preprocessing import space_ranger
 from preprocessing.errors import InputError, OptionError
 from preprocessing.hd_barcodes import as_text
 from preprocessing.space_ranger import read_sample
+from preprocessing.tenx_matrix import StoredCounts
 
 
 def by_barcode(sample) -> pd.DataFrame:
@@ -137,6 +139,32 @@ def test_two_samples_that_share_barcodes_keep_their_own_counts(tmp_path):
     assert all((keyed[f"A__{barcode}"], keyed[f"B__{barcode}"]) == (i + 1, 18 - i) for i, barcode in enumerate(barcodes))
 
 
+def test_counts_of_bins_stay_on_disk_and_those_of_spots_are_loaded(tmp_path):
+    hd, visium = read_sample(write_hd(tmp_path / "hd")), read_sample(write_visium(tmp_path / "visium"))
+    assert isinstance(hd.counts, StoredCounts) and hd.counts.shape == (79, 4) and hd.barcodes.dtype == "S21"
+    assert sp.issparse(visium.counts) and visium.barcodes.dtype.kind == "U"
+
+
+@pytest.mark.parametrize("max_entries", [1, 7, 10_000])
+def test_slices_of_any_length_hold_the_matrix_once(tmp_path, max_entries):
+    counts = read_sample(write_hd(tmp_path)).counts
+    firsts, slices = zip(*counts.slices(max_entries), strict=True)
+    assert firsts == tuple(np.cumsum([0, *(part.shape[0] for part in slices[:-1])]))
+    assert (sp.vstack(slices) != counts_of(79)).nnz == 0
+    assert all(part.nnz <= max_entries or part.shape[0] == 1 for part in slices) and {part.dtype for part in slices} == {np.dtype(np.int32)}
+
+
+def test_positions_in_many_row_groups_read_as_in_one(tmp_path):
+    expected = read_sample(write_hd(tmp_path / "one"))
+    folder, table = write_hd(tmp_path / "many"), shuffled(hd_positions())
+    table["barcode"] = [name[:-2] if i < 15 else name for i, name in enumerate(table["barcode"])]          # without -1: another width
+    table.to_parquet(folder / "spatial" / "tissue_positions.parquet", index=False, row_group_size=15)
+    sample = read_sample(folder)
+    assert sorted(name.removesuffix("-1") for name in as_text(sample.barcodes)) == sorted(
+        name.removesuffix("-1") for name in as_text(expected.barcodes))
+    assert (counts_of_rows(sample) == counts_of_rows(expected)).all() and (sample.array_col[:79] == expected.array_col[:79]).all()
+
+
 # ---- clusters and images --------------------------------------------------------------------------------------------
 
 def test_clusters_are_aligned_to_barcodes_with_gaps_empty(tmp_path):
@@ -193,9 +221,10 @@ def swap(table, first, second):
     (lambda table: table.assign(in_tissue=0), "positions in tissue; found none of 24"),
     (lambda table: table.assign(in_tissue=2), r"in_tissue: expected 0 or 1; found 1 \(2\)"),
     (lambda table: table.assign(array_row="one"), "array_row: expected numbers; found words"),
+    (lambda table: table.assign(array_row=table["array_row"] + 2 ** 31), "array_row: expected whole numbers up to 2,147,483,647; found 2"),
     (lambda table: table.assign(pxl_row_in_fullres=table["pxl_row_in_fullres"].where(table.index != 3)), "a place for every.*1 without"),
     (lambda table: table[:0], "one row a position; found none"),
-], ids=["duplicates", "array-axes-swapped", "column-missing", "no-tissue", "in-tissue-2", "words", "gap", "empty"])
+], ids=["duplicates", "array-axes-swapped", "column-missing", "no-tissue", "in-tissue-2", "words", "too-large", "gap", "empty"])
 def test_positions_that_cannot_be_trusted_are_refused(tmp_path, change, message):
     folder = write_visium(tmp_path)
     edit(folder, change)
@@ -203,7 +232,7 @@ def test_positions_that_cannot_be_trusted_are_refused(tmp_path, change, message)
         read_sample(folder)
 
 
-def test_exchanged_pixel_columns_are_refused_where_the_image_shows_it(tmp_path):
+def test_exchanged_pixel_columns_are_refused_where_the_image_shows_it(tmp_path, monkeypatch):
     rows, cols = (part.ravel() for part in np.indices((30, 30)))
     on = (rows + cols) % 2 == 0
     positions = pd.DataFrame({"barcode": [f"{i:016d}-1" for i in range(on.sum())], "in_tissue": 0, "array_row": rows[on],
@@ -217,8 +246,10 @@ def test_exchanged_pixel_columns_are_refused_where_the_image_shows_it(tmp_path):
     Image.fromarray(picture).save(folder / "spatial" / "tissue_lowres_image.png")
     assert read_sample(folder).in_tissue.sum() == len(barcodes)
     edit(folder, lambda table: swap(table, "pxl_row_in_fullres", "pxl_col_in_fullres"))
-    with pytest.raises(InputError, match="the two pixel columns of the positions are swapped"):
-        read_sample(folder)
+    for compared in (len(positions), 200):                                               # of millions of bins only some are compared
+        monkeypatch.setattr(space_ranger, "COMPARED", compared)
+        with pytest.raises(InputError, match="the two pixel columns of the positions are swapped"):
+            read_sample(folder)
 
 
 @pytest.mark.parametrize("change, message", [

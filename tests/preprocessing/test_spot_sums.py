@@ -154,6 +154,9 @@ def test_rows_beyond_the_matrix_are_bins_without_counts(phantom):
     zeroed = phantom.counts.tolil()
     zeroed[cut:] = 0
     assert np.array_equal(sum_spots(shorter, spots).toarray(), bin_by_bin(replace(phantom, counts=zeroed.tocsr()), spots))
+    each = as_spots(phantom, 2)
+    assert np.array_equal(sum_spots(shorter, each).toarray(), zeroed.tocsr()[each.sample_rows].toarray())
+    assert shorter.counts.shape == (cut, G)
 
 
 def test_bins_outside_tissue_and_the_order_of_spots_do_not_matter(phantom):
@@ -175,6 +178,15 @@ def test_single_bins_can_be_pseudo_spots(phantom, tmp_path):
 def test_sums_equal_those_of_one_row_slice_a_spot(phantom):
     spots = group_bins(phantom, 18, 5)
     assert (row_by_row(phantom.counts, member_rows(phantom, spots)) != sum_spots(phantom, spots)).nnz == 0
+
+
+def test_more_genes_than_sixteen_bits_can_number_are_summed():
+    many = 70_000
+    sample = hd_sample(np.ones((6, 6), dtype=bool))
+    counts = sp.csr_matrix((np.arange(1, 37), (np.arange(36), many - 1 - 1900 * np.arange(36))), shape=(36, many))
+    sample = replace(sample, counts=counts)
+    spots = group_bins(sample, 6, 1)
+    assert (sum_spots(sample, spots) != row_by_row(counts, member_rows(sample, spots))).nnz == 0 and spots.n_members == 9
 
 
 def test_a_spot_without_reads_is_an_empty_row(phantom):
