@@ -1,12 +1,13 @@
 """Extract patches: one per spot or pseudo-spot with its expression, or at random places in the tissue.
 
 Reads a Space Ranger folder (or any `.h5ad`) and a slide. Writes `imgs.h5` and `gex.h5ad`, row i of one belonging to row i of the
-other, `dropped_spots.tsv`, and a quality page `qc.html` with its picture `qc.png`; for random patches one HDF5 and its page.
+other, `dropped_spots.tsv`, and a quality page `qc.html` with its picture `qc.png`; for random patches one HDF5 and its page. A patch
+folder of PNG files can be made in the same pass.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,32 +16,40 @@ import click
 import numpy as np
 from click.core import ParameterSource
 
+from preprocessing.cores import usable_cores
 from preprocessing.dropped_spots import write_dropped
-from preprocessing.errors import Command, InputError, OptionError
-from preprocessing.extraction import ExtractConfig, Request, choose_spots, kept_line, read_any_sample
+from preprocessing.errors import Command, InputError, OptionError, first_few
+from preprocessing.extraction import BAD_TILES, ExtractConfig, Request, Resources, choose_spots, kept_line, read_any_sample
 from preprocessing.outputs import is_done, locked, strings_sha256, write_done
 
 if TYPE_CHECKING:
+    from preprocessing.block_extraction import MadeBlocks, PatchFolderTarget
     from preprocessing.sample import Sample
     from preprocessing.slide import Slide
 
-NEARLY_BLACK, MOSTLY = 8, 0.5        # a patch with this share of pixels this dark was cut where nothing was scanned
 
-
-def extract(config: ExtractConfig, request: Request, workers: int = 1, resume: bool = True, dry_run: bool = False) -> Iterator[str]:
+def extract(config: ExtractConfig, request: Request, resources: Resources, max_bad: float = 0.01, resume: bool = True,
+            dry_run: bool = False) -> Iterator[str]:
     """Do what is asked; yields what there is to say, first what was understood, last the files written."""
+    from preprocessing.parts import Parts
+    from preprocessing.png_folder import refuse_foreign_content
     from preprocessing.slide import open_slide
 
-    if workers < 1:
-        raise OptionError("--workers", "at least 1", str(workers))
+    if not 0 <= max_bad <= 1:
+        raise OptionError("--max-bad", "a share between 0 and 1", f"{max_bad:g}")
     wanted = [part for part in (request.spot_files(), request.random_files()) if part]
     with ExitStack() as stack:
         if not dry_run:
             for files in wanted:
-                stack.enter_context(locked(files[0]))
+                stack.enter_context(locked(files[0], covers=files))
+            if request.dump_dir:
+                stack.enter_context(locked(request.dump_dir))
+                refuse_foreign_content(request.dump_dir)
         done = [files for files in wanted if resume and _all_done(files, config, request)]
         for files in done:
             yield f"{files[0]}: already extracted from these files with these settings"
+            if not dry_run:
+                Parts.clear(files[0])              # of a run that was killed when all was written
         if len(done) == len(wanted):
             yield from (str(file) for files in done for file in files)
             return
@@ -49,10 +58,11 @@ def extract(config: ExtractConfig, request: Request, workers: int = 1, resume: b
         if sample is not None:
             yield sample.summary()
             yield from (*sample.notices, *request.notices(sample))
+        how = {"resources": resources, "max_bad": max_bad, "resume": resume, "dry_run": dry_run}
         if request.spot_files() and request.spot_files() not in done:
-            yield from _extract_spots(config, request, slide, sample, workers, dry_run)
+            yield from _extract_spots(config, request, slide, sample, **how)
         if request.random_files() and request.random_files() not in done:
-            yield from _extract_random(config, request, slide, sample, workers, dry_run)
+            yield from _extract_random(config, request, slide, sample, **how)
 
 
 def _recorded(config: ExtractConfig, request: Request, files: tuple[Path, ...]) -> dict[str, Mapping]:
@@ -63,55 +73,65 @@ def _recorded(config: ExtractConfig, request: Request, files: tuple[Path, ...]) 
     return {"config": {**asdict(config), "tissue": request.tissue_seg_file}, "inputs": {**request.sample_inputs(), **outlines}}
 
 
-def _all_done(files: tuple[Path, ...], config: ExtractConfig, request: Request) -> bool:
+def _recorded_of_folder(config: ExtractConfig, request: Request, files: tuple[Path, ...]) -> dict[str, Mapping]:
     recorded = _recorded(config, request, files)
-    return all(is_done(file, **recorded) for file in files)
+    return {"config": recorded["config"] | request.folder_settings(), "inputs": recorded["inputs"] | request.folder_inputs()}
+
+
+def _all_done(files: tuple[Path, ...], config: ExtractConfig, request: Request) -> bool:
+    from preprocessing.png_folder import patch_folder_sha256
+
+    recorded = _recorded(config, request, files)
+    return all(is_done(file, **recorded) for file in files) and (not request.dump_dir or is_done(
+        request.dump_dir, **_recorded_of_folder(config, request, files), content_sha256=patch_folder_sha256(request.dump_dir)))
 
 
 # ---- a patch a spot -------------------------------------------------------------------------------------------------
 
-def _extract_spots(config: ExtractConfig, request: Request, slide: Slide, sample: Sample, workers: int, dry_run: bool) -> Iterator[str]:
-    from preprocessing.expression import check_counts, write_expression
-    from preprocessing.patch_file import write_patch_file
-    from preprocessing.pseudo_spots import as_spots, group_bins
-    from preprocessing.spot_expression import spot_expression
+def _extract_spots(config: ExtractConfig, request: Request, slide: Slide, sample: Sample, *, dry_run: bool, **how) -> Iterator[str]:
+    from preprocessing.expression_file import write_expression_blocks
+    from preprocessing.pseudo_spots import as_spots, group_bins, take_spots
+    from preprocessing.spot_expression import about_spots
 
     files = request.spot_files()
     candidates = group_bins(sample, config.patch_um, config.stride_bins) if sample.bin_um else as_spots(sample, config.patch_um)
-    kept, top_left, lost = choose_spots(config, slide, sample, candidates)
-    said = kept_line(kept, "pseudo-spots" if sample.bin_um else "spots")
-    yield said
-    if len(kept) == 0:
-        raise InputError(request.sample_path, "patches", "at least one patch in tissue and on the slide", said)
+    chosen, top_left, lost = choose_spots(config, slide, sample, candidates)
+    unit = "pseudo-spots" if sample.bin_um else "spots"
+    yield kept_line(chosen, unit)
+    if len(chosen) == 0:
+        raise InputError(request.sample_path, "patches", "at least one patch in tissue and on the slide", kept_line(chosen, unit))
     if dry_run:
         yield f"dry run, nothing written; would write {', '.join(map(str, files))}"
         return
     recorded = _recorded(config, request, files)
-    expression = spot_expression(sample, kept, patch_px=config.patch_px, slide_path=request.wsi_file, settings=recorded["config"],
-                                 stride_bins=config.stride_bins if sample.bin_um else None)
-    check_counts(request.sample_path, expression.X)
-    seen = SeenPatches(len(kept))
-    write_patch_file(files[0], seen.pass_on(slide, kept.centre_xy_px, sample.mpp, config, workers), count=len(kept),
-                     patch_px=config.patch_px, coords=top_left, barcodes=kept.barcodes, patch_size_src=config.patch_um / sample.mpp,
-                     pixel_size=sample.mpp, name=sample.sample_id)
-    write_expression(files[1], expression)
-    write_dropped(files[2], {reason: candidates.barcodes[rows] for reason, rows in lost.items()})
-    lines = (sample.summary(), *sample.notices, said, *seen.warnings())
-    _write_page(files, config, slide, sample.sample_id, sample.mpp, kept.centre_xy_px, seen, lines,
-                dropped_xy_px={reason: candidates.centre_xy_px[rows] for reason, rows in lost.items()},
-                numbers={"kept": len(kept), **kept.dropped}, library_sizes=np.asarray(expression.X.sum(axis=1)).ravel(),
-                n_genes=expression.X.getnnz(axis=1))
-    for file in files:
-        write_done(file, **recorded, rows=len(kept), barcode_sha256=strings_sha256(kept.barcodes))
-    yield from (*seen.warnings(), *map(str, files))
+    with _blocks(config, request, slide, files, sample.mpp, chosen.centre_xy_px, sample=sample, spots=chosen, **how) as (made, folder):
+        good = np.flatnonzero(made.readable)
+        kept = take_spots(chosen, good, {BAD_TILES: len(chosen) - len(good)} if made.reasons else {})
+        warnings = _warnings(made, chosen.barcodes)
+        yield from warnings
+        expression = next(file for file in files if file.suffix == ".h5ad")
+        write_expression_blocks(expression, about_spots(
+            sample, kept, patch_px=config.patch_px, slide_path=request.wsi_file, settings=recorded["config"],
+            stride_bins=config.stride_bins if sample.bin_um else None), made.counts)
+        _write_images(files, config, made, sample.mpp, top_left[good], kept.barcodes, sample.sample_id)
+        without = {reason: (candidates.barcodes[rows], candidates.centre_xy_px[rows]) for reason, rows in lost.items()}
+        if made.reasons:
+            without[BAD_TILES] = (chosen.barcodes[~made.readable], chosen.centre_xy_px[~made.readable])
+        write_dropped(next(file for file in files if file.suffix == ".tsv"), {reason: names for reason, (names, _) in without.items()})
+        _write_page(files, config, slide, sample.sample_id, sample.mpp, kept.centre_xy_px, made,
+                    (sample.summary(), *sample.notices, kept_line(kept, unit), *warnings),
+                    dropped_xy_px={reason: xy for reason, (_, xy) in without.items()},
+                    numbers={"kept": len(kept), **kept.dropped}, library_sizes=made.column("library_sizes"),
+                    n_genes=made.column("row_lengths"))
+        _finish(config, request, files, folder, centre_xy_px=kept.centre_xy_px, barcodes=kept.barcodes, name=sample.sample_id)
+    yield from map(str, (*files, *([request.dump_dir] if request.dump_dir else [])))
 
 
 # ---- random patches -------------------------------------------------------------------------------------------------
 
-def _extract_random(config: ExtractConfig, request: Request, slide: Slide, sample: Sample | None, workers: int,
-                    dry_run: bool) -> Iterator[str]:
+def _extract_random(config: ExtractConfig, request: Request, slide: Slide, sample: Sample | None, *, dry_run: bool,
+                    **how) -> Iterator[str]:
     from preprocessing.mpp import decide_mpp
-    from preprocessing.patch_file import write_patch_file
     from preprocessing.random_patches import sample_squares
     from preprocessing.tissue import read_tissue, segment_tissue, write_tissue
     from preprocessing.windows import windows_inside
@@ -131,53 +151,103 @@ def _extract_random(config: ExtractConfig, request: Request, slide: Slide, sampl
     if dry_run:
         yield f"dry run, nothing written; would write {len(centres):,} patches to {', '.join(map(str, files))}"
         return
-    seen = SeenPatches(len(centres))
     _, top_left = windows_inside(slide, centres, config.patch_um, mpp)
-    write_patch_file(files[0], seen.pass_on(slide, centres, mpp, config, workers), count=len(centres), patch_px=config.patch_px,
-                     coords=top_left, barcodes=None, patch_size_src=side_px, pixel_size=mpp, name=name)
-    if auto:
-        write_tissue(files[3], tissue)
-    _write_page(files, config, slide, name, mpp, centres, seen, (said, *seen.warnings()), tissue=tissue, numbers={"kept": len(centres)})
-    recorded = _recorded(config, request, files)
-    for file in files:
-        write_done(file, **recorded, rows=len(centres))
-    yield from (*seen.warnings(), *map(str, files))
+    with _blocks(config, request, slide, files, mpp, centres, **how) as (made, folder):
+        warnings = _warnings(made)
+        yield from warnings
+        good = made.readable
+        _write_images(files, config, made, mpp, top_left[good], None, name)
+        if auto:
+            write_tissue(files[-1], tissue)
+        _write_page(files, config, slide, name, mpp, centres[good], made, (said, *warnings), tissue=tissue,
+                    numbers={"kept": int(good.sum()), **({BAD_TILES: len(made.reasons)} if made.reasons else {})})
+        _finish(config, request, files, folder, centre_xy_px=centres[good], barcodes=None, name=name)
+    yield from map(str, (*files, *([request.dump_dir] if request.dump_dir else [])))
 
 
 # ---- what both share ------------------------------------------------------------------------------------------------
 
-class SeenPatches:
-    """Remembers a few of the patches that pass by, for the quality page, and counts black ones."""
+@contextmanager
+def _blocks(config: ExtractConfig, request: Request, slide: Slide, files: tuple[Path, ...], mpp: float, centre_xy_px: np.ndarray, *,
+            resources: Resources, max_bad: float, resume: bool, **expression) -> Iterator[tuple[MadeBlocks, PatchFolderTarget | None]]:
+    """Make the blocks behind `files` that are missing; when the caller has written what it wants of them, they are thrown away."""
+    from preprocessing.block_extraction import MadeBlocks, PatchJob, make_blocks
+    from preprocessing.parts import Parts
+    from preprocessing.quality_page import sheet_rows
 
-    def __init__(self, count: int):
-        from preprocessing.quality_page import sheet_rows
+    recorded = _recorded_of_folder(config, request, files)
+    parts = Parts(files[0], config={**recorded["config"], "images": request.writes_hdf5, "folder": str(request.dump_dir)},
+                  inputs=recorded["inputs"], resume=resume)
+    folder = _folder_target(request, len(centre_xy_px)) if request.dump_dir else None
+    make_blocks(PatchJob(
+        slide=slide, centre_xy_px=centre_xy_px, patch_um=config.patch_um, mpp=mpp, patch_px=config.patch_px, edge=config.edge,
+        shown_rows=sheet_rows(len(centre_xy_px)), keeps_images=request.writes_hdf5, folder=folder, max_bad=max_bad, **expression),
+        parts, resources)
+    made = MadeBlocks(parts)
+    if not made.readable.any():
+        raise InputError(slide.path, "tiles", "at least one patch that can be decoded", f"none; {first_few(made.reasons, 3)}")
+    yield made, folder
+    parts.remove()
 
-        self.count, self.rows = count, set(sheet_rows(count).tolist())
-        self.shown: list[np.ndarray] = []
-        self.n_black = 0
 
-    def pass_on(self, slide: Slide, centre_xy_px: np.ndarray, mpp: float, config: ExtractConfig, workers: int) -> Iterable[np.ndarray]:
-        """Cut the patches, in order, under a progress bar."""
-        from tqdm import tqdm
+def _folder_target(request: Request, count: int) -> PatchFolderTarget:
+    from preprocessing.block_extraction import PatchFolderTarget
+    from preprocessing.png_folder import name_digits
+    from preprocessing.stain import find_stain
 
-        from preprocessing.windows import cut_patches
+    stain, record = None, {"normalised": False}
+    if request.normalize:
+        stain, record = find_stain(request.wsi_file, request.stain_file, request.on_stain_failure)
+    folder = request.dump_dir.absolute()
+    return PatchFolderTarget(folder, folder.with_name(f".{folder.name}.pngs"), name_digits(count), stain, record)
 
-        cut = cut_patches(slide, centre_xy_px, config.patch_um, mpp, config.patch_px, config.edge, workers)
-        for row, patch in tqdm(cut, total=self.count, desc="cutting", unit="patch"):
-            if row in self.rows:
-                self.shown.append(patch)
-            self.n_black += np.mean(patch[::4, ::4].max(axis=2) < NEARLY_BLACK) > MOSTLY
-            yield patch
 
-    def warnings(self) -> tuple[str, ...]:
-        """A line where something is suspicious."""
-        if not self.n_black:
-            return ()
-        return (f"warning: {self.n_black:,} of {self.count:,} patches are mostly black: was the slide scanned there?",)
+def _write_images(files: tuple[Path, ...], config: ExtractConfig, made: MadeBlocks, mpp: float, top_left: np.ndarray,
+                  barcodes: np.ndarray | None, name: str) -> None:
+    """The HDF5 file, where one is asked for."""
+    from preprocessing.patch_file import write_compressed_patches
+
+    if files[0].suffix in (".h5ad", ".png"):           # --no-h5
+        return
+    write_compressed_patches(files[0], made.images(), count=len(top_left), patch_px=config.patch_px, coords=top_left, barcodes=barcodes,
+                             patch_size_src=config.patch_um / mpp, pixel_size=mpp, name=name)
+
+
+def _finish(config: ExtractConfig, request: Request, files: tuple[Path, ...], folder: PatchFolderTarget | None, *,
+            centre_xy_px: np.ndarray, barcodes: np.ndarray | None, name: str) -> None:
+    """The done-manifests and, last of all, the patch folder's name."""
+    from preprocessing.png_folder import finish_patch_folder, patch_folder_sha256
+
+    facts = {"rows": len(centre_xy_px)} | ({} if barcodes is None else {"barcode_sha256": strings_sha256(barcodes)})
+    for file in files:
+        write_done(file, **_recorded(config, request, files), **facts)
+    if folder is None:
+        return
+    record = folder.record | {key: value for key, value in facts.items() if key == "barcode_sha256"}
+
+    def described(working: Path) -> None:
+        write_done(folder.folder, **_recorded_of_folder(config, request, files), **facts, stain=record,
+                   content_sha256=patch_folder_sha256(working))
+
+    finish_patch_folder(folder.working, folder.folder, count=len(centre_xy_px), digits=folder.digits, barcodes=barcodes, sample_id=name,
+                        xy=centre_xy_px, stain=record, record=described)
+
+
+def _warnings(made: MadeBlocks, barcodes: Sequence[str] | None = None) -> tuple[str, ...]:
+    """A line for each thing that is suspicious; `barcodes` of the candidates."""
+    warnings = []
+    if made.reasons:
+        lost = list(made.reasons)[:5] if barcodes is None else [
+            f"{barcode}: {reason}" for barcode, reason in zip(barcodes[~made.readable][:5], made.reasons[:5], strict=True)]
+        more = ", ..." if len(made.reasons) > 5 else ""
+        warnings.append(f"warning: {len(made.reasons):,} patches {BAD_TILES} and are left out ({'; '.join(lost)}{more})")
+    if made.n_black:
+        warnings.append(f"warning: {made.n_black:,} of {int(made.readable.sum()):,} patches are mostly black: was the slide scanned there?")
+    return tuple(warnings)
 
 
 def _write_page(files: tuple[Path, ...], config: ExtractConfig, slide: Slide, name: str, mpp: float, centres: np.ndarray,
-                seen: SeenPatches, lines: tuple[str, ...], **details) -> None:
+                made: MadeBlocks, lines: tuple[str, ...], **details) -> None:
     """The quality page beside the patches; `details` are further fields of `PatchQuality`."""
     from preprocessing.quality_page import MAP_PX, PatchQuality, write_quality_page
 
@@ -186,7 +256,7 @@ def _write_page(files: tuple[Path, ...], config: ExtractConfig, slide: Slide, na
     settings = {key: value for key, value in asdict(config).items() if value is not None and key not in other}
     write_quality_page(picture, page, PatchQuality(
         title=name, lines=lines, thumbnail=slide.thumbnail(MAP_PX), slide_px=(slide.width_px, slide.height_px),
-        side_px=config.patch_um / mpp, centre_xy_px=centres, patches=np.stack(seen.shown), settings={"mpp": round(mpp, 5), **settings},
+        side_px=config.patch_um / mpp, centre_xy_px=centres, patches=made.shown, settings={"mpp": round(mpp, 5), **settings},
         files=files, **{"dropped_xy_px": {}, **details}))
 
 
@@ -210,10 +280,18 @@ def _write_page(files: tuple[Path, ...], config: ExtractConfig, slide: Slide, na
 @click.option("--edge", type=click.Choice(["drop", "pad"]), default="drop", help="Patches over the slide's edge: drop, or pad with white.")
 @click.option("--min-tissue", default=0.0, help="Least share of a patch that is tissue, by Otsu's threshold on saturation.")
 @click.option("--seed", default=0, help="Seed of the random places.")
-@click.option("--workers", default=1, help="Threads that cut patches.")
+@click.option("--dump-dir", type=click.Path(path_type=Path), help="Write the patch folder (PNG files, metadata.jsonl) in the same pass.")
+@click.option("--h5/--no-h5", "writes_hdf5", default=True, help="With --dump-dir: whether patches go into an HDF5 file as well.")
+@click.option("--normalize/--no-normalize", default=True, help="Of --dump-dir: Macenko stain normalisation, or colours as they are.")
+@click.option("--stain-file", type=click.Path(path_type=Path), help="Of --dump-dir: stain.json of an earlier run, instead of estimating.")
+@click.option("--on-stain-failure", type=click.Choice(["error", "skip"]), default="error",
+              help="Of --dump-dir: a slide without two stains: stop, or keep its colours.")
+@click.option("--max-bad", default=0.01, help="Largest share of patches that may lie on tiles that cannot be decoded; they are left out.")
+@click.option("--workers", type=int, default=usable_cores, show_default="all cores", help="Threads that cut, sum and compress.")
+@click.option("--memory-gb", default=2.0, help="Memory for counts in flight; what exceeds it waits on disk.")
 @click.option("--resume/--no-resume", default=True, help="Leave finished files of the same inputs and settings as they are.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
-def main(workers, resume, dry_run, **options):
+def main(workers, memory_gb, max_bad, resume, dry_run, **options):
     """Cut one patch per spot and write its expression beside it; or, with --tissue-seg-file, patches at random places.
 
     Example: python preprocessing/extract_patches.py --space-ranger-dir data/KIDNEY_HD --wsi-file data/KIDNEY_HD/slide.btf
@@ -222,7 +300,7 @@ def main(workers, resume, dry_run, **options):
     context = click.get_current_context()
     given = frozenset(name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE)
     request = Request(given=given, **{name: options.pop(name) for name in Request.__dataclass_fields__ if name != "given"})
-    for line in extract(ExtractConfig(**options), request, workers, resume, dry_run):
+    for line in extract(ExtractConfig(**options), request, Resources(workers, memory_gb), max_bad, resume, dry_run):
         click.echo(line)
 
 

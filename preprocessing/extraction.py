@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from preprocessing.slide import Slide
 
 OFF_EDGE, THIN_TISSUE = "reach over the slide's edge", "have less tissue than --min-tissue"
-SPOT_FILES = ("imgs.h5", "gex.h5ad", "dropped_spots.tsv", "qc.png", "qc.html")
+BAD_TILES = "lie on tiles that cannot be decoded"
 OF_BINS_AND_SPOTS, OF_RANDOM = {"stride_bins": "--stride", "edge": "--edge"}, {"n_patches": "--n-pts"}
+OF_FOLDER = {"normalize": "--normalize", "stain_file": "--stain-file", "on_stain_failure": "--on-stain-failure"}
 NEEDS = ((OF_BINS_AND_SPOTS, ("space_ranger_dir", "gex_file")), (OF_RANDOM, ("tissue_seg_file",)),         # option -> any of these
-         ({"is_hd": "--is-hd", "below_v2": "--below-v2"}, ("space_ranger_dir",)), ({"spot_um": "--spot-um"}, ("gex_file",)))
+         ({"is_hd": "--is-hd", "below_v2": "--below-v2"}, ("space_ranger_dir",)), ({"spot_um": "--spot-um"}, ("gex_file",)),
+         (OF_FOLDER, ("dump_dir",)))
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,20 @@ class ExtractConfig:
 
 
 @dataclass(frozen=True)
+class Resources:
+    """What a run may use. Results do not depend on it."""
+
+    workers: int = 1
+    memory_gb: float = 2.0   # for counts in flight; the slide's strips and blocks of patches come on top
+
+    def __post_init__(self):
+        if self.workers < 1:
+            raise OptionError("--workers", "at least 1", str(self.workers))
+        if not self.memory_gb > 0:
+            raise OptionError("--memory-gb", "a number above 0", f"{self.memory_gb:g}")
+
+
+@dataclass(frozen=True)
 class Request:
     """What is read and where results go."""
 
@@ -63,6 +79,11 @@ class Request:
     tissue_seg_file: str | None = None   # GeoJSON, or "auto"; asks for random patches
     out_file: Path | None = None         # HDF5 of random patches
     out_dir: Path | None = None          # everything else
+    dump_dir: Path | None = None         # patch folder (PNG files), made in the same pass
+    writes_hdf5: bool = True             # whether patches go into an HDF5 file
+    normalize: bool = True               # of the patch folder: Macenko, or colours as they are
+    stain_file: Path | None = None       # of the patch folder: stain vectors; None: estimated on the slide
+    on_stain_failure: str = "error"      # of the patch folder: a slide without two stains: error, or skip and keep its colours
     given: frozenset[str] = frozenset()  # options that the user gave, by the name of their field: they must have an effect
 
     def __post_init__(self):
@@ -75,8 +96,12 @@ class Request:
             raise OptionError("--tissue-seg-file", "a GeoJSON file or `auto` for the random patches of --out-file", "nothing")
         if self.tissue_seg_file and not (self.sample_path or self.out_file or self.out_dir):
             raise OptionError("--out-file", "a file for the random patches (or --out-dir)", "neither")
+        if not (self.writes_hdf5 or self.dump_dir):
+            raise OptionError("--no-h5", "--dump-dir, so that patches go somewhere", "none")
+        if self.dump_dir and self.sample_path and self.tissue_seg_file:
+            raise OptionError("--dump-dir", "the patches of a sample or random ones in one run", "both")
         self._require_effect()
-        for path in (self.wsi_file, self.sample_path, None if self.tissue_seg_file == "auto" else self.tissue_seg_file):
+        for path in (self.wsi_file, self.sample_path, None if self.tissue_seg_file == "auto" else self.tissue_seg_file, self.stain_file):
             if path and not Path(path).exists():
                 raise InputError(path, "path", "a file or folder to read", "nothing there")
             if path and path != self.space_ranger_dir and not Path(path).is_file():
@@ -107,8 +132,9 @@ class Request:
         return self.out_dir or self.space_ranger_dir or (self.gex_file or self.out_file).parent
 
     def spot_files(self) -> tuple[Path, ...]:
-        """What is written for the spots of a sample; nothing without one."""
-        return tuple(self.folder / name for name in SPOT_FILES) if self.sample_path else ()
+        """What is written for the spots of a sample, pixels first where they are kept; nothing without a sample."""
+        names = ("imgs.h5",) * self.writes_hdf5 + ("gex.h5ad", "dropped_spots.tsv", "qc.png", "qc.html")
+        return tuple(self.folder / name for name in names) if self.sample_path else ()
 
     def random_files(self) -> tuple[Path, ...]:
         """What is written for random patches; nothing where none are asked for."""
@@ -117,7 +143,17 @@ class Request:
         patches = self.out_file or self.folder / "random_imgs.h5"
         page = (self.out_dir or patches.parent) / f"{patches.stem}_qc"
         outlines = (page.with_name(f"{patches.stem}_tissue.geojson"),) if self.tissue_seg_file == "auto" else ()
-        return (patches, page.with_name(f"{page.name}.png"), page.with_name(f"{page.name}.html"), *outlines)
+        return ((patches,) * self.writes_hdf5 + (page.with_name(f"{page.name}.png"), page.with_name(f"{page.name}.html")) + outlines)
+
+    def folder_settings(self) -> dict[str, object]:
+        """What the patch folder depends on beside the patches; empty where none is asked for."""
+        if not self.dump_dir:
+            return {}
+        return {"normalize": self.normalize, "on_stain_failure": self.on_stain_failure}
+
+    def folder_inputs(self) -> dict[str, Path]:
+        """Files that the patch folder depends on beside those of the patches."""
+        return {"stain_file": self.stain_file} if self.dump_dir and self.stain_file else {}
 
     def sample_inputs(self) -> dict[str, Path]:
         """The files, of the sample too where there is one, that results depend on."""

@@ -20,6 +20,7 @@ from preprocessing.flat_image import as_rgb, decode_flat
 from preprocessing.mpp import plausible_mpp
 from preprocessing.tiff_checks import check_tiff
 
+DAMAGE_PX = 64                     # damage is looked for down to squares of this side
 BAND_BYTES = 64 << 20              # pixels in memory at a time while a thumbnail is made
 MAGIC = {"JPEG": (b"\xff\xd8\xff",), "PNG": (b"\x89PNG",), "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")}
 FLAT_SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", ".btf": "TIFF"}
@@ -146,8 +147,22 @@ class PyramidSlide(Slide):
         return (level, *self._handle.level_dimensions[level])
 
     def _read_level(self, level, top, height):
+        return self._read_around_damage(level, 0, top, self._handle.level_dimensions[level][0], height)
+
+    def _read_around_damage(self, level: int, left: int, top: int, width: int, height: int) -> Image.Image:
+        """A rectangle in the level's own pixels; white where nothing can be decoded, as a picture of the whole must not fail for a tile."""
         downsample = self._handle.level_downsamples[level]
-        return self._decode(0, round(top * downsample), level, self._handle.level_dimensions[level][0], height)
+        try:
+            return self._decode(round(left * downsample), round(top * downsample), level, width, height)
+        except SlideReadError:
+            picture = Image.new("RGB", (width, height), "white")
+            if max(width, height) <= DAMAGE_PX:
+                return picture
+        across, down = (width // 2, height) if width >= height else (width, height // 2)
+        picture.paste(self._read_around_damage(level, left, top, across, down))
+        x, y = (across, 0) if width >= height else (0, down)
+        picture.paste(self._read_around_damage(level, left + x, top + y, width - x, height - y), (x, y))
+        return picture
 
 
 class FlatSlide(Slide):

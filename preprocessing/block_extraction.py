@@ -1,0 +1,170 @@
+"""Cut patches and sum their expression a block of spots at a time, so that memory stays small and a killed run goes on.
+
+A block is some 1,000 consecutive spots. What it gives - compressed patches, packed counts, what the quality page shows - is kept by
+`Parts` until all blocks are there. Patches on tiles that cannot be decoded are left out, with their expression.
+"""
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy.sparse as sp
+from tqdm import tqdm
+
+from preprocessing.compressed_chunks import pack, unpack
+from preprocessing.errors import InputError, first_few
+from preprocessing.expression_file import CountsPacker
+from preprocessing.parts import Parts
+from preprocessing.patch_file import compress_patch
+from preprocessing.png_folder import whole_pngs, write_pngs
+from preprocessing.spot_sums import sum_blocks
+from preprocessing.stain import StainVectors, normalise_stain
+from preprocessing.windows import CutBlock, cut_blocks
+
+if TYPE_CHECKING:
+    from preprocessing.extraction import Resources
+    from preprocessing.sample import Sample, Spots
+    from preprocessing.slide import Slide
+
+BLOCK_BYTES, MOST_SPOTS = 1 << 26, 2048      # pixels and spots of a block
+NEARLY_BLACK, MOSTLY = 8, 0.5                # a patch with this share of pixels this dark was cut where nothing was scanned
+
+
+@dataclass(frozen=True)
+class PatchFolderTarget:
+    """PNG files made beside the cutting, in a working folder until all are there."""
+
+    folder: Path                             # where they will lie
+    working: Path
+    digits: int                              # of a row number in a file's name
+    stain: StainVectors | None               # None: colours as they are
+    record: dict                             # content of stain.json
+
+
+@dataclass(frozen=True)
+class PatchJob:
+    """Patches to cut, and what is to be kept of each."""
+
+    slide: Slide
+    centre_xy_px: np.ndarray                 # (P, 2) level-0 px
+    patch_um: float
+    mpp: float
+    patch_px: int
+    edge: str
+    shown_rows: np.ndarray                   # rows whose patch the quality page shows
+    keeps_images: bool = True                # compressed pixels, for imgs.h5
+    folder: PatchFolderTarget | None = None  # PNG files
+    sample: Sample | None = None             # expression is summed where there is a sample ...
+    spots: Spots | None = None               # ... over these, one a patch
+    max_bad: float = 0.01                    # largest share of patches on tiles that cannot be decoded
+
+    def blocks(self) -> list[slice]:
+        """Consecutive rows; the same for every run of the same job, whatever its resources."""
+        length = int(np.clip(BLOCK_BYTES // (3 * self.patch_px ** 2), 64, MOST_SPOTS))
+        count = len(self.centre_xy_px)
+        return [slice(start, min(start + length, count)) for start in range(0, count, length)]
+
+
+def make_blocks(job: PatchJob, parts: Parts, resources: Resources) -> None:
+    """Make the blocks of `job` that `parts` lacks, under a progress bar."""
+    blocks, done, tally = job.blocks(), *_finished(job, parts)
+    packer = CountsPacker(parts.read(done - 1) if done and job.spots is not None else None)
+    cut = cut_blocks(job.slide, job.centre_xy_px, job.patch_um, job.mpp, job.patch_px, blocks[done:], edge=job.edge,
+                     workers=resources.workers)
+    sums = repeat(None) if job.spots is None else sum_blocks(
+        job.sample, job.spots, blocks[done:], workers=resources.workers, memory_gb=resources.memory_gb)
+    with ThreadPoolExecutor(resources.workers) as pool, _progress(job, blocks, done) as bar:
+        for number, block, patches, counts in zip(range(done, len(blocks)), blocks[done:], cut, sums, strict=False):
+            parts.write(number, **_keep(job, block, patches, counts, packer, tally, pool, resources.workers))
+            tally.add(patches)
+            bar.update(block.stop - block.start)
+
+
+def _finished(job: PatchJob, parts: Parts) -> tuple[int, Tally]:
+    """How many blocks stand, PNG files and all where there are any, and the count of their patches."""
+    readable = [block["readable"] for block in parts.blocks("readable")]
+    done, kept = len(readable), np.cumsum([0, *(rows.sum() for rows in readable)])
+    if job.folder is not None:
+        if not done:
+            shutil.rmtree(job.folder.working, ignore_errors=True)
+        job.folder.working.mkdir(parents=True, exist_ok=True)
+        done = int(np.searchsorted(kept, whole_pngs(job.folder.working, job.folder.digits), side="right")) - 1
+    return done, Tally(job, int(kept[done]), sum(int((~rows).sum()) for rows in readable[:done]))
+
+
+def _progress(job: PatchJob, blocks: list[slice], done: int) -> tqdm:
+    return tqdm(desc="extracting" if job.spots is not None else "cutting", unit="patch", total=len(job.centre_xy_px),
+                initial=blocks[done - 1].stop if done else 0)
+
+
+@dataclass
+class Tally:
+    """Patches kept and lost so far."""
+
+    job: PatchJob
+    kept: int
+    bad: int
+
+    def add(self, patches: CutBlock) -> None:
+        """Count a block; too many lost patches end the run."""
+        self.kept += int(patches.readable.sum())
+        self.bad += int((~patches.readable).sum())
+        if self.bad > self.job.max_bad * len(self.job.centre_xy_px):
+            raise InputError(self.job.slide.path, "tiles", f"at most {self.job.max_bad:.2%} of {len(self.job.centre_xy_px):,} patches on "
+                             "tiles that cannot be decoded (--max-bad)", f"{self.bad:,} so far; {first_few(patches.reasons, 3)}")
+
+
+def _keep(job: PatchJob, block: slice, patches: CutBlock, counts: sp.csr_matrix | None, packer: CountsPacker, tally: Tally,
+          pool: Executor, workers: int) -> dict[str, np.ndarray]:
+    """What is kept of one block, as named arrays."""
+    good, images = np.flatnonzero(patches.readable), patches.patches
+    shown = [row - block.start for row in job.shown_rows if block.start <= row < block.stop and patches.readable[row - block.start]]
+    dark = (images[good, ::4, ::4].max(axis=3) < NEARLY_BLACK).mean(axis=(1, 2)) > MOSTLY
+    kept = {"readable": patches.readable, "reasons": np.array(patches.reasons, dtype=str), "n_black": np.array(dark.sum()),
+            "shown": images[shown]}
+    if job.keeps_images:
+        kept["image_streams"], kept["image_lengths"] = pack(list(pool.map(lambda row: compress_patch(images[row], job.patch_px), good)))
+    if job.folder is not None:
+        write_pngs(job.folder.working, tally.kept, _normalised(images[good], job.folder.stain, pool), job.folder.digits, workers)
+    if counts is not None:
+        counts = counts if len(good) == counts.shape[0] else counts[good]
+        kept |= packer.pack(counts, pool)
+        kept["library_sizes"] = np.asarray(counts.sum(axis=1, dtype=np.int64)).ravel()
+    return kept
+
+
+def _normalised(images: np.ndarray, stain: StainVectors | None, pool: Executor) -> Iterable[np.ndarray]:
+    """The patches as the PNG files show them, in order."""
+    return images if stain is None else pool.map(lambda patch: normalise_stain(patch, stain), images)
+
+
+class MadeBlocks:
+    """All blocks of a job, and what they say together. Rows are those of the patches that could be read."""
+
+    def __init__(self, parts: Parts):
+        self._parts = parts
+        facts = list(parts.blocks("readable", "reasons", "n_black", "shown"))
+        self.readable = np.concatenate([block["readable"] for block in facts])                 # bool, a candidate each
+        self.reasons: list[str] = [str(reason) for block in facts for reason in block["reasons"]]
+        self.n_black = sum(int(block["n_black"]) for block in facts)
+        self.shown = np.concatenate([block["shown"] for block in facts])
+
+    def images(self) -> Iterator[bytes]:
+        """Compressed patches, in row order."""
+        for block in self._parts.blocks("image_streams", "image_lengths"):
+            yield from unpack(block["image_streams"], block["image_lengths"])
+
+    def counts(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
+        """Packed counts, for `write_expression_blocks`."""
+        return self._parts.blocks(*names)
+
+    def column(self, name: str) -> np.ndarray:
+        """`library_sizes` or `row_lengths` of every row."""
+        return np.concatenate([block[name] for block in self._parts.blocks(name)])
+

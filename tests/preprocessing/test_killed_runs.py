@@ -1,0 +1,171 @@
+"""Killed at any moment and run again, a command ends with the contents of a run that nobody disturbed."""
+import json
+import os
+import random
+import signal
+import time
+
+import anndata as ad
+import h5py
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from preprocessing import block_extraction, extract_patches, gex_preprocessing  # commands, run as a user does
+from preprocessing.dump_patches import main as dump_patches
+from preprocessing.expression import write_vocabulary
+from preprocessing.parts import Parts
+
+KILLS, KILLS_A_ROUND = 20, 4
+
+
+@pytest.fixture(scope="module")
+def hd_sample(tmp_path_factory):
+    """A section of 19 blocks of 64 pseudo-spots."""
+    from conftest import tiny_sample
+
+    return tiny_sample(tmp_path_factory.mktemp("killed"), "visium-hd", width_um=520, height_um=460, genes=60)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(block_extraction, "MOST_SPOTS", 64)
+    monkeypatch.setattr("preprocessing.expression.ROWS_AT_ONCE", 64)
+    monkeypatch.setattr("preprocessing.dump_patches.MOST_PATCHES", 64)
+
+
+def succeeds(command, arguments) -> None:
+    result = CliRunner().invoke(command, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+
+
+def killed(command, arguments, after_s: float) -> bool:
+    """Run the command in a child and kill it after a while; whether it was still running."""
+    child = os.fork()
+    if child == 0:
+        os.setpgrp()
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        try:
+            command.main([str(argument) for argument in arguments], standalone_mode=False)
+        finally:
+            os._exit(0)
+    deadline = time.monotonic() + after_s
+    while time.monotonic() < deadline:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
+
+
+def contents(folder) -> dict:
+    """Everything in the files of an output folder but times: every dataset, every pixel, every line."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
+        name = str(path.relative_to(folder))
+        if path.suffix in (".h5", ".h5ad"):
+            with h5py.File(path) as file:
+                file.visititems(lambda key, item, name=name: found.update({f"{name}:{key}": repr(
+                    np.asarray(item[()]).tolist() if isinstance(item, h5py.Dataset) and item.shape is not None else sorted(item.attrs))}))
+        elif path.suffix == ".png":
+            found[name] = np.asarray(Image.open(path)).tobytes()
+        elif path.name.endswith(".done.json"):
+            found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key in ("rows", "config", "barcode_sha256")}
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def survives(command, arguments_into, tmp_path, seed) -> None:
+    """Kill the command `KILLS` times at random moments, `KILLS_A_ROUND` on one output folder; each round is then allowed to finish."""
+    whole, moments, n_killed = tmp_path / "whole", random.Random(seed), 0
+    succeeds(command, arguments_into(whole))                        # the first run also compiles and warms up
+    start = time.monotonic()
+    succeeds(command, arguments_into(tmp_path / "timed"))
+    duration, expected = time.monotonic() - start, contents(whole)
+    for number in range(0, KILLS, KILLS_A_ROUND):
+        disturbed = tmp_path / f"disturbed_{number}"
+        for _ in range(KILLS_A_ROUND):
+            n_killed += killed(command, arguments_into(disturbed), moments.uniform(0.05, 0.9) * duration)
+        succeeds(command, arguments_into(disturbed))
+        found = contents(disturbed)
+        assert [name for name in expected | found if expected.get(name) != found.get(name)] == []
+        assert not [path.name for path in disturbed.iterdir() if ".tmp." in path.name or path.name.endswith((".parts", ".pngs"))]
+    assert n_killed >= KILLS // 2, "the kills came too late to test anything"
+
+
+def test_an_extraction_killed_at_random_moments_ends_with_the_same_contents(hd_sample, tmp_path):
+    survives(extract_patches.main, lambda out: (
+        "--space-ranger-dir", hd_sample.space_ranger_dir, "--wsi-file", hd_sample.slide, "--out-dir", out, "--dump-dir", out / "patches",
+        "--patch-sz-px", 48, "--workers", 2), tmp_path, seed=1)
+
+
+@pytest.fixture(scope="module")
+def extracted(hd_sample, tmp_path_factory):
+    out = tmp_path_factory.mktemp("extracted")
+    succeeds(extract_patches.main, ("--space-ranger-dir", hd_sample.space_ranger_dir, "--wsi-file", hd_sample.slide, "--out-dir", out,
+                                    "--patch-sz-px", 48))
+    return out
+
+
+def test_a_gene_filter_killed_at_random_moments_ends_with_the_same_contents(extracted, tmp_path):
+    genes = ad.read_h5ad(extracted / "gex.h5ad", backed="r").var_names.tolist()
+    write_vocabulary(tmp_path / "vocab.txt", genes[40:5:-1])
+
+    def into(out):
+        out.mkdir(exist_ok=True)
+        return ("--raw-file", extracted / "gex.h5ad", "--vocab-file", tmp_path / "vocab.txt", "--out-file", out / "gex_filt.h5ad")
+
+    survives(gex_preprocessing.main, into, tmp_path, seed=2)
+
+
+def test_a_dump_killed_at_random_moments_ends_with_the_same_contents(hd_sample, extracted, tmp_path):
+    def into(out):
+        out.mkdir(exist_ok=True)
+        return ("--images", extracted / "imgs.h5", "--wsi", hd_sample.slide, "--out-dir", out / "patches")
+
+    survives(dump_patches, into, tmp_path, seed=3)
+
+
+# ---- what a run after a kill repeats --------------------------------------------------------------------------------
+
+def stop_at_block(monkeypatch, number):
+    """Make the next run end as a killed one does once `number` blocks are finished."""
+    write = Parts.write
+
+    def write_or_stop(parts, block, **arrays):
+        if block == number:
+            raise KeyboardInterrupt
+        write(parts, block, **arrays)
+
+    monkeypatch.setattr(Parts, "write", write_or_stop)
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["HDF5", "HDF5 and patch folder"])
+def test_a_run_goes_on_with_the_block_it_was_at(hd_sample, tmp_path, monkeypatch, folder):
+    arguments = ["--space-ranger-dir", hd_sample.space_ranger_dir, "--wsi-file", hd_sample.slide, "--out-dir", tmp_path / "out",
+                 "--patch-sz-px", 32, *(["--dump-dir", tmp_path / "out" / "patches"] if folder else [])]
+    with monkeypatch.context() as patched:
+        stop_at_block(patched, 3)
+        result = CliRunner().invoke(extract_patches.main, [str(argument) for argument in arguments])
+        assert result.exit_code == 130 and "run the same command again" in result.output
+    written = []
+    write = Parts.write
+    monkeypatch.setattr(Parts, "write", lambda parts, block, **arrays: (written.append(block), write(parts, block, **arrays)))
+    succeeds(extract_patches.main, arguments)
+    assert written[0] == 3 and written == list(range(3, 3 + len(written))) and len(written) > 10
+
+
+def test_a_changed_config_begins_anew_and_mixes_nothing(hd_sample, tmp_path, monkeypatch):
+    arguments = ["--space-ranger-dir", hd_sample.space_ranger_dir, "--wsi-file", hd_sample.slide, "--patch-sz-px", 32]
+    with monkeypatch.context() as patched:
+        stop_at_block(patched, 3)
+        CliRunner().invoke(extract_patches.main, [str(argument) for argument in [*arguments, "--out-dir", tmp_path / "out"]])
+    assert len(list((tmp_path / "out" / ".imgs.h5.parts").glob("*.npz"))) == 3
+    for name in ("out", "clean"):
+        succeeds(extract_patches.main, [*arguments, "--out-dir", tmp_path / name, "--stride", 7])
+    assert contents(tmp_path / "out") == contents(tmp_path / "clean")
