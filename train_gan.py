@@ -20,8 +20,8 @@ def option(name: str, **kwargs) -> Callable:
 
 
 def train_gan(*, outdir: Path, data: str | None, gex: str | None, samples: Path | None, val_data: str | None, val_gex: str | None,
-              network: Path, preset: str, cfg: str, n_train: int | None, resume: str | None, suffix: str | None, device: str | None,
-              dry_run: bool, tensorboard: bool, **said: object) -> Path | None:
+              network: Path, preset: str, cfg: str, n_train: int | None, cache_dir: str, resume: str | None, suffix: str | None,
+              device: str | None, dry_run: bool, tensorboard: bool, **said: object) -> Path | None:
     """Resolve options, read data, train; returns the run folder (None on a dry run)."""
     from evaluation.features import pick_device
     from networks.clip import CLIP
@@ -36,7 +36,7 @@ def train_gan(*, outdir: Path, data: str | None, gex: str | None, samples: Path 
     device = pick_device(device or "auto")
     encoder = build_encoder(config.backbone, config.backbone_weights)
     gan_data = load_gan_data(train_files, val_files, network, config.img_resolution, max_size=n_train, seed=config.seed,
-                             keep_expression=config.cond_dropout > 0)
+                             keep_expression=config.cond_dropout > 0, cache_dir=None if cache_dir == "none" else cache_dir)
     click.echo(f"{gan_data.name}: {len(gan_data.training.images):,} patches at {config.img_resolution} px, "
                f"prompts {gan_data.training.prompts.shape[1]} wide, backbone {encoder.name}, {device}")
     click.echo(f"config: {config}")
@@ -144,6 +144,8 @@ def _checkpoint(outdir: Path, name: str, resume: str | None):
 @option("tick", type=float, default=4.0, help="kimg between status lines (at least 20 lines a run).")
 @option("snap", type=int, default=100, help="Ticks between snapshots (at least 5 snapshots a run).")
 @option("n-train", type=int, help="Use a random subset of this many patches.")
+@option("cache-dir", default="auto", help="Folder for packed patches, read without decoding; auto: .patch_cache beside the first images, "
+        "if they are many; none: read into memory.")
 @option("seed", type=int, default=0, help="Of everything random.")
 @option("max-bad-steps", type=int, default=10, help="Steps with NaN or infinite losses in a row that end the run.")
 @option("resume", help="auto: the newest run of this name under OUTDIR, if any; or a run folder or checkpoint folder.")

@@ -14,6 +14,8 @@ from preprocessing.errors import OptionError
 
 TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])   # NTSC
 LUMA = TO_YIQ[0]
+N_DRAWS = 7      # uniform numbers a view
+BLOCK = 8        # patches recoloured together on a CPU: their floats stay in its cache
 
 
 @dataclass
@@ -35,9 +37,13 @@ class AugmentConfig:
 
 def draw_views(count: int, config: AugmentConfig, generator: torch.Generator) -> Tensor:
     """float32 (count, 7): flip x, flip y, quarter turns, brightness, contrast, saturation, hue of `count` views."""
-    uniform = torch.rand(count, 7, generator=generator)
+    return views_from(torch.rand(count, N_DRAWS, generator=generator), config)
+
+
+def views_from(uniform: Tensor, config: AugmentConfig) -> Tensor:
+    """(N, 7) uniform numbers in [0, 1) -> the (N, 7) views they draw."""
     spread = torch.tensor([config.brightness, config.contrast, config.saturation])
-    views = plain_views(count)
+    views = plain_views(len(uniform))
     views[:, :2] = (uniform[:, :2] < 0.5) * float(config.flip)
     views[:, 2] = torch.floor(uniform[:, 2] * 4) * float(config.rotate)
     views[:, 3:6] = 1 + (2 * uniform[:, 3:6] - 1) * spread
@@ -59,26 +65,45 @@ def turned_views() -> Tensor:
 
 def apply_views(images: Tensor, views: Tensor) -> Tensor:
     """uint8 (N, 3, H, H) and (N, 7) -> float (N, 3, H, H) in [-1, 1]. Row i depends on row i alone."""
-    images = (images_to_float(images) + 1) / 2
+    seen = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+    recolour = not bool((views[:, 3:] == plain_views(1)[0, 3:].to(views.device)).all())
+    laid, views = views[:, :3].int().tolist(), views.to(images.device)
+    size = BLOCK if images.device.type == "cpu" else max(len(images), 1)
+    for start in range(0, len(images), size):
+        part = slice(start, start + size)
+        turned = _turn(images[part], laid[part])
+        if recolour:
+            _recolour(turned, views[part], seen[part])
+        else:
+            seen[part] = images_to_float(turned)
+    return seen
+
+
+def _turn(images: Tensor, laid: list[list[int]]) -> Tensor:
+    """Flip and turn while a pixel is three bytes."""
     turned = torch.empty_like(images)
-    for row, (flip_x, flip_y, turns) in enumerate(views[:, :3].int().tolist()):
-        image = torch.rot90(images[row], turns, (-2, -1))
-        turned[row] = image.flip([axis for axis, flip in ((-1, flip_x), (-2, flip_y)) if flip])
-    return _recolour(turned, views.to(images.device)) * 2 - 1
+    for row, (flip_x, flip_y, turns) in enumerate(laid):
+        image = torch.rot90(images[row], turns, (-2, -1)) if turns else images[row]
+        axes = [axis for axis, flip in ((-1, flip_x), (-2, flip_y)) if flip]
+        turned[row] = image.flip(axes) if axes else image
+    return turned
 
 
-def _recolour(images: Tensor, views: Tensor) -> Tensor:
-    """Brightness, contrast, saturation, then hue (a turn in the plane of chroma); [0, 1] in and out."""
-    if bool((views[:, 3:] == plain_views(1)[0, 3:].to(views.device)).all()):
-        return images
-    brightness, contrast, saturation = (views[:, column].view(-1, 1, 1, 1) for column in (3, 4, 5))
-    luma = LUMA.to(images.device).view(1, 3, 1, 1)
-    images = (images * brightness).clamp(0, 1)
-    mean = (images * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
-    images = ((images - mean) * contrast + mean).clamp(0, 1)
-    grey = (images * luma).sum(1, keepdim=True)
-    images = ((images - grey) * saturation + grey).clamp(0, 1)
-    return torch.einsum("nij,njhw->nihw", _hue_turns(views[:, 6]), images).clamp(0, 1)
+def _recolour(images: Tensor, views: Tensor, seen: Tensor) -> None:
+    """Brightness, contrast, saturation, then hue (a turn in the plane of chroma), each clamped: uint8 into `seen`, [-1, 1].
+
+    Written in [-1, 1] from the start, where contrast, saturation and hue are the same formulas as in [0, 1]: all three keep the sum of
+    their weights at one, so the shift passes through. Saturation and hue are (3, 3) matrices on a pixel.
+    """
+    luma = LUMA.to(images.device)
+    brightness, contrast, saturation = (views[:, column].view(-1, 1, 1) for column in (3, 4, 5))
+    pixels = images.flatten(2).to(torch.float32)                               # (n, 3, H * W), in place from here
+    pixels.mul_(brightness / 127.5).sub_(1).clamp_(-1, 1)
+    mean = (pixels.mean(2) @ luma).view(-1, 1, 1)
+    pixels.mul_(contrast).add_(mean * (1 - contrast)).clamp_(-1, 1)
+    to_saturation = saturation * torch.eye(3, device=images.device) + (1 - saturation) * luma.expand(3, 3)
+    pixels = torch.bmm(to_saturation, pixels).clamp_(-1, 1)
+    torch.bmm(_hue_turns(views[:, 6]), pixels, out=seen.flatten(2)).clamp_(-1, 1)
 
 
 def _hue_turns(share: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from networks.clip import ClipModelConfig
 from preprocessing.errors import OptionError
 from training.augment import AugmentConfig
-from training.data import SampleFiles, read_sample_sheet, sample_files
+from training.data import AUTO_CACHE, SampleFiles, read_sample_sheet, sample_files
 
 LOGGERS = ("csv", "tensorboard", "wandb")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "bf16", "64")
@@ -35,6 +35,7 @@ class DataConfig:
     already_normalised: bool = False
     val_fraction: float = 0.15       # of each sample, when no validation sample is given; 0 = train on all, without validation
     val_buffer_px: float | None = None   # level-0 px between training and held-out spots; none = one patch
+    cache_dir: str | None = "auto"   # packed patches: a folder | auto = .patch_cache beside the first images, if many | none = in memory
 
     def __post_init__(self):
         for name in ("train_gex", "train_image_dir", "val_gex", "val_image_dir"):
@@ -50,6 +51,10 @@ class DataConfig:
             raise OptionError("data.patch_px", "at least 8", str(self.patch_px))
         if not 0 <= self.val_fraction < 1:
             raise OptionError("data.val_fraction", "0 up to 1", str(self.val_fraction))
+
+    def patch_cache(self, resolve: Callable[[str], Path]) -> Path | str | None:
+        """Where `ImageGeneDataset.open_patches` keeps packed patches."""
+        return self.cache_dir if self.cache_dir in (None, AUTO_CACHE) else resolve(self.cache_dir)
 
     def train_and_val(self, resolve: Callable[[str], Path]) -> tuple[list[SampleFiles], list[SampleFiles]]:
         """The samples to learn from and those to validate on (perhaps none); `resolve` makes the user's paths absolute."""

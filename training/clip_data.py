@@ -1,4 +1,4 @@
-"""Bring paired samples into the form CLIP trains on: patches or cached features in memory, batches drawn by step number.
+"""Bring paired samples into the form CLIP trains on: patches or cached features, batches drawn by step number.
 
 A batch is a function of (seed, step) alone, so a resumed run sees exactly what an uninterrupted one would have seen.
 """
@@ -18,21 +18,22 @@ from torch.utils.data import Dataset, Sampler
 
 from networks.histo_models import Encoder
 from preprocessing.errors import InputError, OptionError
-from training.augment import AugmentConfig, apply_views, draw_views, plain_views, turned_views
+from training.augment import N_DRAWS, AugmentConfig, apply_views, plain_views, turned_views, views_from
 from training.clip_config import ClipConfig
 from training.clip_features import cached_features, compute_features, view_table
 from training.data import ImageGeneDataset, SampleFiles, spatial_block_split
+from training.patch_cache import PatchRows
 
 FIT_PATCHES = 1000   # patches from which the scaling of image features is fitted when none are cached
 
 
 @dataclass
 class Pairs(Dataset):
-    """Paired rows in memory: `images` or cached `features`, whichever training reads."""
+    """Paired rows: `images` (in memory or mapped) or cached `features`, whichever training reads."""
 
     expression: sp.csr_matrix          # (N, G) float32, normalised
     barcodes: np.ndarray               # (N,) "sample__barcode"
-    images: Tensor | None              # uint8 (N, 3, H, W)
+    images: Tensor | PatchRows | None  # uint8 (N, 3, H, W)
     features: Tensor | None = None     # float32 (N, K, F)
     augment: AugmentConfig | None = None   # None: the plain view, for validation
     seed: int = 0
@@ -50,8 +51,8 @@ class Pairs(Dataset):
             return self.features[rows, self._views_of(keys)], expression
         if self.augment is None:
             return apply_views(self.images[rows], plain_views(len(rows))), expression
-        views = torch.cat([draw_views(1, self.augment, self._generator(key)) for key in keys])
-        return apply_views(self.images[rows], views), expression
+        uniform = torch.cat([torch.rand(1, N_DRAWS, generator=self._generator(key)) for key in keys])
+        return apply_views(self.images[rows], views_from(uniform, self.augment)), expression
 
     def _views_of(self, keys: list[tuple[int, int]]) -> Tensor:
         n_views = self.features.shape[1]
@@ -103,9 +104,10 @@ def load_clip_data(config: ClipConfig, resolve: Callable[[str], Path]) -> ClipDa
     options = {"target_sum": config.data.target_sum, "already_normalised": config.data.already_normalised, "image_px": config.data.patch_px,
                "hint": "Give the raw counts, or say that it is meant with data.already_normalised=true"}
     dataset = ImageGeneDataset(train_files, max_size=config.data.max_size, seed=config.seed, **options)
-    train, split, val = _pairs(dataset, config), None, None
+    cache_dir = config.data.patch_cache(resolve)
+    train, split, val = _pairs(dataset, config, cache_dir), None, None
     if val_files:
-        val = _pairs(ImageGeneDataset(val_files, vocabulary=dataset.gene_names, **options), config, training=False)
+        val = _pairs(ImageGeneDataset(val_files, vocabulary=dataset.gene_names, **options), config, cache_dir, training=False)
         if not len(val):
             raise InputError(val_files[0].gex, "rows", "at least 2 validation spots", "0")
     elif config.data.val_fraction > 0:
@@ -144,13 +146,13 @@ def fitting_rows(data: ClipData, tower: Encoder, device: torch.device | str) -> 
     return expression, compute_features(images, plain_views(len(images))[:, None], tower, device=device, progress=False).flatten(0, 1)
 
 
-def _pairs(dataset: ImageGeneDataset, config: ClipConfig, training: bool = True) -> Pairs:
-    images = dataset.load_images(progress=config.trainer.progress_bar) if len(dataset) else None
+def _pairs(dataset: ImageGeneDataset, config: ClipConfig, cache_dir: Path | str | None, training: bool = True) -> Pairs:
+    images = dataset.open_patches(progress=config.trainer.progress_bar, cache_dir=cache_dir) if len(dataset) else None
     return Pairs(dataset.expression, dataset.barcodes, images, augment=config.image.augment if training else None, seed=config.seed)
 
 
 def _subset(pairs: Pairs, rows: np.ndarray, training: bool = True) -> Pairs:
-    return Pairs(pairs.expression[rows], pairs.barcodes[rows], pairs.images[torch.from_numpy(rows)],
+    return Pairs(pairs.expression[rows], pairs.barcodes[rows], pairs.images.subset(rows),
                  augment=pairs.augment if training else None, seed=pairs.seed)
 
 

@@ -18,6 +18,7 @@ from typing import Literal
 import anndata as ad
 import numpy as np
 import pandas as pd
+import PIL
 import scipy.sparse as sp
 import torch
 from PIL import Image
@@ -35,9 +36,12 @@ from preprocessing.expression import (
     recorded_sample_id,
     spot_positions,
 )
+from preprocessing.outputs import MIB
 from preprocessing.patch_file import PatchFile, read_patch_file
 from preprocessing.patches import PatchFolder, match_barcodes, pair, read_patch, read_patch_folder
+from training.patch_cache import BLOCK_ROWS, FOLDER, WORTH_KEEPING_MIB, PatchRows, cache_key, packed_patches
 
+AUTO_CACHE = "auto"
 SPLITS = ("train", "val", "test")
 TargetSum = float | Literal["median"]
 
@@ -215,6 +219,7 @@ class ImageGeneDataset(Dataset):
         self.expression, self.centre_xy_px, self.obs = table.expression, table.centre_xy_px, table.obs
         self.image_paths: list[Path] = paths            # of an imgs.h5: the file, once a row
         self.image_rows: np.ndarray = rows              # (N,) row inside an imgs.h5; -1 for a PNG
+        self.images_folder = samples[0].images.absolute().parent
         self.image_px, self.transform = image_px, transform
         self._open_files: dict[Path, PatchFile] = {}
         self._pid = os.getpid()
@@ -244,23 +249,50 @@ class ImageGeneDataset(Dataset):
         how = Image.Resampling.BOX if image_px < patch.shape[0] else Image.Resampling.BICUBIC
         return np.array(Image.fromarray(patch).resize((image_px, image_px), how))
 
-    def load_images(self, image_px: int | None = None, progress: bool = True) -> Tensor:
-        """All patches in memory: uint8 (N, 3, px, px). `image_px` defaults to the data set's, then to the patches' own size."""
-        px = image_px or self.image_px or self.read_image(0).shape[0]
-        same_size = image_px is None and self.image_px is None
-        images = torch.empty((len(self), 3, px, px), dtype=torch.uint8)
+    def load_images(self, image_px: int | None = None, progress: bool = True, cache_dir: Path | str | None = None) -> Tensor:
+        """All patches: uint8 (N, 3, px, px), in memory or, with a cache, mapped from its file (`open_patches`)."""
+        return self.open_patches(image_px, progress, cache_dir).array
 
-        def load(i: int) -> None:
-            patch = self.read_image(i, None if same_size else px)
+    def open_patches(self, image_px: int | None = None, progress: bool = True, cache_dir: Path | str | None = None) -> PatchRows:
+        """All patches at `image_px`, which defaults to the data set's, then to the patches' own size.
+
+        `cache_dir`: None reads them into memory; a folder keeps them packed there and maps them; "auto" does so in a hidden folder
+        beside the first sample's images, if they are many and it can be written to.
+        """
+        px = image_px or self.image_px or self.read_image(0).shape[0]
+        resized = image_px is not None or self.image_px is not None
+        n_bytes = len(self) * 3 * px * px
+        if cache_dir is not None and (cache_dir != AUTO_CACHE or n_bytes >= WORTH_KEEPING_MIB * MIB):
+            folder = Path(cache_dir) if cache_dir != AUTO_CACHE else self.images_folder / FOLDER
+            how = {"resized": resized, "smaller": "box", "larger": "bicubic", "pillow": PIL.__version__}
+            key = cache_key(self.image_paths, self.image_rows.tolist(), px, how, folder.absolute())
+            path = packed_patches(key, folder.absolute(), lambda start, stop: self._read_block(start, stop, px, resized),
+                                  must=cache_dir != AUTO_CACHE, progress=progress)
+            if path is not None:
+                return PatchRows(path)
+        images = np.empty((len(self), 3, px, px), np.uint8)
+        with tqdm(total=len(self), desc="patches", unit="patch", disable=not progress) as bar:
+            for start in range(0, len(self), BLOCK_ROWS):
+                block = images[start:start + BLOCK_ROWS]
+                block[:] = self._read_block(start, start + len(block), px, resized)
+                bar.update(len(block))
+        return PatchRows(torch.from_numpy(images))
+
+    def _read_block(self, start: int, stop: int, px: int, resized: bool) -> np.ndarray:
+        """uint8 (n, 3, px, px) of consecutive rows, decoded by several threads."""
+        block = np.empty((stop - start, 3, px, px), np.uint8)
+
+        def read(i: int) -> None:
+            patch = self.read_image(i, px if resized else None)
             if patch.shape[0] != px:
                 raise InputError(self.image_paths[i], "size", f"{px} x {px} px as the first patch", f"{patch.shape[1]} x {patch.shape[0]}",
                                  "Choose one size with image_px")
-            images[i] = torch.from_numpy(patch).permute(2, 0, 1)
+            block[i - start] = patch.transpose(2, 0, 1)
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            for _ in tqdm(pool.map(load, range(len(self))), total=len(self), desc="patches", unit="patch", disable=not progress):
+            for _ in pool.map(read, range(start, stop)):
                 pass
-        return images
+        return block
 
     def _file(self, path: Path) -> PatchFile:
         if self._pid != os.getpid():                   # forked: the parent's handle shares its state with us

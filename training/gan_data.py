@@ -1,4 +1,4 @@
-"""What a GAN run reads: patches in memory as uint8 and prompt embeddings, computed once by the frozen gene encoder."""
+"""What a GAN run reads: patches as uint8, in memory or mapped, and prompt embeddings, computed once by the frozen gene encoder."""
 from __future__ import annotations
 
 import hashlib
@@ -40,16 +40,19 @@ class GanData:
 
 
 def load_gan_data(samples: Sequence[SampleFiles], validation: Sequence[SampleFiles], network: Path, img_resolution: int, *,
-                  max_size: int | None = None, seed: int = 0, keep_expression: bool = False, progress: bool = True) -> GanData:
+                  max_size: int | None = None, seed: int = 0, keep_expression: bool = False, progress: bool = True,
+                  cache_dir: Path | str | None = None) -> GanData:
     """Read samples, embed their expression with the CLIP weights `network`, and bring the patches to `img_resolution`.
 
-    `keep_expression`: the training spots' expression stays in memory, to be embedded anew at every step.
+    `keep_expression`: the training spots' expression stays in memory, to be embedded anew at every step. `cache_dir`: of packed
+    patches, as `ImageGeneDataset.open_patches` takes it.
     """
     clip = CLIP.from_pretrained(network, image_encoder=False)
 
     def read(files: Sequence[SampleFiles], size: int | None) -> tuple[ImageGeneDataset, TrainingData]:
         spots = ImageGeneDataset(files, target_sum=clip.target_sum, vocabulary=clip.gene_names, max_size=size, seed=seed)
-        return spots, TrainingData(spots.load_images(img_resolution, progress=progress), clip.embed_expression(spots.expression))
+        images = spots.load_images(img_resolution, progress=progress, cache_dir=cache_dir)
+        return spots, TrainingData(images, clip.embed_expression(spots.expression))
 
     spots, training = read(samples, max_size)
     training = replace(training, expression=spots.expression if keep_expression else None)
@@ -81,6 +84,12 @@ def gan_data(name: str, training: TrainingData, barcodes: np.ndarray, *, cluster
 def _bytes_sha256(tensor: Tensor) -> str:
     """SHA-256 of a tensor's numbers in row order, without a copy."""
     return hashlib.sha256(tensor.contiguous().numpy()).hexdigest()
+
+
+def mean_colour(images: Tensor, rows_at_once: int = 4096) -> Tensor:
+    """float32 (3,) in [-1, 1]: the mean of uint8 (N, 3, H, W), summed as whole numbers, a block at a time."""
+    total = sum(block.sum(dim=(0, 2, 3)) for block in images.split(rows_at_once))
+    return (total.double() / (images.numel() / 3) / 127.5 - 1).float()
 
 
 def neighbour_deviations(images: Tensor, prompts: Tensor, n_pairs: int = 512) -> Tensor:

@@ -93,7 +93,7 @@ class Showcase:
         """Real patches of one cluster; without clusters, of the 8 spots whose prompts are nearest to a shown one."""
         images, clusters = self.data.training.images.numpy(), self.data.clusters
         if clusters is not None:
-            groups, name = [images[clusters == label] for label in np.unique(clusters)], "one cluster"
+            groups, name = (images[clusters == label] for label in np.unique(clusters)), "one cluster"   # one in memory
         else:
             nearest = torch.cdist(self.prompts, self.data.training.prompts).topk(min(8, len(images)), largest=False).indices
             groups, name = [images[rows] for rows in nearest.numpy()], "like spots"

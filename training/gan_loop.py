@@ -22,14 +22,13 @@ from tqdm import tqdm
 from networks.discriminator import Discriminator
 from networks.generator import Generator
 from networks.histo_models import Encoder
-from networks.layers import images_to_float
 from networks.snapshot import save_snapshot
 from networks.weights import load_into
 from preprocessing.errors import InputError, WeightsError
 from preprocessing.outputs import config_sha256, write_json
 from training.ema import ema_beta, frozen_copy, half_life_kimg, update_average
 from training.gan_config import GanConfig
-from training.gan_data import GanData
+from training.gan_data import GanData, mean_colour
 from training.gan_grids import Showcase
 from training.gan_losses import blur_sigma, scheduled_weight
 from training.gan_step import GanStep
@@ -90,7 +89,7 @@ class GanRun:
             discriminator = Discriminator(self.encoder, c_dim, config.img_resolution, cond_norm=config.cond_norm,
                                           input_px=config.backbone_px, statistics=config.statistics, prompt_bias=config.prompt_bias)
         if config.colour_start:
-            generator.start_at_colour(images_to_float(self.data.training.images).mean(dim=(0, 2, 3)))
+            generator.start_at_colour(mean_colour(self.data.training.images))
         for network in (generator, discriminator):
             network.condition.fit(self.data.training.prompts)
         generator.to(self.device)
