@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -116,16 +117,18 @@ def normalise_stain(images: np.ndarray, stain: StainVectors) -> np.ndarray:
 
     images = np.ascontiguousarray(images)
     normalised = np.empty_like(images)
-    multiply_tables(images.reshape(-1, 3), _tables(stain), normalised.reshape(-1, 3))
+    multiply_tables(images.reshape(-1, 3), _tables(stain.vectors, stain.maxima), normalised.reshape(-1, 3))
     return normalised
 
 
-def _tables(stain: StainVectors) -> np.ndarray:
+@lru_cache(maxsize=8)
+def _tables(vectors: tuple[tuple[float, float], ...], maxima: tuple[float, float]) -> np.ndarray:
     """float64 (3 channels of the result, 3 of the pixel, 256 grey levels). Their product never overflows to infinity times 0."""
-    ratio = np.array(TARGET_MAXIMA) / np.array(stain.maxima)
-    transfer = np.array(TARGET_VECTORS) * ratio @ np.linalg.pinv(np.array(stain.vectors))      # (3, 3)
+    ratio = np.array(TARGET_MAXIMA) / np.array(maxima)
+    transfer = np.array(TARGET_VECTORS) * ratio @ np.linalg.pinv(np.array(vectors))      # (3, 3)
     tables = np.exp(np.clip(-transfer[:, :, None] * OPTICAL_DENSITY, -MAX_EXPONENT, MAX_EXPONENT))
     tables[:, 0] *= LIGHT
+    tables.flags.writeable = False
     return tables
 
 

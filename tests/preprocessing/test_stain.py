@@ -84,7 +84,7 @@ def test_every_colour_comes_out_as_the_published_formula_says(vectors, maxima):
 @pytest.mark.parametrize("vectors, maxima", [([[1, 1], [1, 1.0001], [1, 1]], (1.0, 1.0)), (HE, (1e-300, 1e300))],
                          ids=["one stain", "no maxima"])
 def test_vectors_beyond_reason_give_black_or_white_never_what_is_not_a_number(vectors, maxima):
-    tables = _tables(StainVectors(tuple(map(tuple, np.asarray(vectors, dtype=float).tolist())), maxima))
+    tables = _tables(tuple(map(tuple, np.asarray(vectors, dtype=float).tolist())), maxima)
     assert np.isfinite(tables.max(axis=2).prod(axis=1)).all() and (tables > 0).all()
 
 
