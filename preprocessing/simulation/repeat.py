@@ -15,7 +15,7 @@ import numpy as np
 from preprocessing.simulation.outline import Outline
 from preprocessing.simulation.pyramid import STRIP_PX, TILE_PX
 from preprocessing.simulation.slide import SlidePainter, Stains
-from preprocessing.simulation.tissue import GLASS, Cells, Layout, Tissue
+from preprocessing.simulation.tissue import CELL_TYPES, GLASS, Cells, Layout, Tissue
 
 DEEP_UM = 1e3            # "edge depth" within the block: nothing of the outline is seen from there
 EDGE_REACH_UM = 24.0     # the outline shapes what is drawn up to this depth (its capsule, ragged), and nothing at this height over glass
@@ -45,9 +45,10 @@ class RepeatedTissue:
 
     @cached_property
     def block_cells(self) -> Cells:
-        """The cells of the block."""
+        """The cells of the block that do not overlap their own mirror images."""
         cells = self.block.place_cells()
-        return chosen(cells, (cells.x_um < self.period_um) & (cells.y_um < self.period_um))
+        to_seam = np.minimum.reduce([cells.x_um, cells.y_um, self.period_um - cells.x_um, self.period_um - cells.y_um])
+        return chosen(cells, to_seam >= np.array([kind.spacing for kind in CELL_TYPES])[cells.cell_type])
 
     def place_cells(self) -> Cells:
         """The cells of the block and of all its mirror images that lie within the outline."""

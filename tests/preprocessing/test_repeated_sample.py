@@ -20,7 +20,7 @@ from preprocessing.simulation.outline import Outline
 from preprocessing.simulation.repeat import RepeatedPainter, RepeatedTissue, unfolded, whole_tiles_um
 from preprocessing.simulation.shuffling import in_random_order
 from preprocessing.simulation.slide import slide_stains
-from preprocessing.simulation.tissue import CELL_NAMES, GLASS, REGIONS, Layout
+from preprocessing.simulation.tissue import CELL_NAMES, CELL_TYPES, GLASS, REGIONS, Layout
 
 HD = Path("outs/binned_outputs/square_002um")
 
@@ -99,8 +99,11 @@ def test_a_tile_at_the_outline_joins_its_neighbours_inside(painter, repeated):
     assert steps[255] < np.percentile(steps, 99.5)
 
 
-def test_no_cell_of_a_repeated_section_lies_outside_it(repeated):
+def test_no_cell_of_a_repeated_section_lies_outside_it_or_overlaps_another(repeated):
     cells = repeated.place_cells()
+    xy, spacing = np.stack([cells.x_um, cells.y_um], axis=1), np.array([cell.spacing for cell in CELL_TYPES])[cells.cell_type]
+    pairs = cKDTree(xy).query_pairs(2 * spacing.max(), output_type="ndarray")
+    assert (np.hypot(*(xy[pairs[:, 0]] - xy[pairs[:, 1]]).T) >= spacing[pairs].sum(axis=1) - 1e-3).all()
     assert len(cells) > 2 * len(repeated.block_cells)
     assert (repeated.edge_depth(cells.x_um, cells.y_um) > 0).all() and (np.diff(cells.y_um) >= 0).all()
     kinds = np.bincount(cells.cell_type, minlength=len(CELL_NAMES)) / len(cells)
