@@ -39,8 +39,8 @@ def sum_blocks(sample: Sample, spots: Spots, blocks: Sequence[slice], *, workers
     """Yield one CSR (rows of the block, G) int32 a block: sums over each spot's members, columns sorted, zeros not stored.
 
     `blocks` are ascending, consecutive slices of the spots, and may start late. Pseudo-spots must be ordered by array row, as
-    `group_bins` makes them. Memory beside the blocks themselves stays below `memory_gb` whatever the sample's size; what does
-    not fit goes to a temporary file in `folder` (by default the system's).
+    `group_bins` makes them. Memory stays below `memory_gb` whatever the sample's size, beside the `workers` + 2 blocks under way;
+    what does not fit goes to a temporary file in `folder` (by default the system's).
     """
     if len(blocks) == 0:
         return

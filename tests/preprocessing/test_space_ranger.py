@@ -141,7 +141,8 @@ def test_two_samples_that_share_barcodes_keep_their_own_counts(tmp_path):
 
 def test_counts_of_bins_stay_on_disk_and_those_of_spots_are_loaded(tmp_path):
     hd, visium = read_sample(write_hd(tmp_path / "hd")), read_sample(write_visium(tmp_path / "visium"))
-    assert isinstance(hd.counts, StoredCounts) and hd.counts.shape == (79, 4) and hd.barcodes.dtype == "S21"
+    assert isinstance(hd.counts, StoredCounts) and hd.counts.shape == (79, 4) and hd.counts.nnz == counts_of(79).nnz
+    assert hd.barcodes.dtype == "S21"
     assert sp.issparse(visium.counts) and visium.barcodes.dtype.kind == "U"
 
 
