@@ -16,6 +16,7 @@ import tifffile
 from PIL import Image
 
 from preprocessing.errors import InputError
+from preprocessing.tiff_checks import open_tiff
 
 MAX_FLAT_PX = 1_500_000_000        # a flat image is decoded whole; larger ones must come as pyramids
 MAPPED_BYTES = 1 << 30             # a flat TIFF above this is decoded into a temporary memory-mapped file
@@ -86,13 +87,16 @@ def as_rgb(rgba: Image.Image) -> Image.Image:
 
 def _decode_tiff(path: Path) -> tuple[TiffPixels, float | None]:
     try:
-        with tifffile.TiffFile(path) as tiff:
+        with open_tiff(path) as tiff:
             page = tiff.pages[0]
             _require_flat_size(path, page.imagewidth, page.imagelength)
             _require_known_colours(path, page)
             stored = page.asarray(out="memmap" if page.nbytes > MAPPED_BYTES else None)
             if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and stored.ndim == 3:
                 stored = np.moveaxis(stored, 0, 2)
+            if stored.shape[:2] != (page.imagelength, page.imagewidth) or stored.shape[2:] not in ((), (3,), (4,)):
+                raise InputError(path, "slide", f"pixels of {page.imagelength:,} rows and {page.imagewidth:,} columns",
+                                 f"an array {stored.shape}: the directory is damaged")
             palette = (page.colormap.T >> 8).astype(np.uint8) if page.photometric == PHOTOMETRIC.PALETTE else None    # 16 bits a channel
             resolution, unit = page.get_resolution(), page.resolutionunit
     except InputError:

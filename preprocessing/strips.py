@@ -20,6 +20,7 @@ MAX_STRIP_PX = 1 << 25       # pixels of a strip: 134 MB, as Pillow holds RGB in
 PIECE_PX = 1024              # a strip is decoded in squares of this side, on a grid that a slide's own tiles fit into
 CHUNK_WINDOWS = 64           # windows one worker cuts at a time
 CHUNK_BYTES = 4 << 20        # fewer where patches or windows are large
+MAX_GROWTH = 2               # a joined strip may cost this many times its parts: a new row of windows widens it by little
 BAND_PX = 256                # windows of a chunk are neighbours: sorted by bands of this height, then from left to right
 WHITE = (255, 255, 255)
 
@@ -58,6 +59,11 @@ class Strip:
     def is_shared(self) -> bool:
         return _area(self.box) <= min(self.n_px, MAX_STRIP_PX)
 
+    @property
+    def cost_px(self) -> int:
+        """Pixels to decode."""
+        return _area(self.box) if self.is_shared else self.n_px
+
     def start_decoding(self, slide: Slide, pool: Executor) -> None:
         """Hand the strip's pieces to the workers; `wait` for them before using `image`."""
         left, top, right, bottom = self.box
@@ -92,16 +98,19 @@ def chunks_of(windows: np.ndarray, patch_px: int) -> Iterator[Chunk]:
 
 
 def plan_strips(chunks: Iterator[Chunk]) -> Iterator[Strip]:
-    """Consecutive chunks joined while their box stays within MAX_STRIP_PX, and a dense strip stays dense."""
+    """Consecutive chunks joined while their box stays within MAX_STRIP_PX, what lies between them is little, and
+    neither is dense without the other."""
     strip = None
     for chunk in chunks:
+        alone = Strip([chunk], chunk.box, chunk.n_px)
         if strip is not None:
-            joined = Strip([*strip.chunks, chunk], _around(strip.box, chunk.box), strip.n_px + chunk.n_px)
-            if _area(joined.box) <= MAX_STRIP_PX and (joined.is_shared or not strip.is_shared):
+            joined = Strip(strip.chunks + alone.chunks, _around(strip.box, alone.box), strip.n_px + alone.n_px)
+            if (_area(joined.box) <= MAX_STRIP_PX and joined.cost_px <= MAX_GROWTH * (strip.cost_px + alone.cost_px)
+                    and (joined.is_shared or not (strip.is_shared or alone.is_shared))):
                 strip = joined
                 continue
             yield strip
-        strip = Strip([chunk], chunk.box, chunk.n_px)
+        strip = alone
     if strip is not None:
         yield strip
 

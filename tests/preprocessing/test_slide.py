@@ -1,5 +1,6 @@
 """Slides: the same pixels from every format, white where transparent, and no file that makes a command crash or hang."""
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -203,20 +204,89 @@ def test_pillows_guard_is_lifted_for_one_slide_only(tmp_path, monkeypatch):
     assert Image.MAX_IMAGE_PIXELS == 1000
 
 
-@pytest.mark.parametrize("damaged_tile", [0, 7])
-def test_one_corrupt_tile_is_named_and_does_not_poison_the_slide(tmp_path, damaged_tile):
-    path = write(tmp_path / "s.tif", noise(), tile=(256, 256), compression="jpeg")
+def damage_tile(path, number):
     with tifffile.TiffFile(path) as tiff:
-        offset, count = tiff.pages[0].dataoffsets[damaged_tile], tiff.pages[0].databytecounts[damaged_tile]
+        offset, count = tiff.pages[0].dataoffsets[number], tiff.pages[0].databytecounts[number]
     content = bytearray(path.read_bytes())
     content[offset:offset + count] = bytes(count)
     path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damaged_tile", [0, 7])
+def test_one_corrupt_tile_is_named_and_does_not_poison_the_slide(tmp_path, damaged_tile):
+    path = write(tmp_path / "s.tif", noise(), tile=(256, 256), compression="jpeg")
+    damage_tile(path, damaged_tile)
     x, y = 256 * (damaged_tile % 4), 256 * (damaged_tile // 4)
     with open_slide(path) as slide:
         whole = slide.read_region(300, 10, 100, 100)
         with pytest.raises(SlideReadError, match=f"region x={x} y={y} 20 x 20 of level 0: expected pixels; found a tile"):
             slide.read_region(x, y, 20, 20)
         assert (slide.read_region(300, 10, 100, 100) == whole).all()
+
+
+@pytest.mark.parametrize("tag, value, message", [
+    ("TileWidth", 239_846_720, "tiles of at most 67,108,864 pixels; found 239,846,720 x 64"), ("TileLength", 0, "damaged|tiles of at most"),
+    ("ImageLength", 42_460, "tiles of 64 x 64 pixels for an image of 420 x 42,460; found 35 offsets"),
+    ("ImageWidth", 4_000_000_000, "tiles of 64 x 64 pixels for an image"),
+])
+def test_a_directory_that_asks_for_impossible_tiles_is_refused_before_they_are_decoded(tmp_path, tag, value, message):
+    path = write(tmp_path / "s.tif", noise()[:300, :420], **TILED, compression="jpeg")
+    with tifffile.TiffFile(path) as tiff:
+        at = tiff.pages[0].tags[tag].offset
+    content = bytearray(path.read_bytes())
+    content[at + 2:at + 12] = (4).to_bytes(2, "little") + (1).to_bytes(4, "little") + value.to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        open_slide(path)
+
+
+def test_directories_in_a_circle_end_as_an_error_within_seconds(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "s.tif") as tiff:
+        for _ in range(3):
+            tiff.write(picture(), photometric="rgb", tile=(64, 64))
+    with tifffile.TiffFile(tmp_path / "s.tif") as tiff:
+        first, last = tiff.pages[0], tiff.pages[2]
+        link = last.offset + 2 + 12 * len(last.tags)
+    content = bytearray((tmp_path / "s.tif").read_bytes())
+    content[link:link + 4] = first.offset.to_bytes(4, "little")
+    (tmp_path / "s.tif").write_bytes(content)
+    started = time.monotonic()
+    with pytest.raises(InputError, match="damaged"):
+        open_slide(tmp_path / "s.tif")
+    assert time.monotonic() - started < SECONDS
+
+
+@pytest.mark.parametrize("options", [{"tile": (64, 64), "compression": "zstd"}, STRIPED, {"compression": "zlib"}],
+                         ids=["tiled", "striped", "zlib"])
+def test_a_large_flat_tiff_lies_in_a_temporary_file_that_goes_with_it(tmp_path, monkeypatch, options):
+    monkeypatch.setattr("preprocessing.flat_image.MAPPED_BYTES", 1000)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    with FlatSlide(write(tmp_path / "s.tif", picture(), **options), "TIFF") as slide:        # OpenSlide may know the tiled one, too
+        assert isinstance(slide._pixels.stored, np.memmap)
+        assert (slide.read_region(100, 30, 50, 40) == picture()[30:70, 100:150]).all()
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_a_large_grey_tiff_is_not_tripled_in_memory(tmp_path):
+    tifffile.imwrite(tmp_path / "s.tif", picture()[..., 0], photometric="minisblack")
+    with open_slide(tmp_path / "s.tif") as slide:
+        assert slide._pixels.stored.shape == (300, 420) and (slide.read_region(9, 8, 7, 6) == picture()[8:14, 9:16, :1]).all()
+
+
+def test_a_damaged_tile_does_not_fail_the_reads_of_other_threads(tmp_path):
+    path = write(tmp_path / "s.tif", noise(), tile=(64, 64), compression="jpeg")
+    with open_slide(path) as slide:
+        whole = slide.read_region(0, 0, 800, 600)
+    damage_tile(path, 0)
+    with open_slide(path) as slide, ThreadPoolExecutor(4) as pool:
+        def read(number):
+            x, y = (0, 0) if number % 3 == 0 else (64 + number * 7 % 700, 64 + number * 13 % 500)
+            try:
+                return np.array_equal(slide.read_region(x, y, 30, 30), whole[y:y + 30, x:x + 30])
+            except SlideReadError:
+                return None
+        assert list(pool.map(read, range(300))) == [None if number % 3 == 0 else True for number in range(300)]
 
 
 # ---- real slides ----------------------------------------------------------------------------------------------------
