@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from shapely import MultiPolygon
 
 MAP_PX = 1400               # longer side of the slide's picture
-MOST_COVERED = 0.7          # of the slide by patches: beyond it the map shows centres, as squares would hide the tissue
+MOST_COVERED = 0.7          # of the slide by patches: beyond it the map outlines where they lie, as squares would hide the tissue
+MOST_SQUARES = 20_000       # beyond it too: squares would be smaller than a dot and slow to draw
 SHEET_COLUMNS, SHEET_PATCHES, SHEET_PATCH_PX = 12, 48, 128
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
+VIEWPORT = '<meta name="viewport" content="width=device-width,initial-scale=1">'
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222;overflow-wrap:anywhere}
 img{max-width:100%}table{border-collapse:collapse}td,th{padding:.15em 1em .15em 0;text-align:left;vertical-align:top}
 td.number{text-align:right;font-variant-numeric:tabular-nums}h2{margin-top:1.6em}"""
 
@@ -55,7 +57,7 @@ def sheet_rows(count: int) -> np.ndarray:
 
 def write_quality_page(picture: Path, page: Path, quality: PatchQuality) -> None:
     """Write the map with histograms as PNG, and the page that embeds it with a contact sheet."""
-    overview = _as_png(_overview(quality))
+    overview = as_png(_overview(quality))
     with finished_file(picture) as temporary:
         temporary.write_bytes(overview)
     with finished_file(page) as temporary:
@@ -81,8 +83,6 @@ def _overview(quality: PatchQuality) -> Figure:
 
 
 def _draw_map(axes, quality: PatchQuality) -> None:
-    from matplotlib.collections import PolyCollection
-
     width, height = quality.slide_px
     axes.imshow(quality.thumbnail, extent=(0, width, height, 0), interpolation="bilinear")
     for part in quality.tissue.geoms if quality.tissue is not None else ():
@@ -92,17 +92,47 @@ def _draw_map(axes, quality: PatchQuality) -> None:
     for label, centres, colour in groups:
         if len(centres) == 0:
             continue
-        label = f"{label} ({len(centres):,})"
-        if len(centres) * quality.side_px ** 2 <= MOST_COVERED * width * height:
-            corners = quality.side_px / 2 * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
-            squares = centres[:, None] + corners                                           # (n, 4, 2)
-            axes.add_collection(PolyCollection(squares, facecolors="none", edgecolors=colour, linewidths=0.9, label=label))
-        else:
-            axes.plot(*centres.T, ".", color=colour, markersize=1.5, label=label)
+        few = len(centres) <= MOST_SQUARES and len(centres) * quality.side_px ** 2 <= MOST_COVERED * width * height
+        (_draw_squares if few else _draw_outline)(axes, quality, centres, colour, f"{label} ({len(centres):,})")
     margin = quality.side_px
     axes.set(xlim=(-margin, width + margin), ylim=(height + margin, -margin), xlabel="x, level-0 px", ylabel="y, level-0 px")
     axes.set_title(quality.title)
     axes.legend(loc="upper right", fontsize=8, framealpha=0.9)
+
+
+def _draw_squares(axes, quality: PatchQuality, centres: np.ndarray, colour: str, label: str) -> None:
+    """Each patch as it lies."""
+    from matplotlib.collections import PolyCollection
+
+    corners = quality.side_px / 2 * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
+    squares = centres[:, None] + corners                                                   # (n, 4, 2)
+    axes.add_collection(PolyCollection(squares, facecolors="none", edgecolors=colour, linewidths=0.9, label=label))
+
+
+def _draw_outline(axes, quality: PatchQuality, centres: np.ndarray, colour: str, label: str) -> None:
+    """The area that patches cover, tinted and outlined: work and file size do not grow with their number."""
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Rectangle
+
+    covered = covered_area(centres, quality.side_px, quality.slide_px)
+    height, width = covered.shape
+    x, y = (np.arange(width) + 0.5) * quality.slide_px[0] / width, (np.arange(height) + 0.5) * quality.slide_px[1] / height
+    axes.contourf(x, y, covered, levels=[0.5, 1.5], colors=[colour], alpha=0.13)
+    axes.contour(x, y, covered, levels=[0.5], colors=[colour], linewidths=1.1)
+    axes.add_patch(Rectangle((0, 0), 0, 0, facecolor=to_rgba(colour, 0.13), edgecolor=colour, label=label))      # for the legend
+
+
+def covered_area(centre_xy_px: np.ndarray, side_px: float, slide_px: tuple[int, int]) -> np.ndarray:
+    """float (h, w), the longer side at most `MAP_PX`: 1 where a patch lies, 0 elsewhere."""
+    width, height = slide_px
+    scale = min(1.0, MAP_PX / max(slide_px))
+    shape = (max(2, round(height * scale)), max(2, round(width * scale)))
+    steps = np.zeros((shape[0] + 1, shape[1] + 1), np.int32)                               # +1 and -1 at the corners of each patch
+    low = np.clip(np.floor((centre_xy_px - side_px / 2) * scale), 0, [shape[1] - 1, shape[0] - 1]).astype(int)
+    high = np.clip(np.ceil((centre_xy_px + side_px / 2) * scale), low + 1, [shape[1], shape[0]]).astype(int)
+    for one, other, sign in ((low, low, 1), (low, high, -1), (high, low, -1), (high, high, 1)):
+        np.add.at(steps, (one[:, 1], other[:, 0]), sign)
+    return (steps.cumsum(axis=0).cumsum(axis=1)[:-1, :-1] > 0).astype(float)
 
 
 def _draw_histogram(axes, values: np.ndarray, label: str) -> None:
@@ -111,7 +141,7 @@ def _draw_histogram(axes, values: np.ndarray, label: str) -> None:
     axes.set(xlabel=label, ylabel="patches", title=f"median {np.median(values):,.0f}; {np.count_nonzero(values == 0):,} with none")
 
 
-def _as_png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()
@@ -141,16 +171,16 @@ def _page(quality: PatchQuality, overview: bytes) -> str:
     parts = [
         f"<h1>{html.escape(quality.title)}</h1>", *(f"<p>{html.escape(line)}</p>" for line in quality.lines),
         "<h2>Kept and dropped</h2>", _table(quality.numbers),
-        "<h2>Where the patches lie</h2>", _embedded(overview, "patch grid over the slide, histograms of UMIs and genes"),
+        "<h2>Where the patches lie</h2>", embedded_png(overview, "patch grid over the slide, histograms of UMIs and genes"),
         f"<h2>{len(quality.patches)} of {len(quality.centre_xy_px):,} patches</h2>",
-        _embedded(sheet.getvalue(), "contact sheet of patches"),
+        embedded_png(sheet.getvalue(), "contact sheet of patches"),
         "<h2>Settings</h2>", _table(quality.settings),
         "<h2>Files</h2>", "<ul>", *(f"<li>{html.escape(file.name)}</li>" for file in quality.files), "</ul>"]
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(quality.title)}</title>'
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8">{VIEWPORT}<title>{html.escape(quality.title)}</title>'
             f"<style>{STYLE}</style></head><body>" + "\n".join(parts) + "</body></html>\n")
 
 
-def _embedded(png: bytes, description: str) -> str:
+def embedded_png(png: bytes, description: str) -> str:
     return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 

@@ -15,7 +15,7 @@ MAY_IMPORT = {
 PACKAGES = [package for package in MAY_IMPORT if (ROOT / package).exists()]
 COMMANDS = {path.stem for path in ROOT.glob("*.py")} | {
     f"preprocessing.{name}" for name in
-    ("extract_patches", "gex_preprocessing", "dump_patches", "gene_vocab", "import_st", "simulate_sample")
+    ("extract_patches", "gex_preprocessing", "dump_patches", "gene_vocab", "import_st", "simulate_sample", "cohort_report")
 }
 CONFINED = {   # library -> the only files that may import it
     "torch": {"networks", "evaluation", "training", "diffusion_utils", "."},

@@ -1,0 +1,244 @@
+"""What a cohort is told: its settings, its sample sheet, and the command of every step of every sample.
+
+`workflow/Snakefile` decides what runs when; this module says what is run and where results lie:
+`OUT_DIR/SAMPLE/` with the results, `steps/STEP.txt` once a step ended and `logs/STEP.log` with what it said.
+"""
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from preprocessing.errors import InputError, OptionError, read_text, require_unique
+from preprocessing.extraction import ExtractConfig
+
+SOURCES = ("space_ranger_dir", "gex_file")                  # one of them a sample
+NUMBERS = ("mpp", "spot_um")
+COLUMNS = ("sample_id", "wsi_file", *SOURCES, *NUMBERS, "stain_file")
+CHOICES = {"missing_genes": ("error", "zero"), "on_stain_failure": ("error", "skip"), "edge": ("drop", "pad")}
+PRODUCTS = {"extract": ("gex.h5ad", "imgs.h5"), "genes": ("gex_filt.h5ad",), "patches": ("patches/metadata.jsonl",)}   # of each step
+FINISHED = "finished"                                       # what steps/STEP.txt says; else `failed EXIT_CODE`
+
+
+@dataclass(frozen=True)
+class CohortConfig:
+    """`workflow/config.yaml`, where each field is explained. Relative paths: from the working folder."""
+
+    samples: Path                        # the sample sheet
+    out_dir: Path
+    vocab_file: Path | None = None       # None: made over the cohort
+    vocab_min_counts: int = 10           # of a vocabulary made here: least counts of a gene over the cohort
+    missing_genes: str = "error"
+    patch_um: float = 55.0
+    patch_px: int = 128
+    stride: int = 5                      # bins
+    edge: str = "drop"
+    min_tissue: float = 0.0
+    use_wsi_res: bool = False
+    normalize: bool = True
+    stain_file: Path | None = None       # for every sample whose row of the sheet names none
+    on_stain_failure: str = "error"
+    threads: int = 1                     # of one extraction
+    memory_gb: float = 8.0               # a sample may use
+
+    def __post_init__(self):
+        ExtractConfig(patch_um=self.patch_um, patch_px=self.patch_px, stride_bins=self.stride, min_tissue=self.min_tissue)
+        for name in CHOICES:
+            if getattr(self, name) not in CHOICES[name]:
+                raise OptionError(name, f"one of {', '.join(CHOICES[name])}", repr(getattr(self, name)))
+        for name, least in (("threads", 1), ("memory_gb", 1), ("vocab_min_counts", 0)):
+            if not getattr(self, name) >= least:
+                raise OptionError(name, f"at least {least}", f"{getattr(self, name)}")
+        if "," in str(self.out_dir):
+            raise OptionError("out_dir", "a path without a comma", str(self.out_dir))
+        if not self.normalize and self.stain_file:
+            raise OptionError("stain_file", "nothing, as normalize is false", str(self.stain_file))
+
+    @property
+    def vocabulary(self) -> Path:
+        """The vocabulary in use, given or to be made."""
+        return self.vocab_file or self.out_dir / "vocab.txt"
+
+
+def read_cohort_config(values: Mapping[str, object]) -> CohortConfig:
+    """Settings as YAML or `--config` hand them over; unknown names, absent ones and words for numbers are refused."""
+    known = {field.name: field for field in fields(CohortConfig)}
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise OptionError(f"config: {unknown[0]}", f"one of {', '.join(known)}", "an unknown setting")
+    settings = {}
+    for name, value in values.items():
+        default = known[name].default
+        if value is None or value == "":
+            if name in ("samples", "out_dir"):
+                raise OptionError(f"config: {name}", "a path (snakemake ... --config samples=sheet.csv out_dir=cohort)", "nothing")
+            continue
+        if "Path" in known[name].type:
+            settings[name] = Path(str(value))
+        elif isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            settings[name] = float(value)
+        elif type(value) is type(default):
+            settings[name] = value
+        else:
+            kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[type(default)]
+            raise OptionError(f"config: {name}", kind, repr(value))
+    for name in ("samples", "out_dir"):
+        if name not in settings:
+            raise OptionError(f"config: {name}", "a path (snakemake ... --config samples=sheet.csv out_dir=cohort)", "nothing")
+    return CohortConfig(**settings)
+
+
+# ---- the sample sheet -----------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class CohortSample:
+    """One line of the sheet."""
+
+    sample_id: str
+    wsi_file: Path
+    space_ranger_dir: Path | None = None
+    gex_file: Path | None = None
+    mpp: float | None = None
+    spot_um: float | None = None
+    stain_file: Path | None = None
+    line: int = 0                        # of the sheet, for messages
+
+    def files(self) -> dict[str, Path]:
+        """Column -> path, of every path the line names."""
+        named = {name: getattr(self, name) for name in ("wsi_file", *SOURCES, "stain_file")}
+        return {name: path for name, path in named.items() if path is not None}
+
+
+def read_cohort_sheet(path: Path | str) -> list[CohortSample]:
+    """A CSV, one line a sample: sample_id, wsi_file, space_ranger_dir or gex_file, and where wanted mpp, spot_um, stain_file.
+
+    Relative paths: beside the sheet, else in the working folder. That the files are there is asked by `missing_files`.
+    """
+    path = Path(path)
+    reader = csv.DictReader(io.StringIO(read_text(path, "a sample sheet (CSV)"), newline=""), restkey="", restval="")
+    try:
+        columns = [column.strip() for column in reader.fieldnames or []]
+        reader.fieldnames = columns
+        _check_columns(path, columns)
+        samples = [_read_line(path, reader.line_num, {name: _cell(value) for name, value in row.items()}) for row in reader]
+    except csv.Error as error:
+        raise InputError(path, f"line {reader.line_num}", "comma-separated text", str(error)) from error
+    if not samples:
+        raise InputError(path, "rows", "one a sample", "none")
+    names = [sample.sample_id for sample in samples]
+    folders = [name.lower() for name in names]             # on some disks S1 and s1 are one folder
+    require_unique(path, "sample_id", folders, [f"{sample.sample_id} on line {sample.line}" for sample in samples])
+    return samples
+
+
+def _cell(value: str | list[str]) -> str:
+    return value.strip() if isinstance(value, str) else ",".join(value)
+
+
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
+    require_unique(path, "columns", columns)
+    unknown = [column for column in columns if column not in COLUMNS]
+    missing = [column for column in ("sample_id", "wsi_file") if column not in columns]
+    if not any(column in columns for column in SOURCES):
+        missing.append(" or ".join(SOURCES))
+    if unknown or missing:
+        found = f"unknown {', '.join(map(repr, unknown))}" if unknown else f"no {', '.join(missing)}"
+        raise InputError(path, "columns", ", ".join(COLUMNS), found)
+
+
+def _read_line(path: Path, line: int, row: dict[str, str]) -> CohortSample:
+    def refuse(expected: str, found: str):
+        raise InputError(path, f"line {line}", expected, found)
+
+    if row.get(""):
+        refuse("one cell a column", f"more: {row['']!r}")
+    empty = [column for column in ("sample_id", "wsi_file") if not row[column]]
+    if empty:
+        refuse(f"{' and '.join(empty)} filled", "an empty cell")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", row["sample_id"]) or row["sample_id"].lower() == "logs":
+        refuse("a sample_id of letters, digits, '.', '_' and '-' (it names a folder; not 'logs')", repr(row["sample_id"]))
+    sources = [column for column in SOURCES if row.get(column)]
+    if len(sources) != 1:
+        refuse("either space_ranger_dir or gex_file filled", "both" if sources else "neither")
+    if row.get("spot_um") and not row.get("gex_file"):
+        refuse("spot_um only beside gex_file", f"spot_um {row['spot_um']}")
+    values: dict[str, object] = {}
+    for column in (column for column in NUMBERS if row.get(column)):
+        try:
+            values[column] = float(row[column])
+        except ValueError:
+            values[column] = float("nan")
+        if not 0 < values[column] < float("inf"):
+            refuse(f"{column}: a positive number", repr(row[column]))
+    for column in (column for column in ("wsi_file", *SOURCES, "stain_file") if row.get(column)):
+        beside = path.parent / row[column]
+        values[column] = beside if beside.exists() else Path(row[column])
+    return CohortSample(sample_id=row["sample_id"], line=line, **values)
+
+
+def missing_files(sheet: Path | str, samples: Sequence[CohortSample]) -> Iterator[str]:
+    """A line for every path of the sheet that is not there; such a sample fails, the others do not."""
+    for sample in samples:
+        for column, path in sample.files().items():
+            if not path.exists():
+                yield f"{sheet}: line {sample.line}: {column}: expected a {'folder' if column == SOURCES[0] else 'file'}; found no {path}"
+
+
+# ---- steps ----------------------------------------------------------------------------------------------------------
+
+def input_files(sample: CohortSample) -> list[str]:
+    """The files there are of a sample, so that one that changes is looked at again."""
+    from preprocessing.space_ranger_folder import find_folder
+
+    found = [path for name, path in sample.files().items() if name in ("wsi_file", "gex_file")]
+    if sample.space_ranger_dir is not None:
+        try:
+            found += find_folder(sample.space_ranger_dir).files().values()
+        except (InputError, OSError):                      # extraction itself says what is wrong with the folder
+            pass
+    return [str(path) for path in found if path.exists()]
+
+
+def extract_arguments(config: CohortConfig, sample: CohortSample) -> list[str]:
+    """`extract_patches` of one sample, without --workers."""
+    arguments = ["preprocessing.extract_patches", "--sample-id", sample.sample_id, "--wsi-file", str(sample.wsi_file),
+                 "--out-dir", str(config.out_dir / sample.sample_id), "--patch-sz-um", f"{config.patch_um:g}",
+                 "--patch-sz-px", str(config.patch_px), "--stride", str(config.stride), "--edge", config.edge,
+                 "--min-tissue", f"{config.min_tissue:g}"]
+    for name in (*SOURCES, *NUMBERS):
+        if (value := getattr(sample, name)) is not None:
+            arguments += [f"--{name.replace('_', '-')}", str(value)]
+    return arguments + (["--use-wsi-res"] if config.use_wsi_res else [])
+
+
+def genes_arguments(config: CohortConfig, sample: CohortSample) -> list[str]:
+    """`gex_preprocessing` of one sample."""
+    return ["preprocessing.gex_preprocessing", "--raw-file", str(config.out_dir / sample.sample_id / "gex.h5ad"),
+            "--vocab-file", str(config.vocabulary), "--missing-genes", config.missing_genes]
+
+
+def patches_arguments(config: CohortConfig, sample: CohortSample) -> list[str]:
+    """`dump_patches` of one sample."""
+    folder = config.out_dir / sample.sample_id
+    arguments = ["preprocessing.dump_patches", "--images", str(folder / "imgs.h5"), "--wsi", str(sample.wsi_file),
+                 "--out-dir", str(folder / "patches"), "--on-stain-failure", config.on_stain_failure]
+    stain_file = sample.stain_file or config.stain_file
+    if not config.normalize:
+        return [*arguments, "--no-normalize"]
+    return arguments + (["--stain-file", str(stain_file)] if stain_file else [])
+
+
+def forget_unfinished(config: CohortConfig, samples: Sequence[CohortSample]) -> None:
+    """Remove the marks of steps that failed, so that they are tried again, and of steps whose files were deleted since."""
+    for sample in samples:
+        folder = config.out_dir / sample.sample_id
+        for step, products in PRODUCTS.items():
+            mark = folder / "steps" / f"{step}.txt"
+            whole = all((folder / product).is_file() for product in products)
+            if mark.is_file() and not (whole and mark.read_text().strip() == FINISHED):
+                mark.unlink()
+                if step == "extract":
+                    mark.with_name("extracted.txt").unlink(missing_ok=True)
