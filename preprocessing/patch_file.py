@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from preprocessing.compressed_chunks import GZIP, compress
+from preprocessing.compressed_chunks import GZIP, compress_if_worthwhile, write_chunk
 from preprocessing.errors import InputError, require_file, require_unique
 from preprocessing.hdf5_output import hdf5_output
 from preprocessing.outputs import finished_file, require_free_space
@@ -34,7 +34,7 @@ def compress_patch(patch: np.ndarray, patch_px: int) -> bytes:
     """One patch as the chunk it becomes in the file."""
     if patch.shape != (patch_px, patch_px, 3) or patch.dtype != np.uint8:
         raise ValueError(f"a patch of uint8 ({patch_px}, {patch_px}, 3) was announced, {patch.dtype} {patch.shape} came")
-    return compress(patch)
+    return compress_if_worthwhile(patch)
 
 
 def write_compressed_patches(path: Path | str, streams: Iterable[bytes], *, count: int, patch_px: int, coords: np.ndarray,
@@ -59,7 +59,7 @@ def write_compressed_patches(path: Path | str, streams: Iterable[bytes], *, coun
             written = 0
             for stream in streams:
                 if written < count:
-                    images.id.write_direct_chunk((written, 0, 0, 0), stream)
+                    write_chunk(images, (written, 0, 0, 0), stream)
                 written += 1
             if written != count:
                 raise ValueError(f"{path}: {count} patches were announced, {written} came")

@@ -9,8 +9,6 @@ import hashlib
 import json
 import os
 import re
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count as count_from
@@ -27,31 +25,15 @@ from preprocessing.patches import METADATA, STAIN
 LITTER = r"\.DS_Store|\._.*|\.nfs.*|\.ipynb_checkpoints"       # what systems and notebooks leave in any folder
 PNG_SHARE = 0.4                                                 # bytes of a PNG per byte of its pixels; 0.45 to 0.7 on H&E
 FLUSHERS = 8                                                    # files on their way to the disk at a time: waiting, not work
-PNG_SIGNATURE, AVERAGE_FILTER = b"\x89PNG\r\n\x1a\n", 3
+RUN_LENGTHS, PAETH_FILTER = 3, 0x80                             # of zlib and libpng
 
-
-# ---- one PNG --------------------------------------------------------------------------------------------------------
 
 def encode_png(patch: np.ndarray) -> bytes:
     """A PNG file of uint8 (H, W, 3), with nothing in it but the pixels. Lossless; releases the GIL.
 
-    Every byte is stored as its difference from the mean of the one to the left and the one above (PNG's filter 3, the cheapest
-    that works well on H&E), compressed by libdeflate's fastest level: as small as zlib's, in an eighth of the time.
+    Paeth's filter and run lengths alone: on H&E as small as zlib's search for repeats makes it, in an eighth of the time.
     """
-    height, width, _ = patch.shape
-    rows = np.ascontiguousarray(patch).reshape(height, 3 * width)
-    left, above = np.zeros_like(rows), np.zeros_like(rows)
-    left[:, 3:], above[1:] = rows[:, :-3], rows[:-1]
-    filtered = np.empty((height, 1 + 3 * width), np.uint8)
-    filtered[:, 0] = AVERAGE_FILTER
-    np.subtract(rows, (left & above) + ((left ^ above) >> 1), out=filtered[:, 1:])       # the mean rounded down, without a ninth bit
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)                       # 8 bits a channel, RGB
-    pixels = imagecodecs.deflate_encode(filtered, level=1, raw=False)
-    return PNG_SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
-
-
-def _chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(content, zlib.crc32(kind)))
+    return imagecodecs.png_encode(np.ascontiguousarray(patch), level=1, strategy=RUN_LENGTHS, filter=PAETH_FILTER)
 
 
 # ---- the working folder ---------------------------------------------------------------------------------------------
