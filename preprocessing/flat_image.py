@@ -20,6 +20,7 @@ from preprocessing.tiff_checks import open_tiff
 
 MAX_FLAT_PX = 1_500_000_000        # a flat image is decoded whole; larger ones must come as pyramids
 MAPPED_BYTES = 1 << 30             # a flat TIFF above this is decoded into a temporary memory-mapped file
+BUFFER_BYTES = 32 << 20            # compressed bytes of a TIFF read at a time
 PHOTOMETRIC, COMPRESSION = tifffile.PHOTOMETRIC, tifffile.COMPRESSION
 JPEGS = (COMPRESSION.JPEG, COMPRESSION.OJPEG)
 _pillow_lock = threading.Lock()
@@ -91,7 +92,7 @@ def _decode_tiff(path: Path) -> tuple[TiffPixels, float | None]:
             page = tiff.pages[0]
             _require_flat_size(path, page.imagewidth, page.imagelength)
             _require_known_colours(path, page)
-            stored = page.asarray(out="memmap" if page.nbytes > MAPPED_BYTES else None)
+            stored = page.asarray(out="memmap" if page.nbytes > MAPPED_BYTES else None, buffersize=BUFFER_BYTES)
             if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and stored.ndim == 3:
                 stored = np.moveaxis(stored, 0, 2)
             if stored.shape[:2] != (page.imagelength, page.imagewidth) or stored.shape[2:] not in ((), (3,), (4,)):
