@@ -10,6 +10,7 @@ PNG of Pillow's defaults. Its spots are consecutive, so that the slide's tile ca
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -51,8 +52,14 @@ class Job:
         return sample, take_spots(spots, inside, {})
 
 
-def measured(units: int, unit: str, started: float, **facts) -> dict:
-    return {"units": int(units), "unit": unit, "wall_s": time.perf_counter() - started, **facts}
+def clock() -> tuple[float, float]:
+    """Seconds on the wall, and of CPU time of this process and its finished children."""
+    return time.perf_counter(), sum(os.times()[:4])
+
+
+def measured(units: int, unit: str, started: tuple[float, float], **facts) -> dict:
+    wall_s, cpu_s = (end - start for start, end in zip(started, clock(), strict=True))
+    return {"units": int(units), "unit": unit, "wall_s": wall_s, "cpu_s": cpu_s, **facts}
 
 
 def blocks_of(count: int) -> list[slice]:
@@ -68,7 +75,7 @@ def middle(count: int, wanted: int) -> slice:
 # ---- ours -----------------------------------------------------------------------------------------------------------
 
 def read(job: Job) -> dict:
-    started = time.perf_counter()
+    started = clock()
     sample = job.read()
     return measured(len(sample.barcodes), "bins", started)
 
@@ -78,7 +85,7 @@ def sums(job: Job) -> dict:
     sample, spots = job.windows()
     warm = slice(0, min(8, len(spots)))
     list(sum_blocks(sample, spots, [warm]))                                  # kernels are compiled once a machine
-    started, entries = time.perf_counter(), 0
+    started, entries = clock(), 0
     for counts in sum_blocks(sample, spots, blocks_of(len(spots)), workers=job.workers, folder=job.out):
         entries += counts.nnz
     return measured(len(spots), "spots", started, entries=entries)
@@ -89,7 +96,7 @@ def cutting(job: Job) -> dict:
     from preprocessing.windows import cut_blocks
     sample, spots = job.windows()
     with open_slide(job.sample / "slide.tif") as slide:
-        started = time.perf_counter()
+        started = clock()
         readable = sum(int(block.readable.sum()) for block in cut_blocks(
             slide, spots.centre_xy_px, PATCH_UM, sample.mpp, PATCH_PX, blocks_of(len(spots)), workers=job.workers))
     return measured(readable, "patches", started)
@@ -103,7 +110,7 @@ def stain_png(job: Job) -> dict:
     patches, stain = _stained_patches(job, STAINED_PATCHES)
     normalise_stain(patches[:1], stain)
     folder = _empty(job.out / "pngs")
-    started = time.perf_counter()
+    started = clock()
     with ThreadPoolExecutor(job.workers) as pool:
         for block in blocks_of(len(patches)):
             write_pngs(folder, block.start, pool.map(lambda patch: normalise_stain(patch, stain), patches[block]), 6, job.workers)
@@ -132,9 +139,9 @@ def _empty(folder: Path) -> Path:
     return folder
 
 
-def _command(job: Job, script: str, *options: str | Path) -> float:
+def _command(job: Job, script: str, *options: str | Path) -> tuple[float, float]:
     """Run a command of preprocessing to its end; returns the start. Its peak memory is this process's children's."""
-    started = time.perf_counter()
+    started = clock()
     run = subprocess.run([sys.executable, f"preprocessing/{script}.py", *map(str, options)], capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(run.stderr[-2000:] or run.stdout[-2000:])
@@ -174,7 +181,7 @@ def naive_windows(job: Job) -> dict:
     sample, spots = job.windows()
     in_tissue, row_of_bin = _grids(sample)
     side, centre_row = spots.bins_per_side, int(spots.array_row[len(spots) // 2])
-    members, started = [], time.perf_counter()
+    members, started = [], clock()
     for top in range(centre_row - side // 2, in_tissue.shape[0] - side + 1, STRIDE_BINS):
         for left in range(0, in_tissue.shape[1] - side + 1, STRIDE_BINS):
             if in_tissue[top:top + side, left:left + side].all():
@@ -193,7 +200,7 @@ def naive_sums(job: Job) -> dict:
     rows = [row_of_bin[spots.array_row[k] - half:spots.array_row[k] + half + 1,
                        spots.array_col[k] - half:spots.array_col[k] + half + 1].ravel() for k in chosen]
     rows = [part[part < counts.shape[0]] for part in rows]                    # bins beyond have no counts
-    started = time.perf_counter()
+    started = clock()
     expression = sp.lil_matrix((len(rows), counts.shape[1]), dtype=counts.dtype)
     for k, part in enumerate(rows):
         expression[k] = counts[part].sum(axis=0)
@@ -219,7 +226,7 @@ def naive_cutting(job: Job) -> dict:
     corners = np.rint(spots.centre_xy_px[middle(len(spots), job.spots)] - side_px / 2).astype(int)
     patches = []
     with openslide.OpenSlide(job.sample / "slide.tif") as slide:
-        started = time.perf_counter()
+        started = clock()
         for x, y in corners.tolist():
             region = slide.read_region((x, y), 0, (side_px, side_px)).convert("RGB")
             patches.append(np.asarray(region.resize((PATCH_PX, PATCH_PX), Image.Resampling.LANCZOS)))
@@ -236,7 +243,7 @@ def naive_stain_png(job: Job) -> dict:
     patches, stain = _stained_patches(job, job.spots)
     vectors, ratio = np.array(stain.vectors), (np.array(TARGET_MAXIMA) / np.array(stain.maxima))[:, None]
     target, folder = np.array(TARGET_VECTORS), _empty(job.out / "naive_pngs")
-    started = time.perf_counter()
+    started = clock()
     for k, patch in enumerate(patches):
         density = -np.log((patch.reshape(-1, 3).astype(float) + 1) / 240)
         concentrations = np.linalg.lstsq(vectors, density.T, rcond=None)[0]
@@ -253,7 +260,7 @@ def torchstain_png(job: Job) -> dict:
     from torchstain.numpy.normalizers import NumpyMacenkoNormalizer
     patches, _ = _stained_patches(job, job.spots)
     normaliser, folder = NumpyMacenkoNormalizer(), _empty(job.out / "torchstain_pngs")
-    started = time.perf_counter()
+    started = clock()
     for k, patch in enumerate(patches):
         Image.fromarray(normaliser.normalize(patch, stains=False)[0]).save(folder / f"patch_{k:06d}.png")
     found = measured(len(patches), "patches", started)

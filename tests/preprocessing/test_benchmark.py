@@ -23,7 +23,8 @@ def job(sim_hd, tmp_path) -> stages.Job:
 
 
 def run(units: int, wall_s: float, peak_gib: float = 1.0) -> dict:
-    return {"units": units, "unit": "spots", "wall_s": wall_s, "peak_gib": peak_gib}
+    """What a stage printed; it used two cores."""
+    return {"units": units, "unit": "spots", "wall_s": wall_s, "cpu_s": 2 * wall_s, "peak_gib": peak_gib}
 
 
 def test_the_naive_sums_are_those_of_the_same_spots(job):
@@ -57,21 +58,23 @@ def test_a_stage_run_on_its_own_prints_its_units_time_and_memory(job):
     answer = subprocess.run([sys.executable, "-m", "benchmarks.stages.preprocessing", "naive_cutting", job.sample, job.out, "1", "5"],
                             cwd=ROOT, capture_output=True, text=True, check=True)
     found = json.loads(answer.stdout)
-    assert found["units"] == 5 and found["wall_s"] > 0 and 0.05 < found["peak_gib"] < 4
+    assert found["units"] == 5 and found["wall_s"] > 0 and found["cpu_s"] > 0 and 0.05 < found["peak_gib"] < 4
 
 
 def test_a_row_gives_medians_and_the_ratio_of_naive_to_ours_a_unit(tmp_path):
     bench = Bench(tmp_path / "1000000", tmp_path, 2, 200)
     bench.runs = {"sums": [run(1000, 2.0, 1.5), run(1000, 1.0), run(1000, 9.0)], "naive_sums": [run(100, 4.0), run(100, 6.0)]}
-    assert bench.row("sums") == ("| 1,000,000 | sums of pseudo-spots | 1,000 spots | 2.0 | 500 | 1.50 | 2.000 | 50.00 | 25.0 "
-                                 "| >= 15x, RSS < 3 GiB |")
+    assert bench.row("sums") == ("| 1,000,000 | sums of pseudo-spots | 1,000 spots | 2.0 | 4.0 | 500 | 1.50 | 2.000 | 50.00 | 25.0 "
+                                 "| 25.0 | >= 15x, RSS < 3 GiB |")
     bench.runs |= {"naive_windows": [run(10, 0.1)], "naive_cutting": [run(10, 0.4)], "extraction": [run(1000, 10.0)]}
-    assert "| 100.00 | 10.0 | >= 8x" in bench.row("extraction")            # 10 + 50 + 40 ms against 10 ms
+    assert "| 100.00 | 10.0 | 10.0 | >= 8x" in bench.row("extraction")     # 10 + 50 + 40 ms against 10 ms
+    bench.runs |= {"stain_png": [run(1000, 2.0)], "naive_stain_png": [{**run(10, 0.1), "cpu_s": 0.08}], "torchstain_png": [run(10, 0.2)]}
+    assert "| 10.00, torchstain 20.00 | 5.0, torchstain 10.0 | 2.0, torchstain 10.0 | >= 4x |" in bench.row("stain_png")
 
 
 def test_a_stage_that_fails_has_a_row_that_says_so(tmp_path, capsys):
     bench = Bench(tmp_path / "62500", tmp_path, 1, 1)
-    assert "| failed |" in bench.compare("read", 1) and bench.compare("read", 1).count("|") == 11
+    assert "| failed |" in bench.compare("read", 1) and bench.compare("read", 1).count("|") == 13
     assert "read failed:" in capsys.readouterr().err
 
 
