@@ -78,7 +78,7 @@ def make_blocks(job: PatchJob, parts: Parts, resources: Resources) -> None:
     cut = cut_blocks(job.slide, job.centre_xy_px, job.patch_um, job.mpp, job.patch_px, blocks[done:], edge=job.edge,
                      workers=resources.workers)
     sums = repeat(None) if job.spots is None else sum_blocks(
-        job.sample, job.spots, blocks[done:], workers=resources.workers, memory_gb=resources.memory_gb)
+        job.sample, job.spots, blocks[done:], workers=resources.workers, memory_gb=resources.memory_gb, folder=parts.folder)
     with ThreadPoolExecutor(resources.workers) as pool, _progress(job, blocks, done) as bar:
         for number, block, patches, counts in zip(range(done, len(blocks)), blocks[done:], cut, sums, strict=False):
             parts.write(number, **_keep(job, block, patches, counts, packer, tally, pool, resources.workers))

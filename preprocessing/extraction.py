@@ -60,7 +60,7 @@ class Resources:
     """What a run may use. Results do not depend on it."""
 
     workers: int = 1
-    memory_gb: float = 2.0   # for counts in flight; the slide's strips and blocks of patches come on top
+    memory_gb: float = 2.0   # for counts in flight; what exceeds it waits on disk. Strips of the slide and blocks come on top
 
     def __post_init__(self):
         if self.workers < 1:
