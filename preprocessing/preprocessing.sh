@@ -17,7 +17,7 @@ Runs one sample through preprocessing and stops at the first step that fails, wi
   OUT_DIR     folder for the results
 
 Options of gex_preprocessing.py (--missing-genes, --gene-map) and of dump_patches.py (--no-normalize, --stain-file,
---on-stain-failure) go to those steps; all others go to extract_patches.py (see its --help).
+--on-stain-failure) go to those steps, --workers to all; all others go to extract_patches.py (see its --help).
 
 Example: bash preprocessing/preprocessing.sh S1/outs S1/slide.tif vocab.txt prepared/S1 --patch-sz-px 128
 TEXT
@@ -41,6 +41,8 @@ while [[ $# -gt 0 ]]; do
         --missing-genes=*|--gene-map=*)   gex+=("$1"); shift ;;
         --stain-file|--on-stain-failure)  need_value "$@"; dump+=("$1" "$2"); shift 2 ;;
         --stain-file=*|--on-stain-failure=*|--normalize|--no-normalize)  dump+=("$1"); shift ;;
+        --workers)                        need_value "$@"; extract+=("$1" "$2") gex+=("$1" "$2") dump+=("$1" "$2"); shift 2 ;;
+        --workers=*)                      extract+=("$1") gex+=("$1") dump+=("$1"); shift ;;
         *)                                extract+=("$1"); shift ;;
     esac
 done

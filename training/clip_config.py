@@ -36,6 +36,7 @@ class DataConfig:
     val_fraction: float = 0.15       # of each sample, when no validation sample is given; 0 = train on all, without validation
     val_buffer_px: float | None = None   # level-0 px between training and held-out spots; none = one patch
     cache_dir: str | None = "auto"   # packed patches: a folder | auto = .patch_cache beside the first images, if many | none = in memory
+    loader_threads: int | None = None    # draw batches ahead of the step; none = 2 on a GPU, 0 on a CPU. Results do not depend on it
 
     def __post_init__(self):
         for name in ("train_gex", "train_image_dir", "val_gex", "val_image_dir"):
@@ -47,6 +48,8 @@ class DataConfig:
                 self.target_sum = float(self.target_sum)
             except (TypeError, ValueError) as error:
                 raise OptionError("data.target_sum", "median or a number", str(self.target_sum)) from error
+        if self.loader_threads is not None and self.loader_threads < 0:
+            raise OptionError("data.loader_threads", "0 or more, or null", str(self.loader_threads))
         if self.patch_px < 8:
             raise OptionError("data.patch_px", "at least 8", str(self.patch_px))
         if not 0 <= self.val_fraction < 1:

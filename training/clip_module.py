@@ -26,6 +26,7 @@ from training.clip_config import ClipConfig, OptimizerConfig
 from training.clip_data import ClipData, StepBatches, whole_batch
 from training.clip_losses import clip_loss
 from training.clip_ranks import gather_rows, own_rows
+from training.loading import BatchesAhead
 
 MONITOR = "val/loss"
 MAX_SKIPPED_IN_A_ROW = 20   # steps without a finite gradient; more than a float16 gradient scaler needs to find its scale
@@ -155,7 +156,7 @@ def fit_clip(clip: CLIP, data: ClipData, config: ClipConfig, run_dir: Path, ckpt
                           rank=trainer.global_rank, world_size=trainer.world_size)
     val_batches = _val_batches(data, config)
     module = ClipModule(clip, config.optimizer, len(batches) * options.max_epochs, config.seed, [len(batch) for batch in val_batches])
-    loader = DataLoader(data.train, batch_sampler=batches, collate_fn=whole_batch)
+    loader = BatchesAhead(batches, data.train.__getitems__, _loader_threads(config))
     val_loader = None if data.val is None else DataLoader(
         data.val, batch_sampler=[[batch[place] for place in own_rows(len(batch))] for batch in val_batches], collate_fn=whole_batch)
     try:
@@ -178,11 +179,21 @@ def _val_batches(data: ClipData, config: ClipConfig) -> list[list[tuple[int, int
     return [keys[start:start + config.trainer.batch_size] for start in range(0, len(keys), config.trainer.batch_size)]
 
 
+def _loader_threads(config: ClipConfig) -> int:
+    """Threads that draw batches ahead; a CPU that trains has no core to spare for them."""
+    if config.data.loader_threads is not None:
+        return config.data.loader_threads
+    return 2 if _on_gpu(config) else 0
+
+
 def _precision(config: ClipConfig) -> str:
     if config.trainer.precision:
         return config.trainer.precision
-    on_gpu = config.trainer.accelerator in ("gpu", "cuda") or (config.trainer.accelerator == "auto" and torch.cuda.is_available())
-    return "bf16-mixed" if on_gpu else "32-true"
+    return "bf16-mixed" if _on_gpu(config) else "32-true"
+
+
+def _on_gpu(config: ClipConfig) -> bool:
+    return config.trainer.accelerator in ("gpu", "cuda") or (config.trainer.accelerator == "auto" and torch.cuda.is_available())
 
 
 def _loggers(config: ClipConfig, run_dir: Path) -> list:

@@ -29,3 +29,16 @@ def in_order(keys: Iterable[Key], load: Callable[[Key], Batch], workers: int) ->
         finally:
             for future in waiting:
                 future.cancel()
+
+
+class BatchesAhead:
+    """An epoch of batches for Lightning: iterated anew each epoch, each time from the batch that `batches` begins with."""
+
+    def __init__(self, batches: Iterable[Key], load: Callable[[Key], Batch], workers: int):
+        self.batches, self.load, self.workers = batches, load, workers
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return in_order(self.batches, self.load, self.workers)

@@ -327,9 +327,9 @@ def test_batches_loaded_ahead_keep_their_order_their_errors_and_a_bound():
 
 # ---- training ----
 
-def clip_run(samples, folder, cache_dir):
+def clip_run(samples, folder, cache_dir, **data):
     config = {"data": {"train_gex": ",".join(str(sample.gex) for sample in samples), "patch_px": 32, "val_fraction": 0.3,
-                       "train_image_dir": ",".join(str(sample.images) for sample in samples), "val_buffer_px": 0, "cache_dir": cache_dir},
+                       "train_image_dir": ",".join(str(sample.images) for sample in samples), "val_buffer_px": 0, "cache_dir": cache_dir} | data,
               "model": {"gene_encoder": "bottleneck", "gene_hidden": 8, "gene_width": 8, "projection": 8, "image_encoder": "random_tiny"},
               "run_dir": str(folder), "logger": "csv", "seed": 5,
               "trainer": {"max_epochs": 3, "batch_size": 4, "accelerator": "cpu", "progress_bar": False, "log_every_steps": 1}}
@@ -343,6 +343,13 @@ def test_clip_trains_to_the_same_bits_with_and_without_the_cache(tmp_path):
     (_, losses, weights), (_, losses_2, weights_2) = (clip_run(samples, tmp_path / name, place)
                                                       for name, place in (("plain", None), ("cached", str(cache))))
     assert len(arrays(cache)) == 1 and len(losses) > 6 and losses == losses_2 and weights == weights_2
+
+
+def test_clip_trains_to_the_same_bits_whoever_draws_its_batches(tmp_path):
+    samples = two_samples(tmp_path)
+    (_, losses, weights), (_, losses_2, weights_2) = (clip_run(samples, tmp_path / str(threads), None, loader_threads=threads)
+                                                      for threads in (0, 2))
+    assert len(losses) > 6 and losses == losses_2 and weights == weights_2
 
 
 def test_the_gan_trains_to_the_same_bits_with_and_without_the_cache(tmp_path):
