@@ -54,7 +54,7 @@ class Job:
 
 def clock() -> tuple[float, float]:
     """Seconds on the wall, and of CPU time of this process and its finished children."""
-    return time.perf_counter(), sum(os.times()[:4])
+    return time.perf_counter(), time.process_time() + sum(os.times()[2:4])
 
 
 def measured(units: int, unit: str, started: tuple[float, float], **facts) -> dict:
