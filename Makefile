@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+COHORT := .venv/.cohort
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup cohort demo test lint bench clean
 setup: $(STAMP)            ## create .venv and install requirements.txt
 
 $(STAMP): requirements.txt pyproject.toml
@@ -13,10 +14,16 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps -e .
 	touch $@
 
+cohort: $(COHORT)          ## Snakemake beside it, for workflow/
+
+$(COHORT): $(STAMP) requirements-cohort.txt
+	$(BIN)/uv pip install --python $(BIN)/python -r requirements.txt -r requirements-cohort.txt
+	touch $@
+
 demo: $(STAMP)             ## the whole walk on a simulated sample: demo_run/index.html
 	bash assets/demo.sh
 
-test: $(STAMP)             ## every test, one file at a time on each core
+test: $(COHORT)            ## every test, one file at a time on each core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations=15
 
 lint: $(STAMP)             ## style

@@ -20,6 +20,7 @@ NUMBERS = ("mpp", "spot_um")
 COLUMNS = ("sample_id", "wsi_file", *SOURCES, *NUMBERS, "stain_file")
 CHOICES = {"missing_genes": ("error", "zero"), "on_stain_failure": ("error", "skip"), "edge": ("drop", "pad")}
 PRODUCTS = {"extract": ("gex.h5ad", "imgs.h5"), "genes": ("gex_filt.h5ad",), "patches": ("patches/metadata.jsonl",)}   # of each step
+COUNTS_SHARE = 0.25                                         # of memory_gb is for counts in flight, the rest for patches and tables
 FINISHED = "finished"                                       # what steps/STEP.txt says; else `failed EXIT_CODE`
 
 
@@ -207,7 +208,7 @@ def extract_arguments(config: CohortConfig, sample: CohortSample) -> list[str]:
     arguments = ["preprocessing.extract_patches", "--sample-id", sample.sample_id, "--wsi-file", str(sample.wsi_file),
                  "--out-dir", str(config.out_dir / sample.sample_id), "--patch-sz-um", f"{config.patch_um:g}",
                  "--patch-sz-px", str(config.patch_px), "--stride", str(config.stride), "--edge", config.edge,
-                 "--min-tissue", f"{config.min_tissue:g}"]
+                 "--min-tissue", f"{config.min_tissue:g}", "--memory-gb", f"{config.memory_gb * COUNTS_SHARE:g}"]
     for name in (*SOURCES, *NUMBERS):
         if (value := getattr(sample, name)) is not None:
             arguments += [f"--{name.replace('_', '-')}", str(value)]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from preprocessing.cohort import FINISHED, CohortSample
-from preprocessing.outputs import finished_file, is_done, locked, write_done, write_json
+from preprocessing.outputs import done_path, finished_file, is_done, locked, read_done, write_done, write_json
 
 QUANTILES = np.linspace(0, 1, 101)
 ENTRIES_AT_ONCE = 1 << 24                # counts read together: 64-128 MB
@@ -112,10 +112,10 @@ def failure_reason(log: Path, exit_code: str = "") -> str:
 
 def _read_numbers(folder: Path) -> dict[str, object]:
     kept_numbers, gex, dropped = folder / "cohort_numbers.json", folder / "gex.h5ad", folder / "dropped_spots.tsv"
-    inputs = {"gex": gex} | ({"dropped": dropped} if dropped.is_file() else {})
+    inputs = {"gex": gex, **{path.stem: path for path in (dropped, done_path(gex)) if path.is_file()}}
     with locked(kept_numbers):
         if not is_done(kept_numbers, config={}, inputs=inputs):
-            write_json(kept_numbers, {**_count_expression(gex), "dropped": _count_dropped(dropped)})
+            write_json(kept_numbers, {**_count_expression(gex), "dropped": read_done(gex).get("dropped", _count_dropped(dropped))})
             write_done(kept_numbers, config={}, inputs=inputs)
         numbers = json.loads(kept_numbers.read_text())
     return {**numbers, "umis": np.array(numbers["umis"]), "genes": np.array(numbers["genes"])}

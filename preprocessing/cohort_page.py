@@ -28,9 +28,10 @@ COHORT_STYLE = """body{max-width:84em}h1{margin-bottom:.2em}a{color:#0b57a4}
 .note{border-left:.3em solid;padding:.1em 0 .1em .8em;margin:.5em 0}.bad{border-color:#b3261e}.odd{border-color:#c77700}
 .cohort{width:100%}.cohort td,.cohort th{padding:.5em .7em;border-bottom:1px solid #ddd;vertical-align:middle}
 .cohort thead th{border-bottom:2px solid #222;vertical-align:bottom}.cohort td.number{text-align:right}
-.cohort img{display:block;width:9em;border:1px solid #ccc}.cohort small{color:#555}
+.cohort td,.cohort th{overflow-wrap:normal}.cohort th[scope=row]{white-space:nowrap}.cohort .reason{overflow-wrap:anywhere}
+.cohort img{display:block;width:9em;border:1px solid #ccc}
 .swatch{display:inline-block;width:1.5em;height:1.5em;border-radius:.25em;border:1px solid #0005;vertical-align:middle}
-.stain{white-space:nowrap}.reason{color:#8c1d18}.oddity{color:#7a4900}
+.stain{white-space:nowrap}small{color:#555}small.reason{color:#8c1d18}small.oddity{color:#7a4900}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(20em,1fr));gap:1em}.plots img{width:100%}
 a:focus-visible{outline:3px solid #0b57a4;outline-offset:2px}
 @media(max-width:760px){.cohort thead{position:absolute;left:-999em}.cohort tr{display:block;border-bottom:2px solid #222;padding:.5em 0}
@@ -140,18 +141,18 @@ def _plots(cohort: Sequence[SampleNumbers]) -> list[str]:
     pictures = [embedded_png(as_png(_strips(counted, kind)), f"{kind} a spot in every sample: violins with medians")
                 for kind in ("UMIs", "genes")]
     return ["<h2>UMIs and genes a spot</h2>", '<div class="plots">', *pictures, "</div>",
-            "<p><small>White: median; thick: the middle half of the spots. Spots that caught nothing stand at 1.</small></p>"]
+            "<p><small>White: median; thick: the middle half of the spots. Spots that caught nothing stand at 1 UMI.</small></p>"]
 
 
 def _strips(cohort: Sequence[SampleNumbers], kind: str) -> Figure:
-    """A violin a sample, in the sheet's order from the top, on a logarithmic axis."""
+    """A violin a sample, in the sheet's order from the top; UMIs on a logarithmic axis."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
     figure = Figure(figsize=(6.2, 1.1 + 0.42 * len(cohort)), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     for place, sample in enumerate(cohort):
-        quantiles = np.log10(np.maximum(sample.umis if kind == "UMIs" else sample.genes, 1))
+        quantiles = np.log10(np.maximum(sample.umis, 1)) if kind == "UMIs" else sample.genes
         if np.ptp(quantiles[1:-1]) > 1e-6:
             violin = axes.violinplot([quantiles[1:-1]], [place], orientation="horizontal", widths=0.8, showextrema=False)
             violin["bodies"][0].set(facecolor="#0072b2", alpha=0.45)
@@ -160,7 +161,7 @@ def _strips(cohort: Sequence[SampleNumbers], kind: str) -> Figure:
         axes.plot(median, place, "o", color="white", markeredgecolor="#00466e", markersize=5)
     axes.set(yticks=range(len(cohort)), yticklabels=[sample.sample_id for sample in cohort], ylim=(len(cohort) - 0.4, -0.6),
              xlabel=f"{kind} a spot")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{10 ** value:,.0f}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{10 ** value if kind == 'UMIs' else value:,.0f}"))
     axes.grid(axis="x", color="#ddd")
     axes.set_axisbelow(True)
     return figure

@@ -123,7 +123,8 @@ def _extract_spots(config: ExtractConfig, request: Request, slide: Slide, sample
                     dropped_xy_px={reason: xy for reason, (_, xy) in without.items()},
                     numbers={"kept": len(kept), **kept.dropped}, library_sizes=made.column("library_sizes"),
                     n_genes=made.column("row_lengths"))
-        _finish(config, request, files, folder, centre_xy_px=kept.centre_xy_px, barcodes=kept.barcodes, name=sample.sample_id)
+        _finish(config, request, files, folder, centre_xy_px=kept.centre_xy_px, barcodes=kept.barcodes, name=sample.sample_id,
+                dropped=kept.dropped)
     yield from map(str, (*files, *([request.dump_dir] if request.dump_dir else [])))
 
 
@@ -214,13 +215,13 @@ def _write_images(files: tuple[Path, ...], config: ExtractConfig, made: MadeBloc
 
 
 def _finish(config: ExtractConfig, request: Request, files: tuple[Path, ...], folder: PatchFolderTarget | None, *,
-            centre_xy_px: np.ndarray, barcodes: np.ndarray | None, name: str) -> None:
+            centre_xy_px: np.ndarray, barcodes: np.ndarray | None, name: str, dropped: Mapping[str, int] | None = None) -> None:
     """The done-manifests and, last of all, the patch folder's name."""
     from preprocessing.png_folder import finish_patch_folder, patch_folder_sha256
 
     facts = {"rows": len(centre_xy_px)} | ({} if barcodes is None else {"barcode_sha256": strings_sha256(barcodes)})
     for file in files:
-        write_done(file, **_recorded(config, request, files), **facts)
+        write_done(file, **_recorded(config, request, files), **facts, **({} if dropped is None else {"dropped": dict(dropped)}))
     if folder is None:
         return
     record = folder.record | {key: value for key, value in facts.items() if key == "barcode_sha256"}

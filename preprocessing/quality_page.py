@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shapely import MultiPolygon
 
 MAP_PX = 1400               # longer side of the slide's picture
-MOST_COVERED = 0.7          # of the slide by patches: beyond it the map outlines where they lie, as squares would hide the tissue
+MOST_OVERLAP = 1.5          # area of all patches over the area they cover: beyond it the map outlines that: squares would hide the tissue
 MOST_SQUARES = 20_000       # beyond it too: squares would be smaller than a dot and slow to draw
 SHEET_COLUMNS, SHEET_PATCHES, SHEET_PATCH_PX = 12, 48, 128
 VIEWPORT = '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -92,8 +92,11 @@ def _draw_map(axes, quality: PatchQuality) -> None:
     for label, centres, colour in groups:
         if len(centres) == 0:
             continue
-        few = len(centres) <= MOST_SQUARES and len(centres) * quality.side_px ** 2 <= MOST_COVERED * width * height
-        (_draw_squares if few else _draw_outline)(axes, quality, centres, colour, f"{label} ({len(centres):,})")
+        label, covered = f"{label} ({len(centres):,})", covered_area(centres, quality.side_px, quality.slide_px)
+        if len(centres) <= MOST_SQUARES and len(centres) * quality.side_px ** 2 <= MOST_OVERLAP * covered.mean() * width * height:
+            _draw_squares(axes, quality, centres, colour, label)
+        else:
+            _draw_outline(axes, quality, covered, colour, label)
     margin = quality.side_px
     axes.set(xlim=(-margin, width + margin), ylim=(height + margin, -margin), xlabel="x, level-0 px", ylabel="y, level-0 px")
     axes.set_title(quality.title)
@@ -109,12 +112,11 @@ def _draw_squares(axes, quality: PatchQuality, centres: np.ndarray, colour: str,
     axes.add_collection(PolyCollection(squares, facecolors="none", edgecolors=colour, linewidths=0.9, label=label))
 
 
-def _draw_outline(axes, quality: PatchQuality, centres: np.ndarray, colour: str, label: str) -> None:
+def _draw_outline(axes, quality: PatchQuality, covered: np.ndarray, colour: str, label: str) -> None:
     """The area that patches cover, tinted and outlined: work and file size do not grow with their number."""
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
 
-    covered = covered_area(centres, quality.side_px, quality.slide_px)
     height, width = covered.shape
     x, y = (np.arange(width) + 0.5) * quality.slide_px[0] / width, (np.arange(height) + 0.5) * quality.slide_px[1] / height
     axes.contourf(x, y, covered, levels=[0.5, 1.5], colors=[colour], alpha=0.13)
