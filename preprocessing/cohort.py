@@ -20,7 +20,6 @@ NUMBERS = ("mpp", "spot_um")
 COLUMNS = ("sample_id", "wsi_file", *SOURCES, *NUMBERS, "stain_file")
 CHOICES = {"missing_genes": ("error", "zero"), "on_stain_failure": ("error", "skip"), "edge": ("drop", "pad")}
 PRODUCTS = {"extract": ("gex.h5ad", "imgs.h5"), "genes": ("gex_filt.h5ad",), "patches": ("patches/metadata.jsonl",)}   # of each step
-COUNTS_SHARE = 0.25                                         # of memory_gb is for counts in flight, the rest for patches and tables
 FINISHED = "finished"                                       # what steps/STEP.txt says; else `failed EXIT_CODE`
 
 
@@ -57,6 +56,11 @@ class CohortConfig:
             raise OptionError("out_dir", "a path without a comma", str(self.out_dir))
         if not self.normalize and self.stain_file:
             raise OptionError("stain_file", "nothing, as normalize is false", str(self.stain_file))
+
+    @property
+    def counts_gb(self) -> float:
+        """For counts in flight in an extraction; the rest of `memory_gb` is for patches and tables."""
+        return self.memory_gb / 4
 
     @property
     def vocabulary(self) -> Path:
@@ -204,11 +208,11 @@ def input_files(sample: CohortSample) -> list[str]:
 
 
 def extract_arguments(config: CohortConfig, sample: CohortSample) -> list[str]:
-    """`extract_patches` of one sample, without --workers."""
+    """`extract_patches` of one sample, without --workers and --memory-gb, which change no result."""
     arguments = ["preprocessing.extract_patches", "--sample-id", sample.sample_id, "--wsi-file", str(sample.wsi_file),
                  "--out-dir", str(config.out_dir / sample.sample_id), "--patch-sz-um", f"{config.patch_um:g}",
                  "--patch-sz-px", str(config.patch_px), "--stride", str(config.stride), "--edge", config.edge,
-                 "--min-tissue", f"{config.min_tissue:g}", "--memory-gb", f"{config.memory_gb * COUNTS_SHARE:g}"]
+                 "--min-tissue", f"{config.min_tissue:g}"]
     for name in (*SOURCES, *NUMBERS):
         if (value := getattr(sample, name)) is not None:
             arguments += [f"--{name.replace('_', '-')}", str(value)]
