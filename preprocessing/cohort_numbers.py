@@ -58,8 +58,10 @@ def gather(out_dir: Path, samples: Sequence[CohortSample]) -> list[SampleNumbers
 def _gather_sample(out_dir: Path, sample_id: str) -> SampleNumbers:
     folder = out_dir / sample_id
     status, reason = _status(out_dir, folder)
-    numbers = _read_numbers(folder) if _mark(folder, "extract") == FINISHED and (folder / "gex.h5ad").is_file() else {}
-    stain, note = _read_stain(folder / "patches" / "stain.json") if _mark(folder, "patches") == FINISHED else (None, "")
+    extracted = _mark(folder, "extract") == FINISHED           # else what lies there is of an older slide
+    numbers = _read_numbers(folder) if extracted and (folder / "gex.h5ad").is_file() else {}
+    has_patches = extracted and _mark(folder, "patches") == FINISHED
+    stain, note = _read_stain(folder / "patches" / "stain.json") if has_patches else (None, "")
     return SampleNumbers(sample_id, status, reason, stain=stain, stain_note=note, **numbers)
 
 

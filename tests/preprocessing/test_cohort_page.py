@@ -62,6 +62,14 @@ def test_medians_of_umis_and_genes_and_the_dropped_spots_are_counted(cohort, tmp
     assert f"background:rgb{stain_rgb(TARGET[:, 1])}" in page
 
 
+def test_a_sample_whose_extraction_failed_shows_nothing_of_an_older_slide(cohort, tmp_path):
+    folder = tmp_path / "out" / "S"
+    _expression(folder / "gex.h5ad", [[1, 1, 1]])
+    write_json(folder / "patches" / "stain.json", {"normalised": True, "vectors": TARGET.tolist(), "maxima": [2, 1]})
+    page, rows = cohort(S=({"extract": "failed 3", "genes": "finished", "patches": "finished"}, {"extract": "error: broken\n"}))
+    assert rows["S"]["spots_kept"] == rows["S"]["eosin_g"] == "" and 'class="swatch"' not in page
+
+
 def test_library_sizes_are_right_whatever_the_slices(tmp_path, monkeypatch):
     import preprocessing.cohort_numbers as numbers
 
