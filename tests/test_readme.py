@@ -8,7 +8,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_TISSUE = "bash assets/real_tissue.sh --data ../shared/data/her2st --train C2,C3 --val C4 --out runs/her2st"
-RUN_ELSEWHERE = {"make demo", "source .venv/bin/activate", REAL_TISSUE}   # set-up, and what test_walks.py runs
+ONE_PASS = ("python preprocessing/extract_patches.py --space-ranger-dir demo_run/SIM_B --wsi-file demo_run/SIM_B/slide.tif "
+            "--sample-id SIM_B --out-dir demo_run/one_pass --stride 5 --dump-dir demo_run/one_pass/patches --no-h5")
+COHORT = "snakemake --profile workflow/profiles/local --config samples=workflow/demo_sheet.csv out_dir=demo_run/cohort"
+RUN_ELSEWHERE = {"make demo", "source .venv/bin/activate", REAL_TISSUE, ONE_PASS, COHORT}   # by test_walks, test_one_pass, test_workflow
 
 
 def readme_commands() -> list[str]:
@@ -44,7 +47,7 @@ def test_every_file_the_readme_links_is_there(link):
     assert (ROOT / link).exists()
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:preprocessing|networks|training|evaluation|assets)/[\w./]+)`",
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:preprocessing|networks|training|evaluation|assets|workflow)/[\w./]+)`",
                                                        (ROOT / "README.md").read_text()))))
 def test_every_file_the_readme_names_is_there(name):
     assert (ROOT / name).exists() or name == "assets/gene_vocab.txt"    # that one lies in the authors' repository

@@ -175,6 +175,17 @@ def dump(job: Job) -> dict:
 
 # ---- the naive way --------------------------------------------------------------------------------------------------
 
+def naive_read(job: Job) -> dict:
+    """The whole matrix and all positions into memory, joined by barcode. Counted by the spots they serve."""
+    count, folder, started = len(job.windows()[1]), job.sample / "outs/binned_outputs/square_002um", clock()
+    import pandas as pd
+    import scanpy as sc
+    counts = sc.read_10x_h5(folder / "filtered_feature_bc_matrix.h5")
+    positions = pd.read_parquet(folder / "spatial/tissue_positions.parquet").set_index("barcode")
+    counts.obs = counts.obs.join(positions)
+    return measured(count, "spots", started)
+
+
 def naive_windows(job: Job) -> dict:
     """Try every window of a strip of the array on its own and list the rows of its bins."""
     import numpy as np
@@ -234,6 +245,22 @@ def naive_cutting(job: Job) -> dict:
     return measured(len(patches), "patches", started)
 
 
+def naive_writing(job: Job) -> dict:
+    """Counts and stacked patches in one piece each, uncompressed, as `write_h5ad` and h5py do without being asked for more."""
+    import anndata as ad
+    import h5py
+
+    from preprocessing.spot_sums import sum_blocks
+    sample, spots = job.windows()
+    patches, _ = _stained_patches(job, job.spots)
+    [counts] = sum_blocks(sample, spots, [middle(len(spots), job.spots)])
+    listed, started = counts.tolil(), clock()
+    ad.AnnData(listed.tocsr()).write_h5ad(job.out / "naive.h5ad")
+    with h5py.File(job.out / "naive.h5", "w") as file:
+        file.create_dataset("img", data=patches)
+    return measured(len(patches), "spots", started)
+
+
 def naive_stain_png(job: Job) -> dict:
     """Least squares with the slide's own stain vectors, as the published pipeline does."""
     import numpy as np
@@ -268,8 +295,8 @@ def torchstain_png(job: Job) -> dict:
     return found
 
 
-STAGES = {stage.__name__: stage for stage in (read, sums, cutting, stain_png, extraction, genes, dump, naive_windows, naive_sums,
-                                              naive_cutting, naive_stain_png, torchstain_png)}
+STAGES = {stage.__name__: stage for stage in (read, sums, cutting, stain_png, extraction, genes, dump, naive_read, naive_windows,
+                                              naive_sums, naive_cutting, naive_writing, naive_stain_png, torchstain_png)}
 
 
 def main(stage: str, sample: str, out: str, workers: str, spots: str) -> None:
