@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from preprocessing.compressed_chunks import pack, unpack
 from preprocessing.errors import InputError, first_few
-from preprocessing.expression_file import CountsPacker
+from preprocessing.expression_file import TAILS, CountsPacker
 from preprocessing.parts import Parts
 from preprocessing.patch_file import compress_patch
 from preprocessing.png_folder import whole_pngs, write_pngs
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from preprocessing.slide import Slide
 
 BLOCK_BYTES, MOST_SPOTS = 1 << 26, 2048      # pixels and spots of a block
+GROUP = 64                                   # patches that a thread compresses or normalises at a time
 NEARLY_BLACK, MOSTLY = 8, 0.5                # a patch with this share of pixels this dark was cut where nothing was scanned
 
 
@@ -74,16 +75,16 @@ class PatchJob:
 def make_blocks(job: PatchJob, parts: Parts, resources: Resources) -> None:
     """Make the blocks of `job` that `parts` lacks, under a progress bar."""
     blocks, done, tally = job.blocks(), *_finished(job, parts)
-    packer = CountsPacker(parts.read(done - 1) if done and job.spots is not None else None)
+    packer = CountsPacker(parts.read(done - 1, *TAILS) if done and job.spots is not None else None)
     cut = cut_blocks(job.slide, job.centre_xy_px, job.patch_um, job.mpp, job.patch_px, blocks[done:], edge=job.edge,
                      workers=resources.workers)
     sums = repeat(None) if job.spots is None else sum_blocks(
         job.sample, job.spots, blocks[done:], workers=resources.workers, memory_gb=resources.memory_gb, folder=parts.folder)
-    with ThreadPoolExecutor(resources.workers) as pool, _progress(job, blocks, done) as bar:
+    keeper = BlockKeeper(job, parts, packer, tally, resources.workers)
+    with keeper, _progress(job, blocks, done) as bar:
         for number, block, patches, counts in zip(range(done, len(blocks)), blocks[done:], cut, sums, strict=False):
-            parts.write(number, **_keep(job, block, patches, counts, packer, tally, pool, resources.workers))
-            tally.add(patches)
-            bar.update(block.stop - block.start)
+            bar.update(keeper.take(number, block, patches, counts))
+        bar.update(keeper.finish())
 
 
 def _finished(job: PatchJob, parts: Parts) -> tuple[int, Tally]:
@@ -120,28 +121,61 @@ class Tally:
                              "tiles that cannot be decoded (--max-bad)", f"{self.bad:,} so far; {first_few(patches.reasons, 3)}")
 
 
-def _keep(job: PatchJob, block: slice, patches: CutBlock, counts: sp.csr_matrix | None, packer: CountsPacker, tally: Tally,
-          pool: Executor, workers: int) -> dict[str, np.ndarray]:
-    """What is kept of one block, as named arrays."""
-    good, images = np.flatnonzero(patches.readable), patches.patches
-    shown = [row - block.start for row in job.shown_rows if block.start <= row < block.stop and patches.readable[row - block.start]]
-    dark = (images[good, ::4, ::4].max(axis=3) < NEARLY_BLACK).mean(axis=(1, 2)) > MOSTLY
-    kept = {"readable": patches.readable, "reasons": np.array(patches.reasons, dtype=str), "n_black": np.array(dark.sum()),
-            "shown": images[shown]}
-    if job.keeps_images:
-        kept["image_streams"], kept["image_lengths"] = pack(list(pool.map(lambda row: compress_patch(images[row], job.patch_px), good)))
-    if job.folder is not None:
-        write_pngs(job.folder.working, tally.kept, _normalised(images[good], job.folder.stain, pool), job.folder.digits, workers)
-    if counts is not None:
-        counts = counts if len(good) == counts.shape[0] else counts[good]
-        kept |= packer.pack(counts, pool)
-        kept["library_sizes"] = np.asarray(counts.sum(axis=1, dtype=np.int64)).ravel()
-    return kept
+class BlockKeeper:
+    """Compresses and writes one block while the next is cut and summed."""
+
+    def __init__(self, job: PatchJob, parts: Parts, packer: CountsPacker, tally: Tally, workers: int):
+        self._job, self._parts, self._packer, self._tally, self._workers = job, parts, packer, tally, workers
+        self._compressors, self._writer = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)      # blocks are packed in their order
+        self._under_way: Future | None = None
+
+    def __enter__(self) -> BlockKeeper:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._writer.shutdown()
+        self._compressors.shutdown()
+
+    def take(self, number: int, block: slice, patches: CutBlock, counts: sp.csr_matrix | None) -> int:
+        """Start on a block once the one before is kept; returns how many patches that one had."""
+        kept = self.finish()
+        self._under_way = self._writer.submit(self._keep, number, block, patches, counts)
+        return kept
+
+    def finish(self) -> int:
+        """Wait for the block under way; returns how many patches it had."""
+        under_way, self._under_way = self._under_way, None
+        return under_way.result() if under_way is not None else 0
+
+    def _keep(self, number: int, block: slice, patches: CutBlock, counts: sp.csr_matrix | None) -> int:
+        job, good, images = self._job, np.flatnonzero(patches.readable), patches.patches
+        shown = [row - block.start for row in job.shown_rows if block.start <= row < block.stop and patches.readable[row - block.start]]
+        dark = (images[good, ::4, ::4].max(axis=3) < NEARLY_BLACK).mean(axis=(1, 2)) > MOSTLY
+        kept = {"readable": patches.readable, "reasons": np.array(patches.reasons, dtype=str), "n_black": np.array(dark.sum()),
+                "shown": images[shown]}
+        if job.keeps_images:
+            groups = [good[start:start + GROUP] for start in range(0, len(good), GROUP)]
+            streams = self._compressors.map(lambda rows: [compress_patch(images[row], job.patch_px) for row in rows], groups)
+            kept["image_streams"], kept["image_lengths"] = pack(list(chain.from_iterable(streams)))
+        if job.folder is not None:
+            patches_shown = _normalised(images[good], job.folder.stain, self._compressors)
+            write_pngs(job.folder.working, self._tally.kept, patches_shown, job.folder.digits, self._workers)
+        if counts is not None:
+            counts = counts if len(good) == counts.shape[0] else counts[good]
+            kept |= self._packer.pack(counts, self._compressors)
+            kept["library_sizes"] = np.add.reduceat(np.append(counts.data, 0), counts.indptr[:-1], dtype=np.int64)
+            kept["library_sizes"][np.diff(counts.indptr) == 0] = 0          # of an empty row reduceat gives the next entry
+        self._parts.write(number, **kept)
+        self._tally.add(patches)
+        return len(patches.readable)
 
 
 def _normalised(images: np.ndarray, stain: StainVectors | None, pool: Executor) -> Iterable[np.ndarray]:
     """The patches as the PNG files show them, in order."""
-    return images if stain is None else pool.map(lambda patch: normalise_stain(patch, stain), images)
+    if stain is None:
+        return images
+    groups = pool.map(lambda start: normalise_stain(images[start:start + GROUP], stain), range(0, len(images), GROUP))
+    return chain.from_iterable(groups)
 
 
 class MadeBlocks:

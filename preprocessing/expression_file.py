@@ -19,11 +19,12 @@ from preprocessing.outputs import finished_file, require_free_space
 
 CHUNK = 1 << 17                    # values in an HDF5 chunk: 512 KiB, within HDF5's cache
 COLUMNS = ("indices", "data")
+TAILS = tuple(f"{name}_tail" for name in COLUMNS)     # of a packed block: what the next one needs of it
 Packed = Mapping[str, np.ndarray]  # what `CountsPacker.pack` returns of one block
 
 
 class CountsPacker:
-    """Packs blocks of rows in their order; `before` is the packed block before the first, where there is one."""
+    """Packs blocks of rows in their order; `before` has the `TAILS` of the block before the first, where there is one."""
 
     def __init__(self, before: Packed | None = None):
         self._columns = {name: ChunkedColumn(before[f"{name}_tail"] if before else np.empty(0, np.int32), CHUNK) for name in COLUMNS}

@@ -20,12 +20,14 @@ from preprocessing.cores import usable_cores
 from preprocessing.dropped_spots import write_dropped
 from preprocessing.errors import Command, InputError, OptionError, first_few
 from preprocessing.extraction import BAD_TILES, ExtractConfig, Request, Resources, choose_spots, kept_line, read_any_sample
-from preprocessing.outputs import is_done, locked, strings_sha256, write_done
+from preprocessing.outputs import finished_together, is_done, locked, strings_sha256, write_done
 
 if TYPE_CHECKING:
     from preprocessing.block_extraction import MadeBlocks, PatchFolderTarget
     from preprocessing.sample import Sample
     from preprocessing.slide import Slide
+
+IMAGES = "images"           # among files told apart by their suffix: the HDF5 of patches
 
 
 def extract(config: ExtractConfig, request: Request, resources: Resources, max_bad: float = 0.01, resume: bool = True,
@@ -41,7 +43,9 @@ def extract(config: ExtractConfig, request: Request, resources: Resources, max_b
     with ExitStack() as stack:
         if not dry_run:
             for files in wanted:
-                stack.enter_context(locked(files[0], covers=files))
+                picture = next(file for file in files if file.suffix == ".png")      # written with --h5 and without
+                for file in dict.fromkeys((picture, files[0])):
+                    stack.enter_context(locked(file, covers=files if file == files[0] else ()))
             if request.dump_dir:
                 stack.enter_context(locked(request.dump_dir))
                 refuse_foreign_content(request.dump_dir)
@@ -109,22 +113,21 @@ def _extract_spots(config: ExtractConfig, request: Request, slide: Slide, sample
         kept = take_spots(chosen, good, {BAD_TILES: len(chosen) - len(good)} if made.reasons else {})
         warnings = _warnings(made, chosen.barcodes)
         yield from warnings
-        expression = next(file for file in files if file.suffix == ".h5ad")
-        write_expression_blocks(expression, about_spots(
-            sample, kept, patch_px=config.patch_px, slide_path=request.wsi_file, settings=recorded["config"],
-            stride_bins=config.stride_bins if sample.bin_um else None), made.counts)
-        _write_images(files, config, made, sample.mpp, top_left[good], kept.barcodes, sample.sample_id)
+        about = about_spots(sample, kept, patch_px=config.patch_px, slide_path=request.wsi_file, settings=recorded["config"],
+                            stride_bins=config.stride_bins if sample.bin_um else None)
         without = {reason: (candidates.barcodes[rows], candidates.centre_xy_px[rows]) for reason, rows in lost.items()}
         if made.reasons:
             without[BAD_TILES] = (chosen.barcodes[~made.readable], chosen.centre_xy_px[~made.readable])
-        write_dropped(next(file for file in files if file.suffix == ".tsv"), {reason: names for reason, (names, _) in without.items()})
-        _write_page(files, config, slide, sample.sample_id, sample.mpp, kept.centre_xy_px, made,
-                    (sample.summary(), *sample.notices, kept_line(kept, unit), *warnings),
-                    dropped_xy_px={reason: xy for reason, (_, xy) in without.items()},
-                    numbers={"kept": len(kept), **kept.dropped}, library_sizes=made.column("library_sizes"),
-                    n_genes=made.column("row_lengths"))
-        _finish(config, request, files, folder, centre_xy_px=kept.centre_xy_px, barcodes=kept.barcodes, name=sample.sample_id,
-                dropped=kept.dropped)
+        with _finishing(config, request, files, folder, centre_xy_px=kept.centre_xy_px, barcodes=kept.barcodes, name=sample.sample_id,
+                        dropped=kept.dropped) as staged:
+            write_expression_blocks(staged[".h5ad"], about, made.counts)
+            _write_images(staged, config, made, sample.mpp, top_left[good], kept.barcodes, sample.sample_id)
+            write_dropped(staged[".tsv"], {reason: names for reason, (names, _) in without.items()})
+            _write_page(staged, files, config, slide, sample.sample_id, sample.mpp, kept.centre_xy_px, made,
+                        (sample.summary(), *sample.notices, kept_line(kept, unit), *warnings),
+                        dropped_xy_px={reason: xy for reason, (_, xy) in without.items()},
+                        numbers={"kept": len(kept), **kept.dropped}, library_sizes=made.column("library_sizes"),
+                        n_genes=made.column("row_lengths"))
     yield from map(str, (*files, *([request.dump_dir] if request.dump_dir else [])))
 
 
@@ -157,12 +160,12 @@ def _extract_random(config: ExtractConfig, request: Request, slide: Slide, sampl
         warnings = _warnings(made)
         yield from warnings
         good = made.readable
-        _write_images(files, config, made, mpp, top_left[good], None, name)
-        if auto:
-            write_tissue(files[-1], tissue)
-        _write_page(files, config, slide, name, mpp, centres[good], made, (said, *warnings), tissue=tissue,
-                    numbers={"kept": int(good.sum()), **({BAD_TILES: len(made.reasons)} if made.reasons else {})})
-        _finish(config, request, files, folder, centre_xy_px=centres[good], barcodes=None, name=name)
+        with _finishing(config, request, files, folder, centre_xy_px=centres[good], barcodes=None, name=name) as staged:
+            _write_images(staged, config, made, mpp, top_left[good], None, name)
+            if auto:
+                write_tissue(staged[".geojson"], tissue)
+            _write_page(staged, files, config, slide, name, mpp, centres[good], made, (said, *warnings), tissue=tissue,
+                        numbers={"kept": int(good.sum()), **({BAD_TILES: len(made.reasons)} if made.reasons else {})})
     yield from map(str, (*files, *([request.dump_dir] if request.dump_dir else [])))
 
 
@@ -203,27 +206,35 @@ def _folder_target(request: Request, count: int) -> PatchFolderTarget:
     return PatchFolderTarget(folder, folder.with_name(f".{folder.name}.pngs"), name_digits(count), stain, record)
 
 
-def _write_images(files: tuple[Path, ...], config: ExtractConfig, made: MadeBlocks, mpp: float, top_left: np.ndarray,
+def _write_images(staged: Mapping[str, Path], config: ExtractConfig, made: MadeBlocks, mpp: float, top_left: np.ndarray,
                   barcodes: np.ndarray | None, name: str) -> None:
     """The HDF5 file, where one is asked for."""
     from preprocessing.patch_file import write_compressed_patches
 
-    if files[0].suffix in (".h5ad", ".png"):           # --no-h5
-        return
-    write_compressed_patches(files[0], made.images(), count=len(top_left), patch_px=config.patch_px, coords=top_left, barcodes=barcodes,
-                             patch_size_src=config.patch_um / mpp, pixel_size=mpp, name=name)
+    if IMAGES in staged:
+        write_compressed_patches(staged[IMAGES], made.images(), count=len(top_left), patch_px=config.patch_px, coords=top_left,
+                                 barcodes=barcodes, patch_size_src=config.patch_um / mpp, pixel_size=mpp, name=name)
 
 
-def _finish(config: ExtractConfig, request: Request, files: tuple[Path, ...], folder: PatchFolderTarget | None, *,
-            centre_xy_px: np.ndarray, barcodes: np.ndarray | None, name: str, dropped: Mapping[str, int] | None = None) -> None:
-    """The done-manifests and, last of all, the patch folder's name."""
-    from preprocessing.png_folder import finish_patch_folder, patch_folder_sha256
-
+@contextmanager
+def _finishing(config: ExtractConfig, request: Request, files: tuple[Path, ...], folder: PatchFolderTarget | None, *,
+               centre_xy_px: np.ndarray, barcodes: np.ndarray | None, name: str,
+               dropped: Mapping[str, int] | None = None) -> Iterator[dict[str, Path]]:
+    """Yield where to write each file, by its suffix (`IMAGES`: the patches). Only when all are written do they and the patch folder
+    get their names, so that a full disk leaves the old ones together; the done-manifests come last."""
     facts = {"rows": len(centre_xy_px)} | ({} if barcodes is None else {"barcode_sha256": strings_sha256(barcodes)})
+    with finished_together(files) as staged:
+        yield {IMAGES if file == files[0] and request.writes_hdf5 else file.suffix: path for file, path in staged.items()}
+        if folder is not None:
+            _finish_folder(config, request, files, folder, facts, centre_xy_px, barcodes, name)
     for file in files:
         write_done(file, **_recorded(config, request, files), **facts, **({} if dropped is None else {"dropped": dict(dropped)}))
-    if folder is None:
-        return
+
+
+def _finish_folder(config: ExtractConfig, request: Request, files: tuple[Path, ...], folder: PatchFolderTarget, facts: dict[str, object],
+                   centre_xy_px: np.ndarray, barcodes: np.ndarray | None, name: str) -> None:
+    from preprocessing.png_folder import finish_patch_folder, patch_folder_sha256
+
     record = folder.record | {key: value for key, value in facts.items() if key == "barcode_sha256"}
 
     def described(working: Path) -> None:
@@ -247,15 +258,14 @@ def _warnings(made: MadeBlocks, barcodes: Sequence[str] | None = None) -> tuple[
     return tuple(warnings)
 
 
-def _write_page(files: tuple[Path, ...], config: ExtractConfig, slide: Slide, name: str, mpp: float, centres: np.ndarray,
-                made: MadeBlocks, lines: tuple[str, ...], **details) -> None:
+def _write_page(staged: Mapping[str, Path], files: tuple[Path, ...], config: ExtractConfig, slide: Slide, name: str, mpp: float,
+                centres: np.ndarray, made: MadeBlocks, lines: tuple[str, ...], **details) -> None:
     """The quality page beside the patches; `details` are further fields of `PatchQuality`."""
     from preprocessing.quality_page import MAP_PX, PatchQuality, write_quality_page
 
-    picture, page = (next(file for file in files if file.suffix == suffix) for suffix in (".png", ".html"))
     other = ("n_patches", "seed") if "library_sizes" in details else ("edge", "stride_bins")          # of the other kind of patches
     settings = {key: value for key, value in asdict(config).items() if value is not None and key not in other}
-    write_quality_page(picture, page, PatchQuality(
+    write_quality_page(staged[".png"], staged[".html"], PatchQuality(
         title=name, lines=lines, thumbnail=slide.thumbnail(MAP_PX), slide_px=(slide.width_px, slide.height_px),
         side_px=config.patch_um / mpp, centre_xy_px=centres, patches=made.shown, settings={"mpp": round(mpp, 5), **settings},
         files=files, **{"dropped_xy_px": {}, **details}))

@@ -75,10 +75,10 @@ def _make_blocks(adata: AnnData, path: Path, selection: GeneSelection, parts: Pa
     from tqdm import tqdm
 
     from preprocessing.expression import ROWS_AT_ONCE, row_blocks
-    from preprocessing.expression_file import CountsPacker
+    from preprocessing.expression_file import TAILS, CountsPacker
 
     done = len(parts)
-    packer = CountsPacker(parts.read(done - 1) if done else None)
+    packer = CountsPacker(parts.read(done - 1, *TAILS) if done else None)
     with ThreadPoolExecutor(workers) as pool, tqdm(desc="genes", unit="spot", total=adata.n_obs, initial=min(done * ROWS_AT_ONCE,
                                                                                                             adata.n_obs)) as bar:
         for number, counts in enumerate(row_blocks(adata, path, first=done), start=done):

@@ -2,9 +2,12 @@
 
 When a write fails, the HDF5 library still wants to write its caches while it closes, fails again and takes the interpreter
 down at exit. Here the first failure is kept, later writes are only pretended, the file closes, and then the failure is raised.
+So is Ctrl-C, where it comes in the midst of a write.
 """
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +20,7 @@ class _Stream:
 
     def __init__(self, path: Path | str):
         self._file = open(path, "w+b", buffering=0)
-        self.error: OSError | None = None
+        self.error: OSError | KeyboardInterrupt | None = None
         self.read, self.seek, self.tell, self.close = self._file.read, self._file.seek, self._file.tell, self._file.close
 
     def readinto(self, buffer) -> int:
@@ -48,15 +51,41 @@ class _Stream:
         self._attempt(self._file.flush, otherwise=0)
 
 
+CALLED_BY_HDF5 = {method.__code__ for method in vars(_Stream).values() if hasattr(method, "__code__")}
+
+
+@contextmanager
+def _interrupts_outside_of(stream: _Stream) -> Iterator[None]:
+    """Ctrl-C while HDF5 calls the stream is kept as its error: raised there, HDF5 would take it for a write that failed."""
+    def interrupt(_number, frame):
+        while frame is not None and frame.f_code not in CALLED_BY_HDF5:
+            frame = frame.f_back
+        if frame is None:
+            raise KeyboardInterrupt
+        stream.error = stream.error or KeyboardInterrupt()
+
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or usual is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
 @contextmanager
 def hdf5_output(path: Path | str) -> Iterator[h5py.File]:
     """A new HDF5 file to write into; raises the first `OSError` of the disk after the file was closed."""
     stream = _Stream(path)
     try:
-        with h5py.File(stream, "w") as file:
+        with _interrupts_outside_of(stream), h5py.File(stream, "w") as file:
             yield file
             file.flush()
     finally:
         stream.close()
+        if isinstance(stream.error, KeyboardInterrupt):
+            raise stream.error
         if stream.error is not None:
             raise OSError(stream.error.errno, stream.error.strerror, str(path)) from stream.error

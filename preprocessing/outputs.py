@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -44,8 +44,28 @@ def finished_file(path: Path | str, validate: Callable[[Path], object] | None = 
         os.replace(temporary, path)
         if sync:
             _fsync(path.parent)
+    except OSError as error:
+        raise named_error(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def named_error(error: OSError, path: Path | str) -> OSError:
+    """The error, with a file's name where it has none: writing to an open file says only that the disk is full."""
+    return error if error.filename is not None or error.errno is None else OSError(error.errno, error.strerror, str(path))
+
+
+@contextmanager
+def finished_together(paths: Sequence[Path]) -> Iterator[dict[Path, Path]]:
+    """Yield for each of several files a name to finish it under; on success all get their own, on an error none does."""
+    staged = {path: path.with_name(f"{path.name}.tmp.{os.getpid()}") for path in paths}
+    try:
+        yield staged
+        for path, temporary in staged.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in staged.values():
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

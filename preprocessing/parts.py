@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -32,9 +33,16 @@ class Parts:
         self.folder = parts_folder(output)
         key = {"config_sha256": config_sha256(config), "inputs": {name: fingerprint(file) for name, file in inputs.items()}}
         if not (resume and self._recorded_key() == key):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
+            self._empty()
             write_json(self.folder / KEY, key)
+
+    def _empty(self) -> None:
+        try:
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True)
+        except OSError as error:                   # rmtree names the file within the folder alone
+            raise OSError(error.errno, error.strerror, str(self.folder)) from error
 
     def _recorded_key(self) -> dict | None:
         try:
@@ -63,12 +71,12 @@ class Parts:
         A damaged block is thrown away, so that the next run makes it anew, and is an `OSError`.
         """
         path = self._path(number)
-        try:
-            with np.load(path, allow_pickle=False) as block:
-                return {name: block[name] for name in names or block.files}
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
-            path.unlink(missing_ok=True)
-            raise OSError(f"{path}: damaged ({error}); run the command again, which makes this block anew") from error
+        with open(path, "rb") as stream:
+            try:
+                return _arrays(stream, names)
+            except Exception as error:             # a changed byte makes the reader of ZIP files raise nearly anything
+                path.unlink(missing_ok=True)
+                raise OSError(f"{path}: damaged ({error}); run the command again, which makes this block anew") from error
 
     def blocks(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
         """These arrays of every finished block, in order."""
@@ -82,3 +90,15 @@ class Parts:
     def clear(output: Path | str) -> None:
         """Throw away the blocks of an output that stands, whatever they were made of."""
         shutil.rmtree(parts_folder(output), ignore_errors=True)
+
+
+def _arrays(stream: BinaryIO, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Arrays of an `.npz`, each read to its very end: only there is its checksum looked at, and a changed header may end it early."""
+    arrays = {}
+    with zipfile.ZipFile(stream) as archive:
+        for name in names or [member.removesuffix(".npy") for member in archive.namelist()]:
+            with archive.open(f"{name}.npy") as member:
+                arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+                if member.read(1):
+                    raise ValueError(f"more bytes than {name} has")
+    return arrays

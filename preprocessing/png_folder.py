@@ -18,7 +18,7 @@ import imagecodecs
 import numpy as np
 
 from preprocessing.errors import InputError, first_few
-from preprocessing.outputs import file_sha256, finished_folder, replace_folder, require_free_space
+from preprocessing.outputs import file_sha256, finished_folder, named_error, replace_folder, require_free_space
 from preprocessing.patch_file import blocks
 from preprocessing.patches import METADATA, STAIN
 
@@ -52,7 +52,10 @@ def write_pngs(folder: Path, first_row: int, patches: Iterable[np.ndarray], digi
     """Write consecutive patches from `first_row` on, over what a killed run left there. They are on the disk when this returns."""
     def write(row: int, patch: np.ndarray) -> Path:
         path = folder / png_name(row, digits)
-        path.write_bytes(encode_png(patch))
+        try:
+            path.write_bytes(encode_png(patch))
+        except OSError as error:
+            raise named_error(error, path) from error
         return path
 
     with ThreadPoolExecutor(workers) as pool:

@@ -1,4 +1,4 @@
-"""A disk that takes no more ends as one error and exit code 4, never as a crash of the interpreter."""
+"""A disk that takes no more and Ctrl-C end as one error and their exit code, never as a crash of the interpreter."""
 import subprocess
 import sys
 from pathlib import Path
@@ -33,4 +33,31 @@ def test_a_full_disk_is_exit_code_4_and_the_old_file_stays(tmp_path, program):
                           env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 4, (done.returncode, done.stderr)
     assert done.stderr.startswith("error: ") and "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "out.h5").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+INTERRUPTED = """
+import io, os, signal, sys
+from preprocessing import hdf5_output
+
+class Interrupted(io.FileIO):
+    n_writes = 0
+    def write(self, data):
+        Interrupted.n_writes += 1
+        if Interrupted.n_writes == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().write(data)
+
+hdf5_output.open = lambda path, mode, buffering: Interrupted(path, mode)
+"""
+
+
+@pytest.mark.parametrize("number", [1, 100, 503, 505], ids=["at the first write", "among the patches", "at closing", "at the last write"])
+def test_ctrl_c_within_a_write_is_exit_code_130_and_the_old_file_stays(tmp_path, number):
+    (tmp_path / "out.h5").write_text("old")
+    program = INTERRUPTED + PATCHES + "print(Interrupted.n_writes)"
+    done = subprocess.run([sys.executable, "-c", program, str(number)], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 130, (done.returncode, done.stdout, done.stderr)
+    assert done.stderr == "error: interrupted; what was finished is kept, run the same command again\n"
     assert (tmp_path / "out.h5").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
