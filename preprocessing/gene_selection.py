@@ -14,10 +14,10 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from numba import njit
 
 from preprocessing.errors import InputError, first_few
 from preprocessing.expression import as_csr, vocabulary_sha256
+from preprocessing.kernels import kernel
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def select_genes(adata: ad.AnnData, vocabulary: Sequence[str], missing: Literal[
     return selected
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def map_columns(indptr, indices, data, column_of_gene, totals, columns, values, ends):
     """Add each row's entries up in `totals` (V zeros), then list what is not zero: in order, without a sort."""
     end = 0

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from preprocessing.sample import Sample, Spots
     from preprocessing.slide import Slide
 
+BLOCK_SPOTS = 1024        # cut at a time
+
 
 @dataclass(frozen=True)
 class ImportConfig:
@@ -83,10 +85,15 @@ def _write_outputs(config: ImportConfig, inputs: Mapping[str, Path], patch_file:
 def _patches(slide: Slide, spots: Spots, mpp: float, patch_px: int) -> Iterator[np.ndarray]:
     from tqdm import tqdm
 
-    from preprocessing.windows import cut_patches
+    from preprocessing.windows import cut_blocks
 
-    cut = cut_patches(slide, spots.centre_xy_px, spots.patch_um, mpp, patch_px)
-    return (patch for _, patch in tqdm(cut, total=len(spots), desc="cutting", unit="patch"))
+    blocks = [slice(start, min(start + BLOCK_SPOTS, len(spots))) for start in range(0, len(spots), BLOCK_SPOTS)]
+    with tqdm(total=len(spots), desc="cutting", unit="patch") as bar:
+        for cut in cut_blocks(slide, spots.centre_xy_px, spots.patch_um, mpp, patch_px, blocks):
+            if cut.reasons:
+                raise InputError(slide.path, "patches", "pixels under every one", cut.reasons[0])
+            yield from cut.patches
+            bar.update(len(cut.patches))
 
 
 def quality_line(sample: Sample, spots: Spots) -> str:

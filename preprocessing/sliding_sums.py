@@ -8,12 +8,13 @@ unsigned, for which the compiler leaves out the test for negative indices: that 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from preprocessing.kernels import kernel
 
 INT32_MAX = np.iinfo(np.int32).max
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def gather_rows(indptr, indices, data, rows, genes, counts):
     """Copy the entries of some `rows` of a CSR one after the other into `genes` and `counts`."""
     end = 0
@@ -24,7 +25,7 @@ def gather_rows(indptr, indices, data, rows, genes, counts):
             end += 1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def place_cells(cells, lengths, genes, counts, pointers, band_genes, band_counts):
     """Copy entries that come cell by cell, `lengths` of each, to where `pointers` says that the cell begins in the band."""
     read = 0
@@ -36,7 +37,7 @@ def place_cells(cells, lengths, genes, counts, pointers, band_genes, band_counts
             read += 1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def sum_windows(pointers, genes, counts, width, tops, lefts, side, n_genes, columns, values, ends):
     """Totals of windows of side × side cells as CSR rows: `columns` ascending, `values` without zeros, `ends` of every row.
 
@@ -67,7 +68,7 @@ def sum_windows(pointers, genes, counts, width, tops, lefts, side, n_genes, colu
     return bits <= INT32_MAX
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _add_cells(totals, pointers, genes, counts, width, top, n_rows, first_col, stop_col, sign):
     """Add to the totals, or with sign -1 take from them, cells `first_col` to `stop_col` of rows `top` to `top + n_rows`."""
     for row in range(top, top + n_rows):

@@ -1,14 +1,13 @@
-"""The loop over pixels of `stain.normalise_stain`, compiled by numba when it is first called (about 0.3 s).
-
-Not cached on disk: an installation may be read-only. Touches no files; releases the GIL.
+"""The loop over pixels of `stain.normalise_stain`, compiled when it is first called. Touches no files; releases the GIL.
 """
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from preprocessing.kernels import kernel
 
-@numba.njit(nogil=True)
+
+@kernel
 def multiply_tables(pixels, tables, out):
     """out[i, k] = tables[k, 0, r] * tables[k, 1, g] * tables[k, 2, b], at most 255, for pixel i = (r, g, b).
 

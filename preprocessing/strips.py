@@ -3,6 +3,7 @@
 A strip is the bounding box of consecutive windows, at most MAX_STRIP_PX large. It is decoded only where its windows together
 have more pixels than it has; sparse windows (a Visium section, random places) stay alone and are read one by one.
 Windows are floats (x0, y0, x1, y1) of the level-0 plane; boxes are whole pixels (left, top, right, bottom) of the same plane.
+Decoded pixels are uint32 (h, w), as `resampling.py` takes them: R, G, B and a byte without meaning, in the order of memory.
 """
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ from PIL import Image
 
 from preprocessing.slide import Slide, SlideReadError
 
-MAX_STRIP_PX = 1 << 25       # pixels of a strip: 134 MB, as Pillow holds RGB in 4 bytes
+MAX_STRIP_PX = 1 << 25       # pixels of a strip: 134 MB of 4 bytes each
 PIECE_PX = 1024              # a strip is decoded in squares of this side, on a grid that a slide's own tiles fit into
 CHUNK_WINDOWS = 64           # windows one worker cuts at a time
 CHUNK_BYTES = 4 << 20        # fewer where patches or windows are large
 MAX_GROWTH = 2               # a joined strip may cost this many times its parts: a new row of windows widens it by little
 BAND_PX = 256                # windows of a chunk are neighbours: sorted by bands of this height, then from left to right
-WHITE = (255, 255, 255)
+WHITE = np.uint32(0xFFFFFFFF)
 
 Box = tuple[int, int, int, int]
 
@@ -52,7 +53,7 @@ class Strip:
     chunks: list[Chunk]
     box: Box
     n_px: int                                               # of all its windows together
-    image: Image.Image | None = None
+    pixels: np.ndarray | None = None                        # those of the box, once `wait` returns
     pieces: list[Future] = field(default_factory=list)
 
     @property
@@ -65,9 +66,9 @@ class Strip:
         return _area(self.box) if self.is_shared else self.n_px
 
     def start_decoding(self, slide: Slide, pool: Executor) -> None:
-        """Hand the strip's pieces to the workers; `wait` for them before using `image`."""
+        """Hand the strip's pieces to the workers; `wait` for them before using `pixels`."""
         left, top, right, bottom = self.box
-        self.image = Image.new("RGB", (right - left, bottom - top), WHITE)        # what lies off the slide stays white
+        self.pixels = np.full((bottom - top, right - left), WHITE)               # what lies off the slide stays white
         inside = (max(left, 0), max(top, 0), min(right, slide.width_px), min(bottom, slide.height_px))
         self.pieces = [pool.submit(self._decode, slide, piece) for piece in _grid(inside)]
 
@@ -76,9 +77,8 @@ class Strip:
         return [piece for piece in (future.result() for future in self.pieces) if piece is not None]
 
     def _decode(self, slide: Slide, piece: Box) -> Box | None:
-        left, top, right, bottom = piece
         try:
-            self.image.paste(slide.read_image(left, top, right - left, bottom - top), (left - self.box[0], top - self.box[1]))
+            _paste(slide, piece, self.pixels, self.box)
         except SlideReadError:                   # whose windows those are is found out by reading each on its own
             return piece
         return None
@@ -88,7 +88,8 @@ def chunks_of(windows: np.ndarray, patch_px: int) -> Iterator[Chunk]:
     """The windows (n, 4) of one block as chunks of neighbours, whatever their order."""
     if not len(windows):
         return
-    boxes = np.concatenate([np.floor(windows[:, :2]), np.ceil(windows[:, 2:])], axis=1).astype(np.int64)
+    starts = np.floor(windows[:, :2])
+    boxes = np.concatenate([starts, np.maximum(np.ceil(windows[:, 2:]), starts + 1)], axis=1).astype(np.int64)
     order = np.lexsort((boxes[:, 0], boxes[:, 1] // BAND_PX))
     largest = int(max(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1).max() // 4, patch_px ** 2)) * 3
     step = int(np.clip(CHUNK_BYTES // largest, 1, CHUNK_WINDOWS))
@@ -115,16 +116,25 @@ def plan_strips(chunks: Iterator[Chunk]) -> Iterator[Strip]:
         yield strip
 
 
-def read_padded(slide: Slide, box: Box) -> Image.Image:
-    """The pixels of a box of level 0; what lies off the slide is white."""
+def read_padded(slide: Slide, box: Box) -> np.ndarray:
+    """The pixels of a box of level 0, uint32 (h, w); what lies off the slide is white."""
     left, top, right, bottom = box
-    x0, y0, x1, y1 = max(left, 0), max(top, 0), min(right, slide.width_px), min(bottom, slide.height_px)
-    image = slide.read_image(x0, y0, x1 - x0, y1 - y0)
-    if (x0, y0, x1, y1) == (left, top, right, bottom):
-        return image
-    padded = Image.new("RGB", (right - left, bottom - top), WHITE)
-    padded.paste(image, (x0 - left, y0 - top))
-    return padded
+    pixels = np.full((bottom - top, right - left), WHITE)
+    inside = max(left, 0), max(top, 0), min(right, slide.width_px), min(bottom, slide.height_px)
+    _paste(slide, inside, pixels, box)
+    return pixels
+
+
+def _paste(slide: Slide, piece: Box, pixels: np.ndarray, box: Box) -> None:
+    """Decode a piece of the slide into the pixels of a box around it."""
+    left, top, right, bottom = piece
+    image = slide.read_image(left, top, right - left, bottom - top)
+    pixels[top - box[1]:bottom - box[1], left - box[0]:right - box[0]] = packed(image)
+
+
+def packed(image: Image.Image) -> np.ndarray:
+    """The pixels of an RGB image of Pillow, uint32 (h, w)."""
+    return np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32).reshape(image.height, image.width)
 
 
 def overlap(box: Sequence[int], other: Sequence[int]) -> bool:

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from preprocessing.errors import OptionError
+from preprocessing.resampling import resample_windows
 from preprocessing.slide import Slide, SlideReadError
 from preprocessing.strips import Chunk, Strip, chunks_of, overlap, plan_strips, read_padded
 
 EDGE_TOLERANCE_PX = 1e-6     # a window that touches the edge is inside in spite of rounding
 CHUNKS_AHEAD = 16            # chunks (of 64 windows or 4 MB) cut while the caller is busy with a block
-BLOCK_WINDOWS = 1024         # windows that `cut_patches` takes at a time
 WHITE = 255
 
 Edge = Literal["drop", "pad"]
@@ -62,7 +61,7 @@ def cut_blocks(slide: Slide, centre_xy_px: np.ndarray, side_um: float, mpp: floa
     `workers` threads decode strips of the slide and resample from them; both leave the interpreter free. The pictures depend
     neither on their number nor on the blocks nor on the order of the windows, but windows near to each other in order decode least.
     Memory, whatever P and the slide: two strips (`strips.MAX_STRIP_PX`, 134 MB each), one block of patches, CHUNKS_AHEAD chunks of at
-    most 4 MB and one piece of 1 Mpx a worker. A slide that was decoded when it was opened adds itself.
+    most 4 MB, and for each worker a piece of 1 Mpx or the rows of one window. A slide decoded when it was opened adds itself.
     """
     if patch_px < 1:
         raise OptionError("--patch-sz-px", "at least 1 px", str(patch_px))
@@ -71,22 +70,6 @@ def cut_blocks(slide: Slide, centre_xy_px: np.ndarray, side_um: float, mpp: floa
     if not all(np.isfinite(part).all() for part in parts):
         raise ValueError(f"{slide.path}: blocks hold windows that are not inside (edge={edge}); keep those of windows_inside")
     return _assembled(parts, patch_px, _cut_in_order(slide, parts, patch_px, workers))
-
-
-def cut_patches(slide: Slide, centre_xy_px: np.ndarray, side_um: float, mpp: float, patch_px: int, edge: Edge = "drop",
-                workers: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (row of `centre_xy_px`, uint8 (patch_px, patch_px, 3)) for every window of `windows_inside`, in row order.
-
-    A patch that cannot be read is an error here.
-    """
-    rows = np.flatnonzero(windows_inside(slide, centre_xy_px, side_um, mpp, edge)[0])
-    centres = np.asarray(centre_xy_px, dtype=np.float64).reshape(-1, 2)[rows]
-    blocks = [slice(start, start + BLOCK_WINDOWS) for start in range(0, len(rows), BLOCK_WINDOWS)]
-    cut = cut_blocks(slide, centres, side_um, mpp, patch_px, blocks, edge=edge, workers=workers)
-    for block, part in zip(blocks, cut, strict=True):
-        if part.reasons:
-            raise SlideReadError(slide.path, "patches", "pixels under every one", part.reasons[0])
-        yield from zip(rows[block].tolist(), part.patches, strict=True)
 
 
 def _side_px(side_um: float, mpp: float) -> float:
@@ -152,26 +135,17 @@ def _cut_in_order(slide: Slide, parts: list[np.ndarray], patch_px: int, workers:
 
 
 def _cut_chunk(slide: Slide, strip: Strip, chunk: Chunk, patch_px: int) -> Cut:
-    undecoded = strip.wait()
-    left, top = strip.box[:2]
+    undecoded, boxes = strip.wait(), chunk.boxes.tolist()
+    shared = np.array([strip.pixels is not None and not any(overlap(box, piece) for piece in undecoded) for box in boxes])
     patches, reasons = np.empty((len(chunk.rows), patch_px, patch_px, 3), np.uint8), {}
-    for patch, row, window, box in zip(patches, chunk.rows.tolist(), chunk.windows, chunk.boxes.tolist(), strict=True):
+    if shared.any():
+        resample_windows(strip.pixels, *strip.box[:2], chunk.windows, chunk.boxes, np.flatnonzero(shared), patches)
+    for alone in np.flatnonzero(~shared):
         try:
-            if strip.image is None or any(overlap(box, piece) for piece in undecoded):
-                region = read_padded(slide, box)
-            else:
-                region = strip.image.crop((box[0] - left, box[1] - top, box[2] - left, box[3] - top))
-            patch[...] = _resample(region, window - np.tile(box[:2], 2), patch_px)
+            pixels = read_padded(slide, boxes[alone])
         except SlideReadError as error:
-            patch[...] = WHITE
-            reasons[row] = str(error)
+            patches[alone] = WHITE
+            reasons[int(chunk.rows[alone])] = str(error)
+        else:
+            resample_windows(pixels, *boxes[alone][:2], chunk.windows, chunk.boxes, np.array([alone]), patches)
     return chunk.rows, patches, reasons
-
-
-def _resample(region: Image.Image, window: np.ndarray, patch_px: int) -> Image.Image:
-    """The float `window` of a region -> patch_px × patch_px, by Lanczos over each pixel's footprint.
-
-    The region holds no pixel beyond the window's own: the filter would see it."""
-    x0, y0, x1, y1 = window.tolist()
-    box = (max(x0, 0.0), max(y0, 0.0), min(x1, region.width), min(y1, region.height))      # a rounding error may stick out
-    return region.resize((patch_px, patch_px), Image.Resampling.LANCZOS, box=box)
