@@ -6,6 +6,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 from click.testing import CliRunner
 from PIL import Image
 
@@ -176,6 +177,19 @@ def test_a_damaged_input_is_refused_naming_it(tmp_path, name, damage):
     result = run(options, tmp_path / "out")
     assert result.exit_code == 3 and name in result.output and "Traceback" not in result.output
     assert {"absent": "found nothing at this path", "a folder": "found a folder"}.get(damage, name) in result.output
+
+
+def test_a_patch_on_a_tile_that_cannot_be_decoded_is_an_error(tmp_path):
+    options, path = write_section(tmp_path), tmp_path / "image.tif"
+    tifffile.imwrite(path, np.asarray(Image.open(tmp_path / "image.png")), photometric="rgb", tile=(64, 64), compression="jpeg")
+    options[options.index(tmp_path / "image.png")] = path
+    assert run(options, tmp_path / "whole").exit_code == 0
+    with tifffile.TiffFile(path) as tiff:
+        offset, count = tiff.pages[0].dataoffsets[1 + 16], tiff.pages[0].databytecounts[1 + 16]      # x 64-128, y 64-128: the first spot
+    path.write_bytes(path.read_bytes()[:offset] + bytes(count) + path.read_bytes()[offset + count:])
+    result = run(options, tmp_path / "out")
+    assert result.exit_code == 3 and "image.tif: patches: expected pixels under every one; found " in result.output
+    assert "cannot be decoded" in result.output and not (tmp_path / "out" / "imgs.h5").exists()
 
 
 @pytest.mark.parametrize("more, message", [
