@@ -88,7 +88,10 @@ def finish_patch_folder(working: Path, folder: Path | str, *, count: int, digits
     sees the complete folder before it has its name: what it writes about the content stands no later than the folder does.
     """
     refuse_foreign_content(folder)
-    _complete(working, [png_name(row, digits) for row in range(count)], barcodes, sample_id, xy, stain)
+    try:
+        _complete(working, [png_name(row, digits) for row in range(count)], barcodes, sample_id, xy, stain)
+    except OSError as error:
+        raise named_error(error, working) from error
     if record is not None:
         record(working)
     replace_folder(working, folder)

@@ -102,7 +102,7 @@ def read_tissue(path: Path | str, slide: Slide | None = None) -> MultiPolygon:
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(path, "GeoJSON", "JSON", f"text that is not ({error})") from error
     parts = []
     for number, geometry in enumerate(_geometries(content, path)):

@@ -107,10 +107,12 @@ class CommandServer:
 
 
 def contents(folder: Path) -> dict:
-    """Everything in the files of an output folder but times: every dataset, every pixel, every line."""
+    """Everything in the files of an output folder but times: every dataset, every pixel, every line. Nothing that is hidden."""
     found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and ".lock" not in path.name):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
+        if any(part.startswith(".") for part in Path(name).parts):
+            continue
         if path.suffix in (".h5", ".h5ad"):
             with h5py.File(path) as file:
                 file.visititems(lambda key, item, name=name: found.update({f"{name}:{key}": repr(

@@ -1,0 +1,87 @@
+"""Ctrl-C at any moment: exit code 130, one line, nothing under a final name, and the same command then ends as if undisturbed."""
+import random
+import signal
+import time
+
+import anndata as ad
+import pytest
+from fault_runs import CommandServer, contents, differences, leftovers
+
+from preprocessing.expression import write_vocabulary
+
+MOMENTS, ROUND = 6, 2                     # Ctrl-C so often, so often on one output folder
+
+
+@pytest.fixture(scope="module")
+def server():
+    running = CommandServer()
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    from conftest import tiny_sample
+
+    return tiny_sample(tmp_path_factory.mktemp("interrupts"), "visium-hd", width_um=420, height_um=380, genes=60)
+
+
+@pytest.fixture(scope="module")
+def jobs(server, sample, tmp_path_factory):
+    """name -> (command, arguments for an output folder)."""
+    out = tmp_path_factory.mktemp("extracted")
+
+    def extraction(folder):
+        return ("--space-ranger-dir", sample.space_ranger_dir, "--wsi-file", sample.slide, "--out-dir", folder, "--dump-dir",
+                folder / "patches", "--patch-sz-px", 24, "--workers", 2)
+
+    server.succeeds("extract", *extraction(out))
+    write_vocabulary(out / "vocab.txt", ad.read_h5ad(out / "gex.h5ad", backed="r").var_names.tolist()[50:3:-1])
+    return {
+        "extract": extraction,
+        "random": lambda folder: ("--wsi-file", sample.slide, "--tissue-seg-file", "auto", "--out-dir", folder, "--n-pts", 400,
+                                  "--patch-sz-px", 24),
+        "filter": lambda folder: ("--raw-file", out / "gex.h5ad", "--vocab-file", out / "vocab.txt", "--out-file", folder / "f.h5ad"),
+        "dump": lambda folder: ("--images", out / "imgs.h5", "--wsi", sample.slide, "--out-dir", folder / "patches")}
+
+
+@pytest.mark.parametrize("job", ["extract", "random", "filter", "dump"])
+def test_ctrl_c_at_any_moment_is_one_line_and_exit_code_130_and_the_run_goes_on_afterwards(server, jobs, tmp_path, job):
+    command, moments = {"random": "extract"}.get(job, job), random.Random(job)
+    (whole := tmp_path / "whole").mkdir()
+    start = time.monotonic()
+    server.succeeds(command, *jobs[job](whole))
+    duration, expected, n_interrupted = time.monotonic() - start, contents(whole), 0
+    for number in range(0, MOMENTS, ROUND):
+        (out := tmp_path / f"out_{number}").mkdir()
+        for _ in range(ROUND):
+            run = server.start(command, *jobs[job](out))
+            time.sleep(moments.uniform(0.03, 0.85) * duration)
+            run.signal(signal.SIGINT)
+            if run.wait() in (0, -signal.SIGINT) and differences(contents(out), expected) == []:
+                continue                                            # all was written before the interpreter left
+            n_interrupted += 1
+            assert run.code == 130, (run.code, run.said)
+            assert run.errors == ["error: interrupted; what was finished is kept, run the same command again"], run.said
+            assert not [path.name for path in out.rglob("*") if ".tmp." in path.name or ".old." in path.name]
+        server.succeeds(command, *jobs[job](out))
+        assert differences(contents(out), expected) == [] and leftovers(out) == []
+    assert n_interrupted >= MOMENTS // 3, "Ctrl-C came too late to test anything"
+
+
+def test_a_second_ctrl_c_ends_it_too_and_a_kill_signal_leaves_what_a_kill_leaves(server, jobs, tmp_path):
+    """SIGTERM ends preprocessing as a kill does: nothing is promised but that the next run goes on."""
+    arguments = jobs["extract"](tmp_path / "out")
+    run = server.start("extract", *arguments)
+    time.sleep(0.8)
+    for _ in range(2):
+        run.signal(signal.SIGINT)
+        time.sleep(0.002)
+    assert run.wait() in (0, 130, -signal.SIGINT)
+    run = server.start("extract", *arguments)
+    time.sleep(0.8)
+    run.signal(signal.SIGTERM)
+    assert run.wait() in (0, -signal.SIGTERM)
+    server.succeeds("extract", *arguments)
+    server.succeeds("extract", *jobs["extract"](tmp_path / "whole"))
+    assert differences(contents(tmp_path / "out"), contents(tmp_path / "whole")) == [] and leftovers(tmp_path / "out") == []
