@@ -5,8 +5,9 @@ A block is some 1,000 consecutive spots. What it gives - compressed patches, pac
 """
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, repeat
@@ -150,8 +151,8 @@ class BlockKeeper:
     def _keep(self, number: int, block: slice, patches: CutBlock, counts: sp.csr_matrix | None) -> int:
         job, good, images = self._job, np.flatnonzero(patches.readable), patches.patches
         shown = [row - block.start for row in job.shown_rows if block.start <= row < block.stop and patches.readable[row - block.start]]
-        dark = (images[good, ::4, ::4].max(axis=3) < NEARLY_BLACK).mean(axis=(1, 2)) > MOSTLY
-        kept = {"readable": patches.readable, "reasons": np.array(patches.reasons, dtype=str), "n_black": np.array(dark.sum()),
+        dark = (images[good, ::8, ::8].max(axis=3) < NEARLY_BLACK).mean(axis=(1, 2)) > MOSTLY
+        kept = {"readable": patches.readable, "reasons": _as_bytes(patches.reasons), "n_black": np.array(dark.sum()),
                 "shown": images[shown]}
         if job.keeps_images:
             groups = [good[start:start + GROUP] for start in range(0, len(good), GROUP)]
@@ -170,6 +171,10 @@ class BlockKeeper:
         return len(patches.readable)
 
 
+def _as_bytes(texts: Sequence[str]) -> np.ndarray:
+    return np.frombuffer(json.dumps(list(texts)).encode(), np.uint8)
+
+
 def _normalised(images: np.ndarray, stain: StainVectors | None, pool: Executor) -> Iterable[np.ndarray]:
     """The patches as the PNG files show them, in order."""
     if stain is None:
@@ -185,7 +190,7 @@ class MadeBlocks:
         self._parts = parts
         facts = list(parts.blocks("readable", "reasons", "n_black", "shown"))
         self.readable = np.concatenate([block["readable"] for block in facts])                 # bool, a candidate each
-        self.reasons: list[str] = [str(reason) for block in facts for reason in block["reasons"]]
+        self.reasons: list[str] = [reason for block in facts for reason in json.loads(block["reasons"].tobytes())]
         self.n_black = sum(int(block["n_black"]) for block in facts)
         self.shown = np.concatenate([block["shown"] for block in facts])
 

@@ -1,19 +1,20 @@
 """Keep the finished blocks of a long step, so that a killed run goes on where it was.
 
-A block is one immutable file of named arrays, written by the rule of `outputs.py` in a folder beside the output it is for.
-The folder belongs to one config and one set of inputs: blocks of another are thrown away, never mixed in. The caller holds
-the lock of the output.
+A block is one immutable file of named arrays (safetensors, with a checksum of each), written by the rule of `outputs.py` in a
+folder beside the output it is for. The folder belongs to one config and one set of inputs: blocks of another are thrown away,
+never mixed in. The caller holds the lock of the output.
 """
 from __future__ import annotations
 
 import json
 import shutil
-import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from preprocessing.outputs import config_sha256, fingerprint, finished_file, write_json
 
@@ -58,12 +59,14 @@ class Parts:
         return number
 
     def _path(self, number: int) -> Path:
-        return self.folder / f"block_{number:06d}.npz"
+        return self.folder / f"block_{number:06d}.safetensors"
 
     def write(self, number: int, **arrays: np.ndarray) -> None:
         """Finish block `number`. It need not reach the disk at once: a torn block is noticed when it is read."""
-        with finished_file(self._path(number), sync=False) as temporary, open(temporary, "wb") as stream:
-            np.savez(stream, **arrays)
+        arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+        with finished_file(self._path(number), sync=False) as temporary:
+            # not `save_file`: what it raises on a full disk is no OSError
+            temporary.write_bytes(save(arrays, metadata={name: _checksum(array) for name, array in arrays.items()}))
 
     def read(self, number: int, *names: str) -> dict[str, np.ndarray]:
         """The arrays `names` of a finished block (default: all).
@@ -71,12 +74,14 @@ class Parts:
         A damaged block is thrown away, so that the next run makes it anew, and is an `OSError`.
         """
         path = self._path(number)
-        with open(path, "rb") as stream:
-            try:
-                return _arrays(stream, names)
-            except Exception as error:             # a changed byte makes the reader of ZIP files raise nearly anything
-                path.unlink(missing_ok=True)
-                raise OSError(f"{path}: damaged ({error}); run the command again, which makes this block anew") from error
+        path.stat()                                # that there is none, or none for us to read, is no damage
+        try:
+            return _arrays(path, names)
+        except PermissionError:
+            raise
+        except Exception as error:                 # a changed byte of the header may mean anything
+            path.unlink(missing_ok=True)
+            raise OSError(f"{path}: damaged ({error}); run the command again, which makes this block anew") from error
 
     def blocks(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
         """These arrays of every finished block, in order."""
@@ -92,13 +97,16 @@ class Parts:
         shutil.rmtree(parts_folder(output), ignore_errors=True)
 
 
-def _arrays(stream: BinaryIO, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Arrays of an `.npz`, each read to its very end: only there is its checksum looked at, and a changed header may end it early."""
-    arrays = {}
-    with zipfile.ZipFile(stream) as archive:
-        for name in names or [member.removesuffix(".npy") for member in archive.namelist()]:
-            with archive.open(f"{name}.npy") as member:
-                arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
-                if member.read(1):
-                    raise ValueError(f"more bytes than {name} has")
+def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    with safe_open(path, framework="numpy") as file:
+        sums = file.metadata() or {}
+        arrays = {name: file.get_tensor(name) for name in names or file.keys()}
+    for name, array in arrays.items():
+        if _checksum(array) != sums.get(name):
+            raise ValueError(f"{name} is not what was written")
     return arrays
+
+
+def _checksum(array: np.ndarray) -> str:
+    about = zlib.crc32(f"{array.dtype} {array.shape}".encode())
+    return f"{zlib.crc32(array.reshape(-1).view(np.uint8), about):08x}"

@@ -56,7 +56,7 @@ def stopped_once(server, sample, tmp_path_factory):
     """The output folder of an extraction stopped after six blocks, and a copy of it."""
     out, copy = tmp_path_factory.mktemp("stopped") / "out", tmp_path_factory.mktemp("copy") / "out"
     server.fails(130, *extraction(sample, out), before=STOP_AT_BLOCK.format(6))
-    assert len(list((out / ".imgs.h5.parts").glob("block_*.npz"))) == 6 and not list(out.glob("[!.]*"))
+    assert len(list((out / ".imgs.h5.parts").glob("block_*.safetensors"))) == 6 and not list(out.glob("[!.]*"))
     shutil.copytree(out, copy)
     return out, copy
 
@@ -75,10 +75,10 @@ def stopped(stopped_once):
 def test_any_one_changed_bit_and_any_cut_of_a_block_is_noticed_or_harmless(tmp_path):
     (tmp_path / "input").touch()
     parts = Parts(tmp_path / "imgs.h5", config={}, inputs={"slide": tmp_path / "input"})
-    arrays = {"readable": np.ones(9, bool), "reasons": np.array([], dtype=str), "n_black": np.array(3),
+    arrays = {"readable": np.ones(9, bool), "reasons": np.array([], dtype="u1"), "n_black": np.array(3),
               "streams": np.arange(99, dtype="u1")}
     parts.write(0, **arrays)
-    path = parts.folder / "block_000000.npz"
+    path = parts.folder / "block_000000.safetensors"
     content = path.read_bytes()
     noticed = 0
     flips = [content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1:] for at in range(len(content))]
@@ -110,9 +110,9 @@ DAMAGE = {"a flipped bit": flip, "cut in half": lambda path: path.write_bytes(pa
 @pytest.mark.parametrize(("damage", "number"), list(zip(DAMAGE, (5, 0, 5, 2), strict=True)), ids=DAMAGE)
 def test_a_block_damaged_between_two_runs_is_named_and_made_anew_by_the_next(server, sample, whole, stopped, damage, number):
     out, kept = stopped
-    DAMAGE[damage](kept / f"block_{number:06d}.npz")
+    DAMAGE[damage](kept / f"block_{number:06d}.safetensors")
     said = server.fails(4, *extraction(sample, out))
-    assert f"block_{number:06d}.npz: damaged" in said and "run the command again" in said
+    assert f"block_{number:06d}.safetensors: damaged" in said and "run the command again" in said
     server.succeeds(*extraction(sample, out))
     assert differences(contents(out), whole) == [] and leftovers(out) == []
 
@@ -128,7 +128,7 @@ def test_a_png_file_lost_between_two_runs_is_made_anew(server, sample, whole, st
 def test_blocks_whose_key_is_of_another_version_or_damaged_are_made_anew(server, sample, whole, stopped, key):
     out, kept = stopped
     (kept / "key.json").unlink() if key is None else (kept / "key.json").write_text(key)
-    for path in kept.glob("block_*.npz"):
+    for path in kept.glob("block_*.safetensors"):
         flip(path)                                                  # who reads one of them is noticed
     server.succeeds(*extraction(sample, out))
     assert differences(contents(out), whole) == [] and leftovers(out) == []

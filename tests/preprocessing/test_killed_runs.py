@@ -165,7 +165,7 @@ def test_a_changed_config_begins_anew_and_mixes_nothing(hd_sample, tmp_path, mon
     with monkeypatch.context() as patched:
         stop_at_block(patched, 3)
         CliRunner().invoke(extract_patches.main, [str(argument) for argument in [*arguments, "--out-dir", tmp_path / "out"]])
-    assert len(list((tmp_path / "out" / ".imgs.h5.parts").glob("*.npz"))) == 3
+    assert len(list((tmp_path / "out" / ".imgs.h5.parts").glob("*.safetensors"))) == 3
     for name in ("out", "clean"):
         succeeds(extract_patches.main, [*arguments, "--out-dir", tmp_path / name, "--stride", 7])
     assert contents(tmp_path / "out") == contents(tmp_path / "clean")
