@@ -53,11 +53,12 @@ def test_a_damaged_block_is_an_error_and_is_made_anew_by_the_next_run(tmp_path):
 def test_a_block_that_cannot_be_written_is_not_there(tmp_path, monkeypatch):
     made = parts(tmp_path)
 
-    def full(arrays, path, metadata):
-        path.write_bytes(b"half")
+    def full(path, content):
+        with open(path, "wb") as stream:
+            stream.write(content[:4])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("preprocessing.parts.save_file", full)
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
     with pytest.raises(OSError, match="No space"):
         made.write(0, x=np.zeros(1))
     assert len(made) == 0 and [path.name for path in made.folder.iterdir()] == ["key.json"]
