@@ -30,7 +30,7 @@ def resample_windows(pixels, left, top, windows, boxes, which, patches):
         most_rows = max(most_rows, boxes[n, 3] - boxes[n, 1])
     most_taps = int(2 * LOBES * max(max(most_columns, most_rows) / patch_px, 1.0)) + 3
     first, count, weights = np.empty(patch_px, np.int64), np.empty(patch_px, np.int64), np.empty((patch_px, most_taps), np.int32)
-    turned = np.zeros((most_columns, LANES), np.uint32)                            # a block of rows, transposed; never uninitialised
+    turned = np.empty((most_columns, LANES), np.uint32)                            # a block of rows, transposed; lanes beyond it are stale
     lanes = np.empty((most_columns, 4 * LANES), np.int32)                          # the same, a channel each
     narrow = np.empty((most_rows, 3 * patch_px), np.int32)                         # all rows of a window, resampled
     sums, bytes_of_column = np.empty(4 * LANES, np.int32), np.empty((patch_px, 4 * LANES), np.uint8)

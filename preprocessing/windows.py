@@ -21,7 +21,7 @@ from preprocessing.slide import Slide, SlideReadError
 from preprocessing.strips import Chunk, Strip, chunks_of, overlap, plan_strips, read_padded
 
 EDGE_TOLERANCE_PX = 1e-6     # a window that touches the edge is inside in spite of rounding
-CHUNKS_AHEAD = 16            # chunks (of 64 windows or 4 MB) cut while the caller is busy with a block
+CHUNKS_AHEAD = 24            # chunks (of 64 windows or 4 MB) cut while the caller is busy: more than a block of 64 MB
 WHITE = 255
 
 Edge = Literal["drop", "pad"]
