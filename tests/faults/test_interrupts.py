@@ -45,6 +45,7 @@ def jobs(server, sample, tmp_path_factory):
         "dump": lambda folder: ("--images", out / "imgs.h5", "--wsi", sample.slide, "--out-dir", folder / "patches")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["extract", "random", "filter", "dump"])
 def test_ctrl_c_at_any_moment_is_one_line_and_exit_code_130_and_the_run_goes_on_afterwards(server, jobs, tmp_path, job):
     command, moments = {"random": "extract"}.get(job, job), random.Random(job)
