@@ -194,7 +194,7 @@ class MadeBlocks:
         self.n_black = sum(int(block["n_black"]) for block in facts)
         self.shown = np.concatenate([block["shown"] for block in facts])
 
-    def images(self) -> Iterator[bytes]:
+    def images(self) -> Iterator[memoryview]:
         """Compressed patches, in row order."""
         for block in self._parts.blocks("image_streams", "image_lengths"):
             yield from unpack(block["image_streams"], block["image_lengths"])

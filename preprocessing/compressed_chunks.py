@@ -28,37 +28,37 @@ def compress(values: np.ndarray) -> bytes:
     return imagecodecs.zlibng_encode(raw, GZIP_LEVEL)
 
 
-def compress_if_worthwhile(values: np.ndarray) -> bytes:
-    """One chunk of uint8: compressed if a piece out of its middle says that it pays, else as it is."""
+def compress_if_worthwhile(values: np.ndarray) -> bytes | memoryview:
+    """One chunk of uint8: compressed if a piece out of its middle says that it pays, else a view of it as it is."""
     raw = np.ascontiguousarray(values).reshape(-1)
     middle = max(0, (len(raw) - PROBE_BYTES) // 2)
     probe = raw[middle:middle + PROBE_BYTES]
     if len(_deflate(probe)) > WORTHWHILE * len(probe):
-        return raw.tobytes()
+        return raw.data
     stream = _deflate(raw)
-    return stream if len(stream) < len(raw) else raw.tobytes()
+    return stream if len(stream) < len(raw) else raw.data
 
 
 def _deflate(raw: np.ndarray) -> bytes:
     return imagecodecs.deflate_encode(raw, level=GZIP_LEVEL, raw=False)
 
 
-def write_chunk(dataset: h5py.Dataset, place: tuple[int, ...], stream: bytes) -> None:
+def write_chunk(dataset: h5py.Dataset, place: tuple[int, ...], stream: bytes | memoryview) -> None:
     """Put what `compress_if_worthwhile` made of a chunk into a `dataset` created with `GZIP`."""
     is_raw = len(stream) == math.prod(dataset.chunks) * dataset.dtype.itemsize
     dataset.id.write_direct_chunk(place, stream, NOT_COMPRESSED if is_raw else 0)
 
 
-def pack(streams: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+def pack(streams: Sequence[bytes | memoryview]) -> tuple[np.ndarray, np.ndarray]:
     """Streams end to end, uint8 (n,), and the length of each, int64."""
     return np.frombuffer(b"".join(streams), np.uint8), np.array([len(stream) for stream in streams], dtype=np.int64)
 
 
-def unpack(joined: np.ndarray, lengths: np.ndarray) -> Iterable[bytes]:
-    """The streams that `pack` joined."""
+def unpack(joined: np.ndarray, lengths: np.ndarray) -> Iterable[memoryview]:
+    """The streams that `pack` joined, as views."""
     ends = np.cumsum(lengths)
     for start, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True):
-        yield joined[start:end].tobytes()
+        yield joined[start:end].data
 
 
 class ChunkedColumn:
@@ -75,7 +75,7 @@ class ChunkedColumn:
         return [pool.submit(compress, values[start:start + self.length]) for start in range(0, full, self.length)]
 
 
-def write_column(dataset: h5py.Dataset, streams: Iterable[bytes], tail: np.ndarray) -> None:
+def write_column(dataset: h5py.Dataset, streams: Iterable[bytes | memoryview], tail: np.ndarray) -> None:
     """Fill a 1-D `dataset`, created with `GZIP` and shuffle, with its chunks and what is left after them."""
     length, first = dataset.chunks[0], 0
     for stream in streams:

@@ -63,7 +63,7 @@ def write_expression_blocks(path: Path | str, about: ad.AnnData, blocks: Callabl
                 write_column(dataset, _streams(name, blocks), _last_tail(name, blocks))
 
 
-def _streams(name: str, blocks: Callable[..., Iterator[Packed]]) -> Iterator[bytes]:
+def _streams(name: str, blocks: Callable[..., Iterator[Packed]]) -> Iterator[memoryview]:
     for block in blocks(f"{name}_streams", f"{name}_lengths"):
         yield from unpack(block[f"{name}_streams"], block[f"{name}_lengths"])
 

@@ -7,6 +7,7 @@ folder of PNG files can be made in the same pass.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -119,15 +120,16 @@ def _extract_spots(config: ExtractConfig, request: Request, slide: Slide, sample
         if made.reasons:
             without[BAD_TILES] = (chosen.barcodes[~made.readable], chosen.centre_xy_px[~made.readable])
         with _finishing(config, request, files, folder, centre_xy_px=kept.centre_xy_px, barcodes=kept.barcodes, name=sample.sample_id,
-                        dropped=kept.dropped) as staged:
+                        dropped=kept.dropped) as staged, ThreadPoolExecutor(1) as beside:     # one works while the other waits for the disk
+            images = beside.submit(_write_images, staged, config, made, sample.mpp, top_left[good], kept.barcodes, sample.sample_id)
             write_expression_blocks(staged[".h5ad"], about, made.counts)
-            _write_images(staged, config, made, sample.mpp, top_left[good], kept.barcodes, sample.sample_id)
             write_dropped(staged[".tsv"], {reason: names for reason, (names, _) in without.items()})
             _write_page(staged, files, config, slide, sample.sample_id, sample.mpp, kept.centre_xy_px, made,
                         (sample.summary(), *sample.notices, kept_line(kept, unit), *warnings),
                         dropped_xy_px={reason: xy for reason, (_, xy) in without.items()},
                         numbers={"kept": len(kept), **kept.dropped}, library_sizes=made.column("library_sizes"),
                         n_genes=made.column("row_lengths"))
+            images.result()
     yield from map(str, (*files, *([request.dump_dir] if request.dump_dir else [])))
 
 
@@ -227,8 +229,9 @@ def _finishing(config: ExtractConfig, request: Request, files: tuple[Path, ...],
         yield {IMAGES if file == files[0] and request.writes_hdf5 else file.suffix: path for file, path in staged.items()}
         if folder is not None:
             _finish_folder(config, request, files, folder, facts, centre_xy_px, barcodes, name)
-    for file in files:
-        write_done(file, **_recorded(config, request, files), **facts, **({} if dropped is None else {"dropped": dict(dropped)}))
+    facts |= {} if dropped is None else {"dropped": dict(dropped)}
+    with ThreadPoolExecutor(2) as pool:                      # hashes of gigabytes
+        list(pool.map(lambda file: write_done(file, **_recorded(config, request, files), **facts), files))
 
 
 def _finish_folder(config: ExtractConfig, request: Request, files: tuple[Path, ...], folder: PatchFolderTarget, facts: dict[str, object],

@@ -30,14 +30,14 @@ def write_patch_file(path: Path | str, patches: Iterable[np.ndarray], *, count: 
                              barcodes=barcodes, patch_size_src=patch_size_src, pixel_size=pixel_size, name=name)
 
 
-def compress_patch(patch: np.ndarray, patch_px: int) -> bytes:
+def compress_patch(patch: np.ndarray, patch_px: int) -> bytes | memoryview:
     """One patch as the chunk it becomes in the file."""
     if patch.shape != (patch_px, patch_px, 3) or patch.dtype != np.uint8:
         raise ValueError(f"a patch of uint8 ({patch_px}, {patch_px}, 3) was announced, {patch.dtype} {patch.shape} came")
     return compress_if_worthwhile(patch)
 
 
-def write_compressed_patches(path: Path | str, streams: Iterable[bytes], *, count: int, patch_px: int, coords: np.ndarray,
+def write_compressed_patches(path: Path | str, streams: Iterable[bytes | memoryview], *, count: int, patch_px: int, coords: np.ndarray,
                              barcodes: Sequence[str] | None, patch_size_src: float, pixel_size: float, name: str) -> None:
     """As `write_patch_file`, for patches that went through `compress_patch`, in worker threads maybe."""
     coords = np.asarray(coords)

@@ -56,14 +56,14 @@ def sum_blocks(sample: Sample, spots: Spots, blocks: Sequence[slice], *, workers
     assert (np.diff(tops) >= 0).all(), "pseudo-spots are ordered by array row"
     with BinBands(sample, tops, lefts, spots.bins_per_side, memory_gb, folder) as bands, ThreadPoolExecutor(workers) as pool:
         bands.fill()
-        pending: deque[list[Future]] = deque()
+        pending: deque[Future] = deque()
         for parts in _block_parts(bands, tops, blocks):
-            pending.append([pool.submit(_sum_part, band, tops[part], lefts[part], spots.bins_per_side, n_genes)
-                            for band, part in parts])
+            sums = [pool.submit(_sum_part, band, tops[part], lefts[part], spots.bins_per_side, n_genes) for band, part in parts]
+            pending.append(pool.submit(_joined, sums, n_genes))      # jobs are begun in this order, so none waits for one behind it
             if len(pending) > workers:
-                yield _joined(pending.popleft(), n_genes)
+                yield pending.popleft().result()
         while pending:
-            yield _joined(pending.popleft(), n_genes)
+            yield pending.popleft().result()
 
 
 def _block_parts(bands: BinBands, tops: np.ndarray, blocks: Sequence[slice]) -> Iterator[list[tuple[Band, slice]]]:
