@@ -282,7 +282,8 @@ def _write_page(staged: Mapping[str, Path], files: tuple[Path, ...], config: Ext
 @click.option("--below-v2", is_flag=True, default=None, help="The folder is from Space Ranger 1.x (found out by itself).")
 @click.option("--tissue-seg-file", help="Cut random patches inside these outlines: GeoJSON in level-0 px, or `auto`.")
 @click.option("--out-file", type=click.Path(path_type=Path), help="HDF5 of the random patches.  [default: random_imgs.h5 in --out-dir]")
-@click.option("--out-dir", type=click.Path(path_type=Path), help="Folder of everything else.  [default: the Space Ranger folder]")
+@click.option("--out-dir", type=click.Path(path_type=Path),
+              help="Folder of everything else.  [default: the Space Ranger folder, or that of --gex-file if this is not named gex.h5ad]")
 @click.option("--n-pts", "n_patches", default=50_000, help="How many random patches.")
 @click.option("--stride", "stride_bins", default=5, help="Visium HD: step between pseudo-spots, in bins.")
 @click.option("--patch-sz-px", "patch_px", default=128, help="Side of a saved patch, px.")

@@ -106,6 +106,19 @@ class Request:
                 raise InputError(path, "path", "a file or folder to read", "nothing there")
             if path and path != self.space_ranger_dir and not Path(path).is_file():
                 raise InputError(path, "path", "a file", "a folder")
+        self._require_other_files()
+
+    def _require_other_files(self) -> None:
+        """Refuse to write over what is read; links are followed."""
+        read = {Path(path).resolve(): path for path in (*self.sample_inputs().values(), self.stain_file) if path}
+        if self.tissue_seg_file and self.tissue_seg_file != "auto":
+            read[Path(self.tissue_seg_file).resolve()] = self.tissue_seg_file
+        for file in (*self.spot_files(), *self.random_files()):
+            if file.resolve() in read:
+                option = "--out-file" if file == self.out_file else "--out-dir"
+                raise OptionError(option, "another place for what is written than for what is read", f"{file}, an input")
+        if self.dump_dir and (inside := [path for real, path in read.items() if self.dump_dir.resolve() in (real, *real.parents)]):
+            raise OptionError("--dump-dir", "a folder without an input in it: it is replaced", str(inside[0]))
 
     def _require_effect(self) -> None:
         """Refuse an option that does nothing without another one."""

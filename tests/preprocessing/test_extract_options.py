@@ -1,4 +1,6 @@
 """An option of extract_patches that does nothing, or cannot be, is a usage error; a folder for a file is said to be one."""
+import shutil
+
 import h5py
 import numpy as np
 import pytest
@@ -73,3 +75,37 @@ def test_a_matrix_whose_datasets_are_of_another_kind_is_refused_naming_the_file(
         file[f"matrix/{name}"] = values
     with pytest.raises(InputError, match=f"{matrix.name}: "):
         read_matrix(matrix)
+
+
+@pytest.mark.parametrize("link", [False, True], ids=["itself", "by a link"])
+def test_an_input_named_as_an_output_is_never_written_over(sim_v2, tmp_path, link):
+    run("--space-ranger-dir", sim_v2.space_ranger_dir, "--wsi-file", sim_v2.slide, "--out-dir", tmp_path / "a")
+    gex = tmp_path / "a" / "gex.h5ad"
+    if link:
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "section.h5ad").symlink_to(gex)
+    given, before = tmp_path / "b" / "section.h5ad" if link else gex, gex.read_bytes()
+    out = ["--out-dir", tmp_path / "a"] if link else []
+    said = fails(2, "--gex-file", given, "--wsi-file", sim_v2.slide, "--patch-sz-um", 40, *out)
+    assert "error: --out-dir: expected another place for what is written than for what is read" in said and str(gex) in said
+    assert gex.read_bytes() == before
+
+
+@pytest.mark.parametrize("read", ["slide", "tissue", "matrix"])
+def test_random_patches_are_not_written_over_what_is_read(sim_v2, tmp_path, read):
+    folder = shutil.copytree(sim_v2.folder, tmp_path / "S")
+    path = folder / {"slide": "slide.tif", "tissue": "tissue.geojson", "matrix": "outs/filtered_feature_bc_matrix.h5"}[read]
+    before = path.read_bytes()
+    said = fails(2, "--space-ranger-dir", folder / "outs", "--wsi-file", folder / "slide.tif", "--tissue-seg-file",
+                 folder / "tissue.geojson", "--out-file", path, "--n-pts", 4)
+    assert f"error: --out-file: expected another place for what is written than for what is read; found {path}" in said
+    assert path.read_bytes() == before
+
+
+def test_a_patch_folder_does_not_replace_the_one_its_stain_file_lies_in(sim_v2, tmp_path):
+    (tmp_path / "patches").mkdir()
+    (tmp_path / "patches" / "stain.json").write_text("{}")
+    said = fails(2, "--space-ranger-dir", sim_v2.space_ranger_dir, "--wsi-file", sim_v2.slide, "--out-dir", tmp_path / "out",
+                 "--dump-dir", tmp_path / "patches", "--stain-file", tmp_path / "patches" / "stain.json")
+    assert "error: --dump-dir: expected a folder without an input in it" in said and (tmp_path / "patches" / "stain.json").exists()
+    assert not (tmp_path / "out").exists()
