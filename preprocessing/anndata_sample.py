@@ -16,7 +16,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from preprocessing.errors import InputError, first_few
-from preprocessing.expression import as_csr, check_counts, read_expression
+from preprocessing.expression import as_csr, check_counts, read_expression, recorded_barcode_sha256
 from preprocessing.hd_barcodes import parse_hd_barcodes
 from preprocessing.mpp import VISIUM_COL_UM, VISIUM_ROW_UM, GridFit, decide_mpp, fit_grid
 from preprocessing.position_checks import check_on_image, check_slide_size
@@ -48,7 +48,7 @@ def read_anndata_sample(gex_file: Path | str, *, sample_id: str | None = None, s
     images = {name: _as_uint8(image) for name, image in dict(library.get("images", {})).items()}
     places = (check_slide_size(slide.path, (slide.width_px, slide.height_px), images, factors),
               check_on_image(gex_file, pixels[in_tissue], slide.width_px, slide.height_px, slide.path)) if slide else ()
-    metadata = {"mpp_source": decision.source}
+    metadata = {"mpp_source": decision.source, **_made_of(adata)}
     if "cluster" in adata.obs:
         labels = adata.obs["cluster"].astype(object)
         metadata["cluster"] = labels.where(labels.notna(), "").to_numpy(str)
@@ -104,9 +104,20 @@ def _library(adata: ad.AnnData, sample_id: str) -> Mapping:
     return libraries.get(sample_id, next(iter(libraries.values())) if len(libraries) == 1 else {})
 
 
+def _made_of(adata: ad.AnnData) -> dict[str, object]:
+    """What our own extraction says of the bins the rows were summed from: `n_members` (P,), `bin_um`, `stride_bins`."""
+    if recorded_barcode_sha256(adata) is None:
+        return {}
+    record = adata.uns["morphology"]
+    of_rows = {"n_members": adata.obs["n_members"].to_numpy(np.int64)} if "n_members" in adata.obs else {}
+    return of_rows | {name: kind(record[name]) for name, kind in (("bin_um", float), ("stride_bins", int)) if name in record}
+
+
 def _array_places(path: Path, adata: ad.AnnData) -> tuple[np.ndarray, np.ndarray, float | None]:
-    """array_row and array_col, and the side of a bin where the rows are Visium HD bins (not pseudo-spots, not spots)."""
-    is_sum = "n_members" in adata.obs and (adata.obs["n_members"].to_numpy() > 1).any()
+    """array_row and array_col, and the side of a bin where the rows are Visium HD bins (not pseudo-spots, not spots).
+
+    A pseudo-spot has the barcode of its centre bin; the rows that our own extraction wrote are spots or pseudo-spots always."""
+    is_sum = recorded_barcode_sha256(adata) or ("n_members" in adata.obs and (adata.obs["n_members"].to_numpy() > 1).any())
     if adata.obs_names.str.match(r"(?i)s_\d{3}um_").all() and not is_sum:
         bins = parse_hd_barcodes(adata.obs_names.to_numpy(str), path)
         return bins.array_row, bins.array_col, float(bins.bin_um[0])

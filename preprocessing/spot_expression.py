@@ -27,10 +27,14 @@ def spot_expression(sample: Sample, spots: Spots, **details) -> ad.AnnData:
 
 def about_spots(sample: Sample, spots: Spots, *, patch_px: int, slide_path: Path | str, settings: Mapping,
                 stride_bins: int | None = None) -> ad.AnnData:
-    """obs, var, obsm and uns of the spots: everything `formats.md` asks of a `gex.h5ad` but X."""
+    """obs, var, obsm and uns of the spots: everything `formats.md` asks of a `gex.h5ad` but X.
+
+    Of rows that were pseudo-spots already when they were read, what they were made of is kept."""
+    made = sample.metadata
+    n_members = made["n_members"][spots.sample_rows] if "n_members" in made else np.full(len(spots), spots.n_members, np.int64)
     obs = pd.DataFrame({"in_tissue": np.ones(len(spots), np.int8), "array_row": spots.array_row.astype(np.int64),
                         "array_col": spots.array_col.astype(np.int64), "sample_id": pd.Categorical([sample.sample_id] * len(spots)),
-                        "n_members": np.full(len(spots), spots.n_members, np.int64)}, index=pd.Index(spots.barcodes.astype(object)))
+                        "n_members": n_members}, index=pd.Index(spots.barcodes.astype(object)))
     if (labels := cluster_labels(sample, spots)) is not None:
         obs["cluster"] = pd.Categorical(labels)
     genes = pd.DataFrame(index=pd.Index(sample.gene_names.astype(object)))
@@ -43,7 +47,7 @@ def about_spots(sample: Sample, spots: Spots, *, patch_px: int, slide_path: Path
         "metadata": {"platform": sample.platform, "mpp_source": str(sample.metadata.get("mpp_source", ""))}}}
     about.uns["morphology"] = morphology_record(
         barcodes=spots.barcodes, mpp=sample.mpp, patch_um=spots.patch_um, patch_px=patch_px, slide=fingerprint(slide_path),
-        settings=settings, stride_bins=stride_bins, bin_um=sample.bin_um)
+        settings=settings, stride_bins=stride_bins or made.get("stride_bins"), bin_um=sample.bin_um or made.get("bin_um"))
     return about
 
 

@@ -4,6 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from extract_runs import run
+from hd_phantoms import phantom_hd_folder
 from visium_folders import MPP, counts_of, hd_positions, visium_positions, write_visium
 
 from preprocessing.anndata_sample import read_anndata_sample
@@ -83,6 +85,23 @@ def test_what_was_written_from_a_space_ranger_folder_reads_as_the_same_spots(tmp
     again = read_anndata_sample(tmp_path / "gex.h5ad")
     assert (list(again.barcodes), again.sample_id, again.mpp) == (list(spots.barcodes), "KIDNEY", sample.mpp)
     assert (again.counts != sample.counts[np.isin(sample.barcodes, spots.barcodes)]).nnz == 0
+
+
+@pytest.mark.parametrize("patch_um", [54, 2], ids=["27 x 27 bins", "single bins"])
+def test_pseudo_spots_stay_what_they_are_however_often_they_are_read_again(tmp_path, patch_um):
+    from preprocessing.expression import read_expression
+
+    folder, slide = phantom_hd_folder(tmp_path, offset=(0, 0))
+    run("--space-ranger-dir", folder, "--wsi-file", slide, "--out-dir", tmp_path / "0", "--patch-sz-um", patch_um, "--stride", 9)
+    for number in (1, 2):
+        run("--gex-file", tmp_path / str(number - 1) / "gex.h5ad", "--wsi-file", slide, "--out-dir", tmp_path / str(number),
+            "--patch-sz-um", patch_um)
+    first, *later = (read_expression(tmp_path / str(number) / "gex.h5ad") for number in (0, 1, 2))
+    for expression in (first, *later):
+        assert (expression.obs["n_members"] == (patch_um // 2) ** 2).all()
+        assert {name: expression.uns["morphology"][name] for name in ("bin_um", "stride_bins")} == {"bin_um": 2.0, "stride_bins": 9}
+        assert list(expression.obs_names) == list(first.obs_names) and (expression.X != first.X).nnz == 0
+        assert (expression.obs[["array_row", "array_col"]] == first.obs[["array_row", "array_col"]]).all(axis=None)
 
 
 @pytest.mark.parametrize("changes, message", [
