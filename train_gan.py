@@ -29,6 +29,7 @@ def train_gan(*, outdir: Path, data: str | None, gex: str | None, samples: Path 
     from training.gan_config import resolve
     from training.gan_data import load_gan_data
     from training.gan_loop import GanRun, start_folder
+    from training.patch_cache import cache_place
     from training.run_folder import next_run_folder
 
     config = resolve(preset, cfg, **said)
@@ -36,7 +37,7 @@ def train_gan(*, outdir: Path, data: str | None, gex: str | None, samples: Path 
     device = pick_device(device or "auto")
     encoder = build_encoder(config.backbone, config.backbone_weights)
     gan_data = load_gan_data(train_files, val_files, network, config.img_resolution, max_size=n_train, seed=config.seed,
-                             keep_expression=config.cond_dropout > 0, cache_dir=None if cache_dir == "none" else cache_dir)
+                             keep_expression=config.cond_dropout > 0, cache_dir=cache_place(cache_dir))
     click.echo(f"{gan_data.name}: {len(gan_data.training.images):,} patches at {config.img_resolution} px, "
                f"prompts {gan_data.training.prompts.shape[1]} wide, backbone {encoder.name}, {device}")
     click.echo(f"config: {config}")

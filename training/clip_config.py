@@ -16,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from networks.clip import ClipModelConfig
 from preprocessing.errors import OptionError
 from training.augment import AugmentConfig
-from training.data import AUTO_CACHE, SampleFiles, read_sample_sheet, sample_files
+from training.data import SampleFiles, read_sample_sheet, sample_files
+from training.patch_cache import AUTO_CACHE, cache_place
 
 LOGGERS = ("csv", "tensorboard", "wandb")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "bf16", "64")
@@ -43,6 +44,7 @@ class DataConfig:
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, ",".join(map(str, value)))
+        self.cache_dir = cache_place(self.cache_dir)
         if self.target_sum != "median":
             try:
                 self.target_sum = float(self.target_sum)
@@ -84,6 +86,9 @@ class ImageConfig:
     def __post_init__(self):
         if self.cache_features < 0:
             raise OptionError("image.cache_features", "0 (off) or the number of views", str(self.cache_features))
+        self.cache_dir = cache_place(self.cache_dir)
+        if self.cache_dir == AUTO_CACHE:
+            raise OptionError("image.cache_dir", "a folder, or none", AUTO_CACHE)
 
 
 @dataclass

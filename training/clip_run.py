@@ -1,7 +1,6 @@
 """One run of CLIP training, from a checked configuration to a run folder with weights."""
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -86,8 +85,3 @@ def _checkpoint(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | No
         return None
     path = resolve(config.run_dir) / "checkpoints" / "last.ckpt" if config.ckpt_path == "last" else resolve(config.ckpt_path)
     return require_checkpoint(path)
-
-
-def read_run_config(run_dir: Path | str) -> dict:
-    """The resolved configuration of a run folder."""
-    return json.loads((Path(run_dir) / "config.json").read_text())

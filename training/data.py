@@ -39,9 +39,8 @@ from preprocessing.expression import (
 from preprocessing.outputs import MIB
 from preprocessing.patch_file import PatchFile, read_patch_file
 from preprocessing.patches import PatchFolder, match_barcodes, pair, read_patch, read_patch_folder
-from training.patch_cache import BLOCK_ROWS, FOLDER, WORTH_KEEPING_MIB, PatchRows, cache_key, packed_patches
+from training.patch_cache import AUTO_CACHE, BLOCK_ROWS, FOLDER, WORTH_KEEPING_MIB, PatchRows, cache_key, packed_patches
 
-AUTO_CACHE = "auto"
 SPLITS = ("train", "val", "test")
 TargetSum = float | Literal["median"]
 
@@ -210,10 +209,11 @@ class ImageGeneDataset(Dataset):
             paths += sample_paths
             rows.append(sample_rows)
         table, rows = _stack(tables), np.concatenate(rows)
+        self._every_image, self._kept = (paths, rows), None     # (path, row) of all spots; row numbers of those kept, None: all
         if max_size is not None and max_size < len(rows):
             if max_size < 1:
                 raise OptionError("max_size", "at least 1", str(max_size))
-            kept = np.sort(np.random.default_rng(seed).choice(len(rows), max_size, replace=False))
+            self._kept = kept = np.sort(np.random.default_rng(seed).choice(len(rows), max_size, replace=False))
             table, rows, paths = table.rows(kept), rows[kept], [paths[i] for i in kept]
         self.gene_names, self.barcodes, self.sample_ids = table.gene_names, table.barcodes, table.sample_ids
         self.expression, self.centre_xy_px, self.obs = table.expression, table.centre_xy_px, table.obs
@@ -240,7 +240,9 @@ class ImageGeneDataset(Dataset):
 
     def read_image(self, i: int, image_px: int | None = None) -> np.ndarray:
         """uint8 (H, W, 3) of row i, resized to `image_px` if given: by area when smaller, bicubic when larger."""
-        path, row = self.image_paths[i], int(self.image_rows[i])
+        return self._read(self.image_paths[i], int(self.image_rows[i]), image_px)
+
+    def _read(self, path: Path, row: int, image_px: int | None) -> np.ndarray:
         patch = read_patch(path) if row < 0 else self._file(path).images(row)
         if patch.shape[0] != patch.shape[1]:
             raise InputError(path, "size", "a square patch", f"{patch.shape[1]} x {patch.shape[0]} px")
@@ -250,47 +252,53 @@ class ImageGeneDataset(Dataset):
         return np.array(Image.fromarray(patch).resize((image_px, image_px), how))
 
     def load_images(self, image_px: int | None = None, progress: bool = True, cache_dir: Path | str | None = None) -> Tensor:
-        """All patches: uint8 (N, 3, px, px), in memory or, with a cache, mapped from its file (`open_patches`)."""
-        return self.open_patches(image_px, progress, cache_dir).array
+        """All patches: uint8 (N, 3, px, px), mapped from the file of a cache (`open_patches`), or in memory: without one, or a subset."""
+        patches = self.open_patches(image_px, progress, cache_dir)
+        return patches.array if patches.rows is None else patches[torch.arange(len(patches))]
 
     def open_patches(self, image_px: int | None = None, progress: bool = True, cache_dir: Path | str | None = None) -> PatchRows:
         """All patches at `image_px`, which defaults to the data set's, then to the patches' own size.
 
         `cache_dir`: None reads them into memory; a folder keeps them packed there and maps them; "auto" does so in a hidden folder
-        beside the first sample's images, if they are many and it can be written to.
+        beside the first sample's images, if they are many and it can be written to. Kept are those of every spot, of which a
+        subset takes its rows: all seeds and sizes of a subset share one file.
         """
         px = image_px or self.image_px or self.read_image(0).shape[0]
         resized = image_px is not None or self.image_px is not None
         n_bytes = len(self) * 3 * px * px
         if cache_dir is not None and (cache_dir != AUTO_CACHE or n_bytes >= WORTH_KEEPING_MIB * MIB):
             folder = Path(cache_dir) if cache_dir != AUTO_CACHE else self.images_folder / FOLDER
-            how = {"resized": resized, "smaller": "box", "larger": "bicubic", "pillow": PIL.__version__}
-            key = cache_key(self.image_paths, self.image_rows.tolist(), px, how, folder.absolute())
-            path = packed_patches(key, folder.absolute(), lambda start, stop: self._read_block(start, stop, px, resized),
-                                  must=cache_dir != AUTO_CACHE, progress=progress)
+            how = {"resized": resized, "smaller": "box", "larger": "bicubic"}
+            paths, rows = self._every_image
+            key = cache_key(paths, rows.tolist(), px, how, folder.absolute(), program=f"pillow {PIL.__version__}")
+
+            def read(start: int, stop: int) -> np.ndarray:
+                return self._read_block(paths[start:stop], rows[start:stop], px, resized)
+
+            path = packed_patches(key, folder.absolute(), read, must=cache_dir != AUTO_CACHE, progress=progress)
             if path is not None:
-                return PatchRows(path)
+                return PatchRows(path, None if self._kept is None else torch.from_numpy(self._kept))
         images = np.empty((len(self), 3, px, px), np.uint8)
         with tqdm(total=len(self), desc="patches", unit="patch", disable=not progress) as bar:
             for start in range(0, len(self), BLOCK_ROWS):
-                block = images[start:start + BLOCK_ROWS]
-                block[:] = self._read_block(start, start + len(block), px, resized)
-                bar.update(len(block))
+                part = slice(start, start + BLOCK_ROWS)
+                images[part] = self._read_block(self.image_paths[part], self.image_rows[part], px, resized)
+                bar.update(len(images[part]))
         return PatchRows(torch.from_numpy(images))
 
-    def _read_block(self, start: int, stop: int, px: int, resized: bool) -> np.ndarray:
-        """uint8 (n, 3, px, px) of consecutive rows, decoded by several threads."""
-        block = np.empty((stop - start, 3, px, px), np.uint8)
+    def _read_block(self, paths: Sequence[Path], rows: np.ndarray, px: int, resized: bool) -> np.ndarray:
+        """uint8 (n, 3, px, px), decoded by several threads."""
+        block = np.empty((len(paths), 3, px, px), np.uint8)
 
         def read(i: int) -> None:
-            patch = self.read_image(i, px if resized else None)
+            patch = self._read(paths[i], int(rows[i]), px if resized else None)
             if patch.shape[0] != px:
-                raise InputError(self.image_paths[i], "size", f"{px} x {px} px as the first patch", f"{patch.shape[1]} x {patch.shape[0]}",
+                raise InputError(paths[i], "size", f"{px} x {px} px as the first patch", f"{patch.shape[1]} x {patch.shape[0]}",
                                  "Choose one size with image_px")
-            block[i - start] = patch.transpose(2, 0, 1)
+            block[i] = patch.transpose(2, 0, 1)
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            for _ in pool.map(read, range(start, stop)):
+            for _ in pool.map(read, range(len(paths))):
                 pass
         return block
 

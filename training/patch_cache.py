@@ -1,8 +1,8 @@
 """Pack a data set's patches into one memory-mapped array, so that training reads them without decoding a PNG again.
 
 A cache is `<data set>-<content>.npy`, uint8 (N, 3, px, px), and a small JSON with its checksum. The first half of the name says
-which patches at which size, the second what they looked like (names, sizes, times of change, order): a changed patch or
-another order is another cache, and the old one of the same patches is removed when the new one is built.
+which patches, at which size and how resized, the second what they looked like (names, sizes, times of change, order): a changed
+patch or another order is another cache, and the old one of the same patches is removed when the new one is built.
 """
 from __future__ import annotations
 
@@ -23,11 +23,19 @@ from torch import Tensor
 from preprocessing.outputs import MIB, fingerprint, finished_file, locked, require_free_space, strings_sha256, write_json
 
 FORMAT = 1                        # of the array and of the key
-FOLDER = ".patch_cache"           # beside the images, unless the user names a place
+AUTO_CACHE = "auto"               # a folder FOLDER beside the first images, if they are many
+FOLDER = ".patch_cache"
 WORTH_KEEPING_MIB = 128           # smaller sets are read in a second or two: no cache unless a place is named
 CHECKED_MIB = 2048                # of a larger cache so many blocks of 1 MiB, evenly spread, enter the checksum
 BLOCK_ROWS = 512                  # patches in memory while a cache is built
 WAIT_S = 24 * 3600                # for another process that is building the same cache
+REPLACED = "a patch, the order of the spots or the version of Pillow has changed since"
+
+
+def cache_place(said: str | None) -> str | None:
+    """What a user says of a cache -> None (nothing said, or `none` or `null` in any case: in memory), `auto`, or a folder's path."""
+    word = (said or "").strip().lower()
+    return None if word in ("", "none", "null") else AUTO_CACHE if word == AUTO_CACHE else said
 
 
 # ---- patches that every process can open ----------------------------------------------------------------------------
@@ -70,9 +78,9 @@ def map_patches(path: Path) -> Tensor:
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What a cache holds. Two keys with one `dataset` are the same patches, changed or in another order."""
+    """What a cache holds. Two keys with one `dataset` are the same patches, changed, in another order or made by another program."""
 
-    dataset: str                       # hash over which patches at which size
+    dataset: str                       # hash over which patches, at which size and how resized
     content: str                       # hash over everything the array depends on
     shape: tuple[int, int, int, int]   # (N, 3, px, px)
 
@@ -85,10 +93,11 @@ class CacheKey:
         return int(np.prod(self.shape, dtype=np.int64))
 
 
-def cache_key(paths: Sequence[Path], rows: Sequence[int], px: int, how: Mapping[str, object], beside: Path) -> CacheKey:
+def cache_key(paths: Sequence[Path], rows: Sequence[int], px: int, how: Mapping[str, object], beside: Path, *, program: str) -> CacheKey:
     """The key of patches in the order of `paths`; `rows` are those inside an HDF5 file, -1 for a PNG.
 
-    `how`: whatever else shapes the pixels. Paths count as seen from the folder `beside`, so that a moved sample keeps its cache.
+    `how`: the way they are resized; `program`: what resizes them, with its version. Paths count as seen from the folder `beside`,
+    so that a moved sample keeps its cache.
     """
     folders = {folder: os.path.relpath(folder, beside) for folder in {path.parent for path in paths}}
     marks: dict[Path, str] = {}
@@ -96,8 +105,8 @@ def cache_key(paths: Sequence[Path], rows: Sequence[int], px: int, how: Mapping[
         if path not in marks:
             marks[path] = _png_mark(path) if row < 0 else json.dumps(fingerprint(path))
     names = [f"{folders[path.parent]}/{path.name}:{row}" for path, row in zip(paths, rows, strict=True)]
-    frame = json.dumps([FORMAT, px])
-    content = [frame, json.dumps(how, sort_keys=True), *(f"{name} {marks[path]}" for name, path in zip(names, paths, strict=True))]
+    frame = json.dumps([FORMAT, px, how], sort_keys=True)
+    content = [frame, program, *(f"{name} {marks[path]}" for name, path in zip(names, paths, strict=True))]
     return CacheKey(strings_sha256([frame, *sorted(names)])[:16], strings_sha256(content)[:32], (len(paths), 3, px, px))
 
 
@@ -172,11 +181,11 @@ def spread_sha256(path: Path) -> str:
 
 
 def _remove_stale(key: CacheKey, folder: Path, progress: bool) -> None:
-    """Remove what was built from these patches as they were, and what a killed build left. The caller holds the lock."""
+    """Remove what was built of these patches at this size as they were, and what a killed build left. The caller holds the lock."""
     for old in sorted(folder.glob(f"{key.dataset}-*")):
         old.unlink(missing_ok=True)
         if progress and old.suffix == ".npy":
-            _say(f"removed {old}: " + ("damaged" if old.stem == key.name else "its patches have changed since"))
+            _say(f"removed {old}: " + ("damaged" if old.stem == key.name else REPLACED))
 
 
 def _say(text: str) -> None:

@@ -4,6 +4,7 @@ import os
 import pickle
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +15,13 @@ from torch.utils.data import DataLoader
 
 from networks.clip import CLIP, ClipModelConfig
 from networks.histo_models import build_encoder
-from preprocessing.errors import InputError
+from preprocessing.errors import InputError, OptionError
 from preprocessing.expression import read_expression, write_expression
 from train_clip import train
 from training import data as data_module
 from training import patch_cache
 from training.augment import AugmentConfig
+from training.clip_config import clip_config
 from training.clip_data import Pairs, whole_batch
 from training.data import ImageGeneDataset
 from training.gan_config import resolve
@@ -96,14 +98,13 @@ def repaint(path, level):
 
 def test_a_patch_replaced_by_one_of_equal_size_is_never_served_from_the_old_cache(tmp_path, capsys):
     sample, cache = write_sample(tmp_path / "S1", "S1"), tmp_path / "cache"
-    pack([sample], cache)
-    old = arrays(cache)
     Image.fromarray(np.full((8, 8, 3), 100, np.uint8)).save(sample.images / "patch_3.png", compress_level=0)
     pack([sample], cache)
+    old = arrays(cache)
     repaint(sample.images / "patch_3.png", 201)
     images = ImageGeneDataset([sample]).load_images(cache_dir=cache)
     assert (images[3] == 201).all() and len(arrays(cache)) == 1 and arrays(cache) != old
-    assert "its patches have changed since" in capsys.readouterr().err
+    assert f"removed {old[0]}: a patch, the order of the spots or the version of Pillow has changed since" in capsys.readouterr().err
 
 
 def test_an_hdf5_file_written_anew_is_read_anew(tmp_path):
@@ -123,15 +124,60 @@ def test_rows_in_another_order_make_another_cache_that_replaces_the_first(tmp_pa
     assert len(arrays(cache)) == 1 and arrays(cache) != name
 
 
-def test_another_size_another_subset_and_another_sample_each_keep_a_cache_of_their_own(tmp_path):
+def test_another_size_another_way_of_resizing_and_another_sample_each_keep_a_cache_of_their_own(tmp_path, capsys):
     one, two = two_samples(tmp_path)
     cache = tmp_path / "cache"
-    for samples, options in (([one], {}), ([one], {"image_px": 4}), ([one], {"max_size": 6}), ([two], {}), ([one, two], {})):
-        pack(samples, cache, **options)
+    for samples, options in (([one], {}), ([one], {"image_px": 4}), ([one], {"image_px": 8}), ([two], {}), ([one, two], {})):
+        pack(samples, cache, **options)                    # the patches' own 8 px, and resized to 8 px: the same pixels, told apart
     kept = arrays(cache)
+    assert len(kept) == 5 and "removed" not in capsys.readouterr().err
     repaint(one.images / "patch_3.png", 0)
     pack([one], cache)
-    assert len(kept) == len(arrays(cache)) == 5 and len(set(kept) & set(arrays(cache))) == 4
+    assert len(arrays(cache)) == 5 and len(set(kept) & set(arrays(cache))) == 4
+
+
+def test_another_version_of_the_resizing_program_replaces_the_cache(tmp_path, monkeypatch, capsys):
+    sample, cache = write_sample(tmp_path / "S1", "S1"), tmp_path / "cache"
+    pack([sample], cache, image_px=4)
+    old = arrays(cache)
+    monkeypatch.setattr(data_module.PIL, "__version__", "0.0")
+    ImageGeneDataset([sample], image_px=4).open_patches(cache_dir=cache)
+    assert len(arrays(cache)) == 1 and arrays(cache) != old and "version of Pillow has changed" in capsys.readouterr().err
+
+
+# ---- one for every subset ----
+
+def test_every_seed_and_size_of_a_subset_maps_the_one_file(tmp_path, monkeypatch):
+    samples, cache, calls = two_samples(tmp_path), tmp_path / "cache", built(monkeypatch)
+    for options in ({"max_size": 6}, {"max_size": 6, "seed": 1}, {"max_size": 13, "image_px": 8}, {"max_size": 5, "seed": 2, "image_px": 8},
+                    {}):
+        dataset = ImageGeneDataset(samples, **options)
+        patches, without = dataset.open_patches(progress=False, cache_dir=cache), dataset.load_images(progress=False)
+        assert torch.equal(patches[torch.arange(len(patches))], without) and len(without) == options.get("max_size", 20)
+        assert torch.equal(dataset.load_images(progress=False, cache_dir=cache), without) and patches.source in arrays(cache)
+    assert len(calls) == len(arrays(cache)) == 2                              # as they are, and resized
+
+
+def test_a_subset_is_kept_beside_the_images_once_it_is_large_itself(tmp_path, monkeypatch):
+    sample = write_sample(tmp_path / "S1", "S1")
+    monkeypatch.setattr(data_module, "MIB", 6 * 3 * 8 * 8)
+    monkeypatch.setattr(data_module, "WORTH_KEEPING_MIB", 1)
+    pack([sample], "auto", max_size=5)
+    assert not (tmp_path / "S1" / FOLDER).exists()
+    assert len(pack([sample], "auto", max_size=6)) == 6 and len(arrays(tmp_path / "S1" / FOLDER)) == 1
+
+
+@pytest.mark.parametrize("said", [None, "none", "None", "NONE", "null", " Null ", ""])
+def test_no_cache_is_said_in_any_of_these_words_to_either_training(said):
+    assert patch_cache.cache_place(said) is None
+    config = clip_config({"data": {"cache_dir": said}, "image": {"cache_dir": said}})
+    assert config.data.cache_dir is None and config.data.patch_cache(Path) is None and config.image.cache_dir is None
+
+
+def test_auto_and_folders_are_kept_as_they_are_said():
+    assert [patch_cache.cache_place(said) for said in ("auto", "AUTO", "nonesuch", "/x/None")] == ["auto", "auto", "nonesuch", "/x/None"]
+    with pytest.raises(OptionError, match="image.cache_dir: expected a folder, or none; found auto"):
+        clip_config({"image": {"cache_dir": "auto"}})
 
 
 def test_a_moved_sample_keeps_its_cache(tmp_path, monkeypatch):
@@ -194,14 +240,14 @@ def test_a_patch_that_cannot_be_packed_leaves_nothing(tmp_path):
 
 def slow_pack(samples, cache, pause_s, results):
     """In a process of its own: builds with a pause between patches; reports how many it read, and the sum of what it got."""
-    reads, read = [], ImageGeneDataset.read_image
+    reads, read = [], ImageGeneDataset._read
 
-    def paused(self, i, image_px=None):
-        reads.append(i)
+    def paused(self, path, row, image_px):
+        reads.append(path)
         time.sleep(pause_s)
-        return read(self, i, image_px)
+        return read(self, path, row, image_px)
 
-    ImageGeneDataset.read_image = paused
+    ImageGeneDataset._read = paused
     images = pack(samples, cache).array
     results.put((len(reads), int(images.sum())))
 
@@ -329,7 +375,8 @@ def test_batches_loaded_ahead_keep_their_order_their_errors_and_a_bound():
 
 def clip_run(samples, folder, cache_dir, **data):
     config = {"data": {"train_gex": ",".join(str(sample.gex) for sample in samples), "patch_px": 32, "val_fraction": 0.3,
-                       "train_image_dir": ",".join(str(sample.images) for sample in samples), "val_buffer_px": 0, "cache_dir": cache_dir} | data,
+                       "train_image_dir": ",".join(str(sample.images) for sample in samples), "val_buffer_px": 0,
+                       "cache_dir": cache_dir} | data,
               "model": {"gene_encoder": "bottleneck", "gene_hidden": 8, "gene_width": 8, "projection": 8, "image_encoder": "random_tiny"},
               "run_dir": str(folder), "logger": "csv", "seed": 5,
               "trainer": {"max_epochs": 3, "batch_size": 4, "accelerator": "cpu", "progress_bar": False, "log_every_steps": 1}}
@@ -338,11 +385,13 @@ def clip_run(samples, folder, cache_dir, **data):
     return run, losses, (run / "clip" / "model.safetensors").read_bytes()
 
 
-def test_clip_trains_to_the_same_bits_with_and_without_the_cache(tmp_path):
+def test_clip_trains_to_the_same_bits_with_and_without_the_cache_which_all_sizes_and_splits_share(tmp_path):
     samples, cache = two_samples(tmp_path), tmp_path / "cache"
-    (_, losses, weights), (_, losses_2, weights_2) = (clip_run(samples, tmp_path / name, place)
-                                                      for name, place in (("plain", None), ("cached", str(cache))))
-    assert len(arrays(cache)) == 1 and len(losses) > 6 and losses == losses_2 and weights == weights_2
+    for number, data in enumerate(({}, {"max_size": 15}, {"val_fraction": 0.2})):
+        (_, losses, weights), (_, losses_2, weights_2) = (clip_run(samples, tmp_path / f"{name}{number}", place, **data)
+                                                          for name, place in (("plain", "None"), ("cached", str(cache))))
+        assert len(arrays(cache)) == 1 and len(losses) > 6 and losses == losses_2 and weights == weights_2
+    assert not Path("None").exists() and not (tmp_path / "None").exists()
 
 
 def test_clip_trains_to_the_same_bits_whoever_draws_its_batches(tmp_path):
@@ -352,14 +401,16 @@ def test_clip_trains_to_the_same_bits_whoever_draws_its_batches(tmp_path):
     assert len(losses) > 6 and losses == losses_2 and weights == weights_2
 
 
-def test_the_gan_trains_to_the_same_bits_with_and_without_the_cache(tmp_path):
+@pytest.mark.parametrize("max_size", [None, 12])
+def test_the_gan_trains_to_the_same_bits_with_and_without_the_cache(tmp_path, max_size):
     samples, cache, runs = two_samples(tmp_path), tmp_path / "cache", []
     clip = CLIP(ClipModelConfig(gene_encoder="bottleneck", gene_hidden=8, gene_width=8, projection=8, image_encoder="random_tiny"),
                 GENES, image_encoder=build_encoder("random_tiny")).eval()
     clip.save_pretrained(tmp_path / "clip")
     config = resolve("best", "custom", img_resolution=16, batch=8, cbase=128, cmax=8, res_blocks=1, norm_groups=4, backbone="random_tiny")
     for name, place in (("plain", None), ("cached", cache)):
-        data = load_gan_data(samples, [], tmp_path / "clip", 16, progress=False, cache_dir=place)
+        load_gan_data(samples, [], tmp_path / "clip", 16, progress=False, cache_dir=place, max_size=9, seed=3)     # another subset first
+        data = load_gan_data(samples, [], tmp_path / "clip", 16, progress=False, cache_dir=place, max_size=max_size)
         (tmp_path / name).mkdir()
         run = GanRun(config, data, build_encoder("random_tiny"), tmp_path / name, tensorboard=False)
         for _ in range(3):
