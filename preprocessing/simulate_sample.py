@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from preprocessing.errors import Command, InputError
-from preprocessing.outputs import finished_folder, is_done, require_free_space, write_done
+from preprocessing.outputs import fingerprint, finished_folder, is_done, require_free_space, write_done
 from preprocessing.simulation.config import BIN_UM, PLATFORMS, SimulateConfig
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class SimulatedSample:
     mpp: float
     platform: str
     facts: dict = field(default_factory=dict)     # what `sample.json` says: spots, cells, ...
+    was_kept: bool = False                        # it stood finished before
 
     @property
     def space_ranger_dir(self) -> Path:
@@ -56,16 +57,21 @@ def simulate_sample(config: SimulateConfig, progress: bool = False) -> Simulated
     """Write the sample unless exactly this one stands finished; replaces only an older simulated sample."""
     folder = Path(config.out_dir)
     settings = {name: value for name, value in asdict(config).items() if name != "out_dir"}
-    if is_done(folder, config=settings, inputs={}):
+    if is_done(folder, config=settings, inputs={}, content=_content(folder)):
         facts = json.loads((folder / "sample.json").read_text())
-        return SimulatedSample(folder, config.sample_id, config.mpp, config.platform, facts)
+        return SimulatedSample(folder, config.sample_id, config.mpp, config.platform, facts, was_kept=True)
     if folder.exists() and any(folder.iterdir()) and not (folder / "sample.json").is_file():
         raise InputError(folder, "--out-dir", "a new folder, or a simulated sample to replace", "a folder with other content")
     require_free_space(folder, _needed_bytes(config))
     with finished_folder(folder) as temporary:
         facts = _write_parts(config, temporary, settings, progress)
-    write_done(folder, config=settings, inputs={}, **facts)
+    write_done(folder, config=settings, inputs={}, **facts, content=_content(folder))
     return SimulatedSample(folder, config.sample_id, config.mpp, config.platform, facts)
+
+
+def _content(folder: Path) -> dict[str, dict]:
+    """Fingerprint of every file of the sample: tells a damaged one."""
+    return {str(path.relative_to(folder)): fingerprint(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def _needed_bytes(config: SimulateConfig) -> int:
@@ -167,7 +173,7 @@ def describe(sample: SimulatedSample) -> str:
     facts, unit = sample.facts, "bins" if sample.platform == "visium-hd" else "spots"
     return (f"{sample.sample_id}: {sample.platform}, {sample.mpp:g} mpp, {facts['cells']:,} cells, {facts['in_tissue']:,} {unit} in tissue "
             f"({facts['zero_read']:,} without a read), {facts['umis']:,} UMIs\n"
-            f"wrote {sample.space_ranger_dir}, {sample.slide}, {sample.tissue_geojson}, {sample.truth}")
+            f"{'kept' if sample.was_kept else 'wrote'} {sample.space_ranger_dir}, {sample.slide}, {sample.tissue_geojson}, {sample.truth}")
 
 
 @click.command(cls=Command)

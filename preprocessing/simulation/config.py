@@ -9,6 +9,7 @@ from preprocessing.errors import OptionError
 
 PLATFORMS = ("visium-v1", "visium-v2", "visium-hd")
 BIN_UM = 2.0                     # Visium HD
+MOST_UMIS = 1_000_000            # mean of a spot: ten times what a deeply sequenced one has
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class SimulateConfig:
         for name in ("seed", "biology_seed", "stain_seed"):
             if (getattr(self, name) or 0) < 0:
                 raise OptionError(f"--{name.replace('_', '-')}", "0 or more", str(getattr(self, name)))
-        if self.umis is not None and not 0 < self.umis < float("inf"):
-            raise OptionError("--umis", "a number above 0", str(self.umis))
+        if self.umis is not None and not 0 < self.umis <= MOST_UMIS:
+            raise OptionError("--umis", f"a number above 0, up to {MOST_UMIS:,}", str(self.umis))
         widest = min(self.width_um, self.height_um) / 4
         if self.margin_um is not None and not 10 <= self.margin_um <= widest:
             raise OptionError("--margin-um", f"10 to {widest:g}, a quarter of the shorter side", str(self.margin_um))

@@ -240,6 +240,29 @@ def test_a_finished_sample_is_not_made_again_and_another_config_replaces_it(tmp_
     assert kept == written < replaced and again.facts["cells"] == sample.facts["cells"]
 
 
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def change_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut_short, change_a_byte], ids=["gone", "cut short", "changed"])
+@pytest.mark.parametrize("name", ["slide.tif", "outs/filtered_feature_bc_matrix.h5", "truth/cells.parquet"])
+def test_a_damaged_sample_is_made_again_and_a_whole_one_is_said_to_be_kept(tmp_path, name, damage):
+    options = ["--out-dir", str(tmp_path / "s"), "--width-um", "300", "--height-um", "300", "--mpp", "1", "--genes", "40"]
+    said = [CliRunner().invoke(main, options, catch_exceptions=False).output for _ in range(2)]
+    whole = {path: path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file()}
+    damage(tmp_path / "s" / name)
+    said.append(CliRunner().invoke(main, options, catch_exceptions=False).output)
+    assert [f"wrote {tmp_path}" in text for text in said] == [True, False, True] and f"kept {tmp_path}" in said[1]
+    assert whole.keys() == {path for path in (tmp_path / "s").rglob("*") if path.is_file()}
+    assert (tmp_path / "s" / name).read_bytes() == whole[tmp_path / "s" / name]
+
+
 def test_a_folder_with_other_content_is_never_replaced(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="--out-dir: expected a new folder.*found a folder with other content"):
@@ -250,7 +273,8 @@ def test_a_folder_with_other_content_is_never_replaced(tmp_path):
 @pytest.mark.parametrize(("field", "value", "message"), [
     ("width_um", 10, "--width-um: expected 300 to 50000; found 10"), ("mpp", 5.0, "--mpp: expected 0.1 to 2; found 5.0"),
     ("platform", "xenium", "--platform: expected one of visium-v1"), ("seed", -1, "--seed: expected 0 or more; found -1"),
-    ("umis", 0.0, "--umis: expected a number above 0"), ("umis", float("nan"), "--umis: .*found nan"), ("umis", float("inf"), "found inf"),
+    ("umis", 0.0, "--umis: expected a number above 0"), ("umis", 1e19, "--umis: .* up to 1,000,000; found 1e.19"),
+    ("umis", float("nan"), "--umis: .*found nan"), ("umis", float("inf"), "found inf"),
     ("sample_id", "a/b", "--sample-id: expected a name without a slash; found 'a/b'"), ("genes", 3, "--genes: expected 30"),
 ])
 def test_an_impossible_option_is_refused_before_anything_is_written(field, value, message, tmp_path):
