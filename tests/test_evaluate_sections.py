@@ -1,3 +1,4 @@
+"""`evaluate_sections.py` from one section's files to scores and a page."""
 import json
 
 import anndata as ad

@@ -118,8 +118,9 @@ def test_resume_auto_goes_on_in_the_same_folder_and_by_path_too(world):
 
 
 def test_a_dry_run_reads_and_checks_but_writes_nothing(world):
-    result = call(train_gan, **train_options(world, outdir=world / "dry"), dry_run=True)
+    result = call(train_gan, **train_options(world, outdir=world / "dry", cache_dir="NONE"), dry_run=True)
     assert result.exit_code == 0 and "16 patches at 16 px" in result.output and not (world / "dry").exists()
+    assert not Path("NONE").exists()                # it means no cache, in any case
 
 
 def test_a_sample_sheet_splits_training_from_validation(world):

@@ -1,3 +1,4 @@
+"""`calculate_image_quality_metrics.py`: one row a call, with floors, flags and a cache."""
 import time
 
 import numpy as np

@@ -1,3 +1,4 @@
+"""What the tests of evaluation share: a seeded generator, folders of numbered images, Inception's weights at random."""
 import numpy as np
 import pytest
 from PIL import Image

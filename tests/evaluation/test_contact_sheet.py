@@ -1,3 +1,4 @@
+"""Contact sheets: patches stand where they belong, labels get room, and the file is the picture."""
 import numpy as np
 from PIL import Image
 

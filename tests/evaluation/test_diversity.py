@@ -1,3 +1,4 @@
+"""Diversity within a prompt: grey levels between seeds, and nothing else."""
 import numpy as np
 import pytest
 

@@ -1,3 +1,4 @@
+"""Image features: the same from arrays and files, which files count as images, and a cache that goes by content."""
 import numpy as np
 import pytest
 import torch

@@ -1,3 +1,4 @@
+"""The linear baseline: ridge regression whose strength is chosen on spots held out."""
 import numpy as np
 import pytest
 import scipy.sparse as sp

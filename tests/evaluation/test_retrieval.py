@@ -1,3 +1,4 @@
+"""Retrieval: ranks, chance, ties and intervals of paired embeddings."""
 import numpy as np
 import pytest
 
