@@ -20,6 +20,7 @@ from preprocessing.cores import usable_cores
 from preprocessing.errors import InputError, first_few, read_text, require_file
 from preprocessing.expression_file import CountsPacker, write_expression_blocks
 from preprocessing.outputs import finished_file, program_versions, strings_sha256, write_done
+from preprocessing.sample import INT32_MAX
 
 ROWS_AT_ONCE = 2048                     # rows of a backed or dense matrix looked at together
 RAW_COUNTS = "Raw counts are needed: they may lie in layers['counts']"
@@ -146,11 +147,6 @@ def write_vocabulary(path: Path | str, genes: Sequence[str]) -> None:
         temporary.write_text("\n".join(genes) + "\n", encoding="utf-8")
 
 
-def vocabulary_sha256(genes: Sequence[str]) -> str:
-    """SHA-256 over the ordered symbols."""
-    return strings_sha256(genes)
-
-
 def read_gene_map(path: Path | str) -> dict[str, str]:
     """First column -> second column of a TSV (a header line is harmless); further columns and rows without a target are ignored."""
     lines = read_text(path, "a two-column TSV: symbol in the data, symbol in the vocabulary").splitlines()
@@ -184,8 +180,8 @@ def write_expression(path: Path | str, adata: ad.AnnData, *, config: Mapping | N
     """
     counts = as_csr(adata.X)
     check_counts(path, counts)
-    if counts.nnz and counts.data.max() > np.iinfo(np.int32).max:
-        raise InputError(path, "X", f"counts up to {np.iinfo(np.int32).max:,}", f"{counts.data.max():,}")
+    if counts.nnz and counts.data.max() > INT32_MAX:
+        raise InputError(path, "X", f"counts up to {INT32_MAX:,}", f"{counts.data.max():,}")
     if "morphology" in adata.uns and "barcode_sha256" not in adata.uns["morphology"]:
         adata.uns["morphology"] = dict(adata.uns["morphology"]) | {"barcode_sha256": strings_sha256(adata.obs_names)}
     with ThreadPoolExecutor(usable_cores()) as pool:

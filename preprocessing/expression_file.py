@@ -16,6 +16,7 @@ import scipy.sparse as sp
 from preprocessing.compressed_chunks import GZIP, ChunkedColumn, pack, unpack, write_column
 from preprocessing.hdf5_output import hdf5_output
 from preprocessing.outputs import finished_file, require_free_space
+from preprocessing.sample import INT32_MAX
 
 CHUNK = 1 << 17                    # values in an HDF5 chunk: 512 KiB, within HDF5's cache
 COLUMNS = ("indices", "data")
@@ -56,7 +57,7 @@ def write_expression_blocks(path: Path | str, about: ad.AnnData, blocks: Callabl
             counts = file.create_group("X")
             counts.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": np.array(about.shape)})
             pointers = np.concatenate([[0], np.cumsum(row_lengths, dtype=np.int64)])
-            counts.create_dataset("indptr", data=pointers.astype(np.int32 if entries <= np.iinfo(np.int32).max else np.int64),
+            counts.create_dataset("indptr", data=pointers.astype(np.int32 if entries <= INT32_MAX else np.int64),
                                   chunks=True, maxshape=(None,), shuffle=True, **GZIP)
             for name in COLUMNS:
                 dataset = counts.create_dataset(name, (entries,), np.int32, chunks=(CHUNK,), maxshape=(None,), shuffle=True, **GZIP)

@@ -16,8 +16,9 @@ import pandas as pd
 import scipy.sparse as sp
 
 from preprocessing.errors import InputError, first_few
-from preprocessing.expression import as_csr, vocabulary_sha256
 from preprocessing.kernels import kernel
+from preprocessing.outputs import strings_sha256
+from preprocessing.sample import INT32_MAX
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,18 @@ class GeneSelection:
     column_of_gene: np.ndarray      # (G,) int32: column of each gene of the data, -1 for genes left out
     missing: np.ndarray             # (V,) bool: genes that the data lack, zero columns
     records_missing: bool           # whether `var` says which these are
+    path: Path | str                # of the data, for errors
 
     def counts(self, counts: sp.csr_matrix) -> sp.csr_matrix:
         """Whole counts (n, G) -> int32 (n, V), columns sorted, zeros not stored."""
         room = int((self.column_of_gene[counts.indices] >= 0).sum()) + 1
         columns, values = np.empty(room, np.int32), np.empty(room, np.int32)
         ends = np.zeros(counts.shape[0] + 1, np.int64)
-        map_columns(counts.indptr, counts.indices, counts.data, self.column_of_gene, np.zeros(len(self.vocabulary), np.int64), columns,
-                    values, ends[1:])
+        fits = map_columns(counts.indptr, counts.indices, counts.data, self.column_of_gene, np.zeros(len(self.vocabulary), np.int64),
+                           columns, values, ends[1:])
+        if not fits:
+            raise InputError(self.path, "X", f"counts of a gene up to {INT32_MAX:,}, paralogs added up",
+                             "a larger one: these are not UMI counts")
         return sp.csr_matrix((values[:ends[-1]], columns[:ends[-1]], ends), shape=(counts.shape[0], len(self.vocabulary)))
 
     def about(self, adata: ad.AnnData) -> ad.AnnData:
@@ -50,7 +55,7 @@ class GeneSelection:
                 var[name] = var[name].fillna("")
         if self.records_missing:
             var["zero_filled"] = self.missing
-        uns = dict(adata.uns) | {"vocab_sha256": vocabulary_sha256(self.vocabulary)}
+        uns = dict(adata.uns) | {"vocab_sha256": strings_sha256(self.vocabulary)}
         return ad.AnnData(obs=adata.obs.copy(), var=var, obsm=dict(adata.obsm), uns=uns)
 
 
@@ -70,22 +75,16 @@ def choose_genes(gene_names: Sequence[str], vocabulary: Sequence[str], missing: 
                          f"{len(vocabulary) - len(absent):,} of them; missing {first_few(absent)}",
                          "Rename genes with --gene-map, or make a vocabulary with preprocessing/gene_vocab.py" if is_missing.all()
                          else "Fill them with --missing-genes zero, or rename genes with --gene-map")
-    return GeneSelection(list(vocabulary), column_of_gene, is_missing, records_missing=missing == "zero")
-
-
-def select_genes(adata: ad.AnnData, vocabulary: Sequence[str], missing: Literal["error", "zero"] = "error",
-                 gene_map: Mapping[str, str] | None = None, path: Path | str = "expression") -> ad.AnnData:
-    """Exactly the vocabulary's genes in its order, for data in memory; obs, obsm and uns go along."""
-    selection = choose_genes(adata.var_names, vocabulary, missing, gene_map, path)
-    selected = selection.about(adata)
-    selected.X = selection.counts(as_csr(adata.X))
-    return selected
+    return GeneSelection(list(vocabulary), column_of_gene, is_missing, missing == "zero", path)
 
 
 @kernel
 def map_columns(indptr, indices, data, column_of_gene, totals, columns, values, ends):
-    """Add each row's entries up in `totals` (V zeros), then list what is not zero: in order, without a sort."""
+    """Add each row's entries up in `totals` (V zeros), then list what is not zero: in order, without a sort.
+
+    Returns False, with `values` cut off, if a total is larger than int32."""
     end = 0
+    bits = np.int64(0)                               # of all totals: beyond int32, or negative, if any total is
     for row in range(len(indptr) - 1):
         for entry in range(indptr[row], indptr[row + 1]):
             column = column_of_gene[indices[entry]]
@@ -95,6 +94,8 @@ def map_columns(indptr, indices, data, column_of_gene, totals, columns, values, 
             if totals[column] != 0:
                 columns[end] = column
                 values[end] = totals[column]
+                bits |= totals[column]
                 end += 1
                 totals[column] = 0
         ends[row] = end
+    return 0 <= bits <= INT32_MAX

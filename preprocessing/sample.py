@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
+INT32_MAX = int(np.iinfo(np.int32).max)     # counts and array positions are int32
+
 if TYPE_CHECKING:
     from preprocessing.tenx_matrix import StoredCounts
 

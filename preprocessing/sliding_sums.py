@@ -10,8 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from preprocessing.kernels import kernel
-
-INT32_MAX = np.iinfo(np.int32).max
+from preprocessing.sample import INT32_MAX
 
 
 @kernel

@@ -17,8 +17,8 @@ import scipy.sparse as sp
 from preprocessing.bin_bands import Band, BinBands, whole_counts
 from preprocessing.errors import InputError
 from preprocessing.pseudo_spots import take_spots
-from preprocessing.sample import Sample, Spots
-from preprocessing.sliding_sums import INT32_MAX, sum_windows
+from preprocessing.sample import INT32_MAX, Sample, Spots
+from preprocessing.sliding_sums import sum_windows
 
 BLOCK_SPOTS = 1024        # of `sum_spots`
 PART_WINDOWS = 256        # windows summed by one call: 40 MB of room for 19,000 genes

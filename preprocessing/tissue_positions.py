@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 
 from preprocessing.errors import InputError, first_few
 from preprocessing.hd_barcodes import as_bytes, as_text
+from preprocessing.sample import INT32_MAX
 
 ROWS_AT_ONCE = 1 << 20            # of a parquet file: a Visium HD table has eleven million
 COLUMNS = ("barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")
-INT32_MAX = np.iinfo(np.int32).max
 PARSE_ERRORS = (OSError, ValueError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError, pa.ArrowException)
 
 

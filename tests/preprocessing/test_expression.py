@@ -6,6 +6,7 @@ import scipy.sparse as sp
 
 from preprocessing.errors import InputError
 from preprocessing.expression import (
+    as_csr,
     check_counts,
     morphology_record,
     normalise_expression,
@@ -14,11 +15,10 @@ from preprocessing.expression import (
     read_vocabulary,
     row_blocks,
     spot_positions,
-    vocabulary_sha256,
     write_expression,
     write_vocabulary,
 )
-from preprocessing.gene_selection import select_genes
+from preprocessing.gene_selection import choose_genes
 from preprocessing.outputs import strings_sha256
 from preprocessing.stain import read_stain_file
 from training.data import read_sample_sheet
@@ -33,6 +33,14 @@ def anndata(counts=COUNTS, genes=GENES, barcodes=("A-1", "B-1", "C-1")):
     adata.obs["sample_id"] = "S1"
     adata.obsm["spatial"] = np.arange(6.0).reshape(3, 2)
     return adata
+
+
+def selected_of(adata, vocabulary, **options):
+    """The expression that a selection makes of data in memory."""
+    selection = choose_genes(adata.var_names, vocabulary, **options)
+    selected = selection.about(adata)
+    selected.X = selection.counts(as_csr(adata.X))
+    return selected
 
 
 def saved(tmp_path, adata):
@@ -127,7 +135,7 @@ def test_every_layout_gives_the_same_numbers(tmp_path, layout, backed, dtype):
     adata = read_expression(saved(tmp_path, anndata(layout(COUNTS.astype(dtype)))), backed=backed)
     [rows] = row_blocks(adata, "gex.h5ad")
     assert (rows.toarray() == COUNTS).all()
-    selected = select_genes(adata, ["Aqp2", "Actb"])
+    selected = selected_of(adata, ["Aqp2", "Actb"])
     assert sp.issparse(selected.X) and (selected.X.toarray() == COUNTS[:, [4, 0]]).all()
     expected = np.log1p([[3 / 7 * 8, 4 / 7 * 8], [0, 0], [0, 9 / 9 * 8]])          # median of 7 and 9 is 8
     assert np.allclose(normalise_expression(selected.X).toarray(), expected, atol=1e-6)
@@ -168,7 +176,7 @@ def test_a_wrong_vocabulary_is_refused(tmp_path, content, message):
 def test_vocabulary_round_trip_and_its_hash_depends_on_order(tmp_path):
     write_vocabulary(tmp_path / "vocab.txt", GENES)
     assert read_vocabulary(tmp_path / "vocab.txt") == GENES
-    assert vocabulary_sha256(GENES) != vocabulary_sha256(GENES[::-1])
+    assert strings_sha256(GENES) != strings_sha256(GENES[::-1])
 
 
 def test_the_published_vocabulary_is_read_whole(shared_data):
@@ -181,9 +189,9 @@ def test_the_published_vocabulary_is_read_whole(shared_data):
 def test_selected_genes_stand_in_the_vocabularys_order_with_their_annotation():
     adata = anndata()
     adata.var["gene_ids"] = [f"ENS{gene}" for gene in GENES]
-    selected = select_genes(adata, ["Nphs1", "Actb"])
+    selected = selected_of(adata, ["Nphs1", "Actb"])
     assert selected.var_names.tolist() == ["Nphs1", "Actb"] and selected.var["gene_ids"].tolist() == ["ENSNphs1", "ENSActb"]
-    assert (selected.X.toarray() == COUNTS[:, [3, 0]]).all() and selected.uns["vocab_sha256"] == vocabulary_sha256(["Nphs1", "Actb"])
+    assert (selected.X.toarray() == COUNTS[:, [3, 0]]).all() and selected.uns["vocab_sha256"] == strings_sha256(["Nphs1", "Actb"])
     assert selected.obs["sample_id"].tolist() == ["S1"] * 3 and (selected.obsm["spatial"] == adata.obsm["spatial"]).all()
 
 
@@ -191,11 +199,11 @@ def test_missing_genes_are_counted_and_the_first_five_named():
     absent = [f"Gone{i}" for i in range(7)]
     with pytest.raises(InputError, match=r"gex.h5ad: var_names: expected the 8 genes of the vocabulary; found 1 of them; "
                                          r"missing 7 \(Gone0, Gone1, Gone2, Gone3, Gone4, ...\)"):
-        select_genes(anndata(), ["Actb", *absent], path="gex.h5ad")
+        choose_genes(GENES, ["Actb", *absent], path="gex.h5ad")
 
 
 def test_missing_genes_can_be_zero_columns_that_say_so(tmp_path):
-    selected = select_genes(anndata(), ["Gone", "Umod"], missing="zero")
+    selected = selected_of(anndata(), ["Gone", "Umod"], missing="zero")
     assert (selected.X.toarray() == np.stack([np.zeros(3), COUNTS[:, 2]], axis=1)).all()
     assert selected.var["zero_filled"].tolist() == [True, False]
     write_expression(tmp_path / "gex_filt.h5ad", selected)
@@ -203,20 +211,33 @@ def test_missing_genes_can_be_zero_columns_that_say_so(tmp_path):
 
 def test_a_vocabulary_of_another_species_is_refused_even_with_zeros():
     with pytest.raises(InputError, match="found 0 of them; .* --gene-map"):
-        select_genes(anndata(), ["ACTB", "GAPDH"], missing="zero")
+        choose_genes(GENES, ["ACTB", "GAPDH"], missing="zero")
 
 
 def test_a_gene_map_renames_before_selecting_and_sums_genes_that_meet(tmp_path):
     (tmp_path / "map.tsv").write_text("human_symbol\tvocab_symbol\thow\nACTB\tActb\tone2one\nACTB2\tActb\tmany\nNONE\t\tnone\n")
     gene_map = read_gene_map(tmp_path / "map.tsv")
     adata = anndata(genes=["ACTB", "ACTB2", "Umod", "NONE", "X"])
-    selected = select_genes(adata, ["Umod", "Actb", "NONE"], gene_map=gene_map)
+    selected = selected_of(adata, ["Umod", "Actb", "NONE"], gene_map=gene_map)
     assert (selected.X.toarray() == np.stack([COUNTS[:, 2], COUNTS[:, 0] + COUNTS[:, 1], COUNTS[:, 3]], axis=1)).all()
 
 
 def test_rows_after_a_gene_that_is_left_out_start_from_nothing():
-    selected = select_genes(anndata(genes=["A", "B", "C", "D", "E"]), ["E", "B"])
+    selected = selected_of(anndata(genes=["A", "B", "C", "D", "E"]), ["E", "B"])
     assert (selected.X.toarray() == COUNTS[:, [4, 1]]).all() and selected.X.has_canonical_format
+
+
+@pytest.mark.parametrize(("counts", "fits"), [([3_000_000_000, 0], False), ([2 ** 31 - 1, 2 ** 31 - 1], False), ([2 ** 62, 1], False),
+                                              ([2 ** 31 - 2, 1], True)],
+                         ids=["a count of three billion", "paralogs that overflow", "a count of exabytes", "the largest that fits"])
+def test_a_count_beyond_int32_is_refused_and_never_wraps_to_a_negative_one(counts, fits):
+    selection = choose_genes(["ACTB", "ACTB2"], ["Actb"], gene_map={"ACTB": "Actb", "ACTB2": "Actb"}, path="S1/gex.h5ad")
+    counts = sp.csr_matrix(np.array([[0, 0], counts, [5, 6]]))
+    if fits:
+        assert selection.counts(counts).toarray().tolist() == [[0], [2 ** 31 - 1], [11]]
+    else:
+        with pytest.raises(InputError, match="S1/gex.h5ad: X: expected counts of a gene up to 2,147,483,647, .*; found a larger one"):
+            selection.counts(counts)
 
 
 def test_blocks_of_rows_are_the_rows_and_go_on_where_they_are_told(tmp_path, monkeypatch):
