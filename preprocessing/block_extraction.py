@@ -6,7 +6,6 @@ A block is some 1,000 consecutive spots. What it gives - compressed patches, pac
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from tqdm import tqdm
 from preprocessing.compressed_chunks import pack, unpack
 from preprocessing.errors import InputError, first_few
 from preprocessing.expression_file import TAILS, CountsPacker
+from preprocessing.outputs import require_free_space
 from preprocessing.parts import Parts
 from preprocessing.patch_file import compress_patch
-from preprocessing.png_folder import whole_pngs, write_pngs
+from preprocessing.png_folder import PNG_SHARE, whole_pngs, write_pngs
 from preprocessing.spot_sums import sum_blocks
 from preprocessing.stain import StainVectors, normalise_stain
 from preprocessing.windows import CutBlock, cut_blocks
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES, MOST_SPOTS = 1 << 26, 2048      # pixels and spots of a block
 GROUP = 64                                   # patches that a thread compresses or normalises at a time
+COUNT_BYTES = 1.7                            # of one non-zero count in a file, its column with it
 NEARLY_BLACK, MOSTLY = 8, 0.5                # a patch with this share of pixels this dark was cut where nothing was scanned
 
 
@@ -68,14 +69,32 @@ class PatchJob:
 
     def blocks(self) -> list[slice]:
         """Consecutive rows; the same for every run of the same job, whatever its resources."""
-        length = int(np.clip(BLOCK_BYTES // (3 * self.patch_px ** 2), 64, MOST_SPOTS))
-        count = len(self.centre_xy_px)
+        length, count = block_length(self.patch_px), len(self.centre_xy_px)
         return [slice(start, min(start + length, count)) for start in range(0, count, length)]
+
+    def expected_bytes(self) -> tuple[int, int]:
+        """About how much the blocks and then the files will take, and the PNG files."""
+        count, pixels = len(self.centre_xy_px), 3 * self.patch_px ** 2 * len(self.centre_xy_px)
+        counts = 0
+        if self.spots is not None:
+            entries, (rows, genes) = self.sample.counts.nnz, self.sample.counts.shape
+            counts = int(COUNT_BYTES * count * min(genes, self.spots.n_members * entries / max(rows, 1)))
+        return 2 * (counts + pixels * self.keeps_images), int(PNG_SHARE * pixels) * (self.folder is not None)
+
+
+def block_length(patch_px: int) -> int:
+    """Patches of a block."""
+    return int(np.clip(BLOCK_BYTES // (3 * patch_px ** 2), 1, MOST_SPOTS))
 
 
 def make_blocks(job: PatchJob, parts: Parts, resources: Resources) -> None:
     """Make the blocks of `job` that `parts` lacks, under a progress bar."""
     blocks, done, tally = job.blocks(), *_finished(job, parts)
+    tally.check()
+    if not done:
+        for_blocks, for_pngs = job.expected_bytes()
+        require_free_space(parts.folder, for_blocks)
+        require_free_space(job.folder.working if job.folder else parts.folder, for_pngs)
     packer = CountsPacker(parts.read(done - 1, *TAILS) if done and job.spots is not None else None)
     cut = cut_blocks(job.slide, job.centre_xy_px, job.patch_um, job.mpp, job.patch_px, blocks[done:], edge=job.edge,
                      workers=resources.workers)
@@ -89,15 +108,14 @@ def make_blocks(job: PatchJob, parts: Parts, resources: Resources) -> None:
 
 
 def _finished(job: PatchJob, parts: Parts) -> tuple[int, Tally]:
-    """How many blocks stand, PNG files and all where there are any, and the count of their patches."""
-    readable = [block["readable"] for block in parts.blocks("readable")]
-    done, kept = len(readable), np.cumsum([0, *(rows.sum() for rows in readable)])
+    """How many blocks stand, PNG files and all where there are any, and the count of their patches. Blocks beyond are thrown away."""
+    facts = list(parts.blocks("readable", "reasons"))
+    done, kept = len(facts), np.cumsum([0, *(block["readable"].sum() for block in facts)])
     if job.folder is not None:
-        if not done:
-            shutil.rmtree(job.folder.working, ignore_errors=True)
         job.folder.working.mkdir(parents=True, exist_ok=True)
         done = int(np.searchsorted(kept, whole_pngs(job.folder.working, job.folder.digits), side="right")) - 1
-    return done, Tally(job, int(kept[done]), sum(int((~rows).sum()) for rows in readable[:done]))
+        parts.drop_from(done)
+    return done, Tally(job, int(kept[done]), [reason for block in facts[:done] for reason in _texts(block["reasons"])])
 
 
 def _progress(job: PatchJob, blocks: list[slice], done: int) -> tqdm:
@@ -107,19 +125,23 @@ def _progress(job: PatchJob, blocks: list[slice], done: int) -> tqdm:
 
 @dataclass
 class Tally:
-    """Patches kept and lost so far."""
+    """Patches kept, and why others were not, so far."""
 
     job: PatchJob
     kept: int
-    bad: int
+    reasons: list[str]
 
     def add(self, patches: CutBlock) -> None:
         """Count a block; too many lost patches end the run."""
         self.kept += int(patches.readable.sum())
-        self.bad += int((~patches.readable).sum())
-        if self.bad > self.job.max_bad * len(self.job.centre_xy_px):
+        self.reasons += patches.reasons
+        self.check()
+
+    def check(self) -> None:
+        """Refuse more patches on damaged tiles than `max_bad` allows."""
+        if len(self.reasons) > self.job.max_bad * len(self.job.centre_xy_px):
             raise InputError(self.job.slide.path, "tiles", f"at most {self.job.max_bad:.2%} of {len(self.job.centre_xy_px):,} patches on "
-                             "tiles that cannot be decoded (--max-bad)", f"{self.bad:,} so far; {first_few(patches.reasons, 3)}")
+                             "tiles that cannot be decoded (--max-bad)", f"so far {first_few(self.reasons, 3)}")
 
 
 class BlockKeeper:
@@ -175,6 +197,10 @@ def _as_bytes(texts: Sequence[str]) -> np.ndarray:
     return np.frombuffer(json.dumps(list(texts)).encode(), np.uint8)
 
 
+def _texts(stored: np.ndarray) -> list[str]:
+    return json.loads(stored.tobytes())
+
+
 def _normalised(images: np.ndarray, stain: StainVectors | None, pool: Executor) -> Iterable[np.ndarray]:
     """The patches as the PNG files show them, in order."""
     if stain is None:
@@ -190,7 +216,8 @@ class MadeBlocks:
         self._parts = parts
         facts = list(parts.blocks("readable", "reasons", "n_black", "shown"))
         self.readable = np.concatenate([block["readable"] for block in facts])                 # bool, a candidate each
-        self.reasons: list[str] = [reason for block in facts for reason in json.loads(block["reasons"].tobytes())]
+        self.reasons: list[str] = [reason for block in facts for reason in _texts(block["reasons"])]
+        self.bad_share = len(self.reasons) / len(self.readable)
         self.n_black = sum(int(block["n_black"]) for block in facts)
         self.shown = np.concatenate([block["shown"] for block in facts])
 

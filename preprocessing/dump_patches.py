@@ -27,7 +27,7 @@ def dump_patches_to_folder_single(images_path: Path | str, wsi_path: Path | str 
     stains is an InputError, or keeps its colours with `on_stain_failure="skip"`. The slide is not needed without `normalize`.
     A killed run goes on where it was when called again. `workers` None: as many as the process has cores.
     """
-    from preprocessing.outputs import is_done, locked, strings_sha256, write_done
+    from preprocessing.outputs import fingerprints, is_done, locked, strings_sha256, write_done
     from preprocessing.parts import Parts
     from preprocessing.patch_file import read_patch_file
     from preprocessing.png_folder import finish_patch_folder, name_digits, patch_folder_sha256, refuse_foreign_content
@@ -37,10 +37,13 @@ def dump_patches_to_folder_single(images_path: Path | str, wsi_path: Path | str 
     named = {"images": images_path, "wsi": wsi_path, "gex": gex_path if gex_path.is_file() else None, "stain_file": stain_file}
     if stain_file is not None:
         require_file(stain_file, "a stain.json")
-    inputs = {name: path for name, path in named.items() if path is not None and Path(path).is_file()}
+    if stain_file is not None and not normalize:
+        raise OptionError("--stain-file", "patches that are normalised (--normalize)", "--no-normalize")
+    inputs = fingerprints({name: path for name, path in named.items() if path is not None and Path(path).is_file()})
     config = {"normalize": normalize, "on_stain_failure": on_stain_failure}
-    with locked(out_dir), read_patch_file(images_path) as file:
+    with read_patch_file(images_path) as file, locked(out_dir):
         if is_done(out_dir, config=config, inputs=inputs, content_sha256=patch_folder_sha256(out_dir)):
+            Parts.clear(out_dir)                   # of a run that was killed when all was written
             return len(file)
         refuse_foreign_content(out_dir)
         order, centre_xy_px, sample_id = _rows_of_expression(file, gex_path)

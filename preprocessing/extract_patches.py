@@ -21,7 +21,7 @@ from preprocessing.cores import usable_cores
 from preprocessing.dropped_spots import write_dropped
 from preprocessing.errors import Command, InputError, OptionError, first_few
 from preprocessing.extraction import BAD_TILES, ExtractConfig, Request, Resources, choose_spots, kept_line, read_any_sample
-from preprocessing.outputs import finished_together, is_done, locked, strings_sha256, write_done
+from preprocessing.outputs import finished_together, is_done, locked, read_done, strings_sha256, write_done
 
 if TYPE_CHECKING:
     from preprocessing.block_extraction import MadeBlocks, PatchFolderTarget
@@ -37,6 +37,7 @@ def extract(config: ExtractConfig, request: Request, resources: Resources, max_b
     from preprocessing.parts import Parts
     from preprocessing.png_folder import refuse_foreign_content
     from preprocessing.slide import open_slide
+    from preprocessing.stain import read_stain_file
 
     if not 0 <= max_bad <= 1:
         raise OptionError("--max-bad", "a share between 0 and 1", f"{max_bad:g}")
@@ -44,20 +45,24 @@ def extract(config: ExtractConfig, request: Request, resources: Resources, max_b
     with ExitStack() as stack:
         if not dry_run:
             for files in wanted:
-                picture = next(file for file in files if file.suffix == ".png")      # written with --h5 and without
-                for file in dict.fromkeys((picture, files[0])):
+                for file in dict.fromkeys((_picture(files), files[0])):
                     stack.enter_context(locked(file, covers=files if file == files[0] else ()))
             if request.dump_dir:
                 stack.enter_context(locked(request.dump_dir))
                 refuse_foreign_content(request.dump_dir)
-        done = [files for files in wanted if resume and _all_done(files, config, request)]
+        if request.stain_file is not None:
+            read_stain_file(request.stain_file)
+        _ = request.seen                           # fingerprints are taken before anything is read
+        done = [files for files in wanted if resume and _all_done(files, config, request, max_bad)]
         for files in done:
             yield f"{files[0]}: already extracted from these files with these settings"
             if not dry_run:
-                Parts.clear(files[0])              # of a run that was killed when all was written
+                Parts.clear(_picture(files))       # of a run that was killed when all was written
         if len(done) == len(wanted):
             yield from (str(file) for files in done for file in files)
             return
+        for files in wanted:
+            _refuse_stale_hdf5(files, config, request)
         slide = stack.enter_context(open_slide(request.wsi_file))
         sample = read_any_sample(config, request, slide) if request.sample_path else None
         if sample is not None:
@@ -72,23 +77,35 @@ def extract(config: ExtractConfig, request: Request, resources: Resources, max_b
 
 def _recorded(config: ExtractConfig, request: Request, files: tuple[Path, ...]) -> dict[str, Mapping]:
     """`config` and `inputs` of a done-manifest: what these files depend on."""
+    inputs = request.seen["sample"]
     if files == request.spot_files():
-        return {"config": asdict(replace(config, n_patches=1, seed=0)), "inputs": request.sample_inputs()}
-    outlines = {} if request.tissue_seg_file == "auto" else {"tissue": Path(request.tissue_seg_file)}
-    return {"config": {**asdict(config), "tissue": request.tissue_seg_file}, "inputs": {**request.sample_inputs(), **outlines}}
+        return {"config": asdict(replace(config, n_patches=1, seed=0)), "inputs": inputs}
+    return {"config": {**asdict(config), "tissue": request.tissue_seg_file}, "inputs": inputs | request.seen["tissue"]}
 
 
 def _recorded_of_folder(config: ExtractConfig, request: Request, files: tuple[Path, ...]) -> dict[str, Mapping]:
     recorded = _recorded(config, request, files)
-    return {"config": recorded["config"] | request.folder_settings(), "inputs": recorded["inputs"] | request.folder_inputs()}
+    return {"config": recorded["config"] | request.folder_settings(), "inputs": recorded["inputs"] | request.seen["folder"]}
 
 
-def _all_done(files: tuple[Path, ...], config: ExtractConfig, request: Request) -> bool:
+def _all_done(files: tuple[Path, ...], config: ExtractConfig, request: Request, max_bad: float) -> bool:
+    recorded = _recorded(config, request, files)
+    return (all(is_done(file, **recorded) for file in files) and read_done(files[0]).get("bad_share", 0) <= max_bad
+            and (not request.dump_dir or _folder_done(config, request, files)))
+
+
+def _folder_done(config: ExtractConfig, request: Request, files: tuple[Path, ...]) -> bool:
     from preprocessing.png_folder import patch_folder_sha256
 
-    recorded = _recorded(config, request, files)
-    return all(is_done(file, **recorded) for file in files) and (not request.dump_dir or is_done(
-        request.dump_dir, **_recorded_of_folder(config, request, files), content_sha256=patch_folder_sha256(request.dump_dir)))
+    return is_done(request.dump_dir, **_recorded_of_folder(config, request, files), content_sha256=patch_folder_sha256(request.dump_dir))
+
+
+def _refuse_stale_hdf5(files: tuple[Path, ...], config: ExtractConfig, request: Request) -> None:
+    """With --no-h5 an older HDF5 of the same spots would stay beside the new expression and be taken for its patches."""
+    older = request.hdf5_beside(files)
+    if older is not None and older.exists() and not is_done(older, **_recorded(config, request, files)):
+        raise InputError(older, "--no-h5", "no HDF5 file, or one of these settings", "patches of other settings or inputs",
+                         "Remove it, or name another folder")
 
 
 # ---- a patch a spot -------------------------------------------------------------------------------------------------
@@ -114,13 +131,13 @@ def _extract_spots(config: ExtractConfig, request: Request, slide: Slide, sample
         kept = take_spots(chosen, good, {BAD_TILES: len(chosen) - len(good)} if made.reasons else {})
         warnings = _warnings(made, chosen.barcodes)
         yield from warnings
-        about = about_spots(sample, kept, patch_px=config.patch_px, slide_path=request.wsi_file, settings=recorded["config"],
+        about = about_spots(sample, kept, patch_px=config.patch_px, slide=request.seen["sample"]["slide"], settings=recorded["config"],
                             stride_bins=config.stride_bins if sample.bin_um else None)
         without = {reason: (candidates.barcodes[rows], candidates.centre_xy_px[rows]) for reason, rows in lost.items()}
         if made.reasons:
             without[BAD_TILES] = (chosen.barcodes[~made.readable], chosen.centre_xy_px[~made.readable])
         with _finishing(config, request, files, folder, centre_xy_px=kept.centre_xy_px, barcodes=kept.barcodes, name=sample.sample_id,
-                        dropped=kept.dropped) as staged, ThreadPoolExecutor(1) as beside:     # one works while the other waits for the disk
+                        bad_share=made.bad_share, dropped=kept.dropped) as staged, ThreadPoolExecutor(1) as beside:
             images = beside.submit(_write_images, staged, config, made, sample.mpp, top_left[good], kept.barcodes, sample.sample_id)
             write_expression_blocks(staged[".h5ad"], about, made.counts)
             write_dropped(staged[".tsv"], {reason: names for reason, (names, _) in without.items()})
@@ -162,7 +179,8 @@ def _extract_random(config: ExtractConfig, request: Request, slide: Slide, sampl
         warnings = _warnings(made)
         yield from warnings
         good = made.readable
-        with _finishing(config, request, files, folder, centre_xy_px=centres[good], barcodes=None, name=name) as staged:
+        with _finishing(config, request, files, folder, centre_xy_px=centres[good], barcodes=None, name=name,
+                        bad_share=made.bad_share) as staged:
             _write_images(staged, config, made, mpp, top_left[good], None, name)
             if auto:
                 write_tissue(staged[".geojson"], tissue)
@@ -177,14 +195,16 @@ def _extract_random(config: ExtractConfig, request: Request, slide: Slide, sampl
 def _blocks(config: ExtractConfig, request: Request, slide: Slide, files: tuple[Path, ...], mpp: float, centre_xy_px: np.ndarray, *,
             resources: Resources, max_bad: float, resume: bool, **expression) -> Iterator[tuple[MadeBlocks, PatchFolderTarget | None]]:
     """Make the blocks behind `files` that are missing; when the caller has written what it wants of them, they are thrown away."""
-    from preprocessing.block_extraction import MadeBlocks, PatchJob, make_blocks
+    from preprocessing.block_extraction import MadeBlocks, PatchJob, block_length, make_blocks
     from preprocessing.parts import Parts
     from preprocessing.quality_page import sheet_rows
 
     recorded = _recorded_of_folder(config, request, files)
-    parts = Parts(files[0], config={**recorded["config"], "images": request.writes_hdf5, "folder": str(request.dump_dir)},
-                  inputs=recorded["inputs"], resume=resume)
-    folder = _folder_target(request, len(centre_xy_px)) if request.dump_dir else None
+    kinds = {"images": request.writes_hdf5, "folder": str(request.dump_dir), "block_length": block_length(config.patch_px)}
+    parts = Parts(_picture(files), config=recorded["config"] | kinds, inputs=recorded["inputs"], resume=resume, beside=_pngs_of(request))
+    folder = None
+    if request.dump_dir and not (resume and _folder_done(config, request, files)):
+        folder = _folder_target(request, slide, parts.beside, len(centre_xy_px))
     make_blocks(PatchJob(
         slide=slide, centre_xy_px=centre_xy_px, patch_um=config.patch_um, mpp=mpp, patch_px=config.patch_px, edge=config.edge,
         shown_rows=sheet_rows(len(centre_xy_px)), keeps_images=request.writes_hdf5, folder=folder, max_bad=max_bad, **expression),
@@ -196,16 +216,25 @@ def _blocks(config: ExtractConfig, request: Request, slide: Slide, files: tuple[
     parts.remove()
 
 
-def _folder_target(request: Request, count: int) -> PatchFolderTarget:
+def _picture(files: tuple[Path, ...]) -> Path:
+    """Of the files of one kind of patches the one that is always written: locks and blocks are named by it."""
+    return next(file for file in files if file.suffix == ".png")
+
+
+def _pngs_of(request: Request) -> Path | None:
+    """Where the patch folder's files wait for their folder's name: on its disk."""
+    return request.dump_dir and request.dump_dir.absolute().with_name(f".{request.dump_dir.absolute().name}.pngs")
+
+
+def _folder_target(request: Request, slide: Slide, working: Path, count: int) -> PatchFolderTarget:
     from preprocessing.block_extraction import PatchFolderTarget
     from preprocessing.png_folder import name_digits
     from preprocessing.stain import find_stain
 
     stain, record = None, {"normalised": False}
     if request.normalize:
-        stain, record = find_stain(request.wsi_file, request.stain_file, request.on_stain_failure)
-    folder = request.dump_dir.absolute()
-    return PatchFolderTarget(folder, folder.with_name(f".{folder.name}.pngs"), name_digits(count), stain, record)
+        stain, record = find_stain(request.wsi_file, request.stain_file, request.on_stain_failure, slide=slide)
+    return PatchFolderTarget(request.dump_dir.absolute(), working, name_digits(count), stain, record)
 
 
 def _write_images(staged: Mapping[str, Path], config: ExtractConfig, made: MadeBlocks, mpp: float, top_left: np.ndarray,
@@ -221,7 +250,7 @@ def _write_images(staged: Mapping[str, Path], config: ExtractConfig, made: MadeB
 @contextmanager
 def _finishing(config: ExtractConfig, request: Request, files: tuple[Path, ...], folder: PatchFolderTarget | None, *,
                centre_xy_px: np.ndarray, barcodes: np.ndarray | None, name: str,
-               dropped: Mapping[str, int] | None = None) -> Iterator[dict[str, Path]]:
+               bad_share: float, dropped: Mapping[str, int] | None = None) -> Iterator[dict[str, Path]]:
     """Yield where to write each file, by its suffix (`IMAGES`: the patches). Only when all are written do they and the patch folder
     get their names, so that a full disk leaves the old ones together; the done-manifests come last."""
     facts = {"rows": len(centre_xy_px)} | ({} if barcodes is None else {"barcode_sha256": strings_sha256(barcodes)})
@@ -229,7 +258,7 @@ def _finishing(config: ExtractConfig, request: Request, files: tuple[Path, ...],
         yield {IMAGES if file == files[0] and request.writes_hdf5 else file.suffix: path for file, path in staged.items()}
         if folder is not None:
             _finish_folder(config, request, files, folder, facts, centre_xy_px, barcodes, name)
-    facts |= {} if dropped is None else {"dropped": dict(dropped)}
+    facts |= {"bad_share": bad_share} | ({} if dropped is None else {"dropped": dict(dropped)})
     with ThreadPoolExecutor(2) as pool:                      # hashes of gigabytes
         list(pool.map(lambda file: write_done(file, **_recorded(config, request, files), **facts), files))
 

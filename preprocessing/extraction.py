@@ -1,14 +1,16 @@
 """What an extraction is told, what it reads, and which spots get a patch. The command is `extract_patches.py`."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from preprocessing.errors import InputError, OptionError
+from preprocessing.outputs import fingerprints
 
 if TYPE_CHECKING:
     from preprocessing.sample import Sample, Spots
@@ -87,6 +89,8 @@ class Request:
     given: frozenset[str] = frozenset()  # options that the user gave, by the name of their field: they must have an effect
 
     def __post_init__(self):
+        if self.dump_dir is not None and self.dump_dir.is_symlink():       # the folder behind it is replaced, not the link
+            object.__setattr__(self, "dump_dir", self.dump_dir.resolve())
         if self.space_ranger_dir and self.gex_file:
             raise OptionError("--gex-file", "either --space-ranger-dir or --gex-file", "both")
         if not (self.space_ranger_dir or self.gex_file or self.tissue_seg_file):
@@ -101,6 +105,8 @@ class Request:
         if self.dump_dir and self.sample_path and self.tissue_seg_file:
             raise OptionError("--dump-dir", "the patches of a sample or random ones in one run", "both")
         self._require_effect()
+        if self.stain_file and not self.normalize:
+            raise OptionError("--stain-file", "patches that are normalised (--normalize)", "--no-normalize")
         for path in (self.wsi_file, self.sample_path, None if self.tissue_seg_file == "auto" else self.tissue_seg_file, self.stain_file):
             if path and not Path(path).exists():
                 raise InputError(path, "path", "a file or folder to read", "nothing there")
@@ -158,6 +164,12 @@ class Request:
         outlines = (page.with_name(f"{patches.stem}_tissue.geojson"),) if self.tissue_seg_file == "auto" else ()
         return ((patches,) * self.writes_hdf5 + (page.with_name(f"{page.name}.png"), page.with_name(f"{page.name}.html")) + outlines)
 
+    def hdf5_beside(self, files: tuple[Path, ...]) -> Path | None:
+        """The HDF5 file that `files` would hold but for --no-h5."""
+        if self.writes_hdf5 or not files:
+            return None
+        return self.folder / "imgs.h5" if files == self.spot_files() else self.out_file or self.folder / "random_imgs.h5"
+
     def folder_settings(self) -> dict[str, object]:
         """What the patch folder depends on beside the patches; empty where none is asked for."""
         if not self.dump_dir:
@@ -167,6 +179,13 @@ class Request:
     def folder_inputs(self) -> dict[str, Path]:
         """Files that the patch folder depends on beside those of the patches."""
         return {"stain_file": self.stain_file} if self.dump_dir and self.stain_file else {}
+
+    @cached_property
+    def seen(self) -> dict[str, dict[str, Mapping]]:
+        """Fingerprints of the inputs - of `sample`, `tissue` and `folder` - when this is first asked: they may be replaced later."""
+        outlines = {} if self.tissue_seg_file in (None, "auto") else {"tissue": Path(self.tissue_seg_file)}
+        return {"sample": fingerprints(self.sample_inputs()), "tissue": fingerprints(outlines),
+                "folder": fingerprints(self.folder_inputs())}
 
     def sample_inputs(self) -> dict[str, Path]:
         """The files, of the sample too where there is one, that results depend on."""

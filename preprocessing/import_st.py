@@ -14,7 +14,7 @@ import numpy as np
 
 from preprocessing.dropped_spots import write_dropped
 from preprocessing.errors import Command, InputError, OptionError
-from preprocessing.outputs import is_done, locked, strings_sha256, write_done
+from preprocessing.outputs import fingerprint, is_done, locked, strings_sha256, write_done
 
 if TYPE_CHECKING:
     from preprocessing.sample import Sample, Spots
@@ -77,7 +77,8 @@ def _write_outputs(config: ImportConfig, inputs: Mapping[str, Path], patch_file:
         write_patch_file(patch_file, _patches(slide, rows, sample.mpp, config.patch_px), count=len(rows), patch_px=config.patch_px,
                          coords=top_left[kept], barcodes=rows.barcodes, patch_size_src=config.patch_um / sample.mpp,
                          pixel_size=sample.mpp, name=config.sample_id)
-    write_expression(gex_file, spot_expression(sample, rows, patch_px=config.patch_px, slide_path=inputs["image"], settings=asdict(config)))
+    write_expression(gex_file, spot_expression(sample, rows, patch_px=config.patch_px, slide=fingerprint(inputs["image"]),
+                                               settings=asdict(config)))
     write_dropped(dropped_file, dropped)
     return [sample.summary(), *sample.notices, quality_line(sample, rows)], rows
 

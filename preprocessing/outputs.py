@@ -20,6 +20,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from preprocessing.errors import InputError, read_json
+
 MIB = 1 << 20
 WHOLE_FILE_MIB = 256              # inputs up to this size are hashed whole
 SILENT_WAIT_S = 2                 # a lock that is free within this time is not worth a line
@@ -57,7 +59,11 @@ def named_error(error: OSError, path: Path | str) -> OSError:
 
 @contextmanager
 def finished_together(paths: Sequence[Path]) -> Iterator[dict[Path, Path]]:
-    """Yield for each of several files a name to finish it under; on success all get their own, on an error none does."""
+    """Yield for each of several files a name to finish it under; when all are written they get their own, one rename after the other.
+
+    On an error before that none does. A process killed, or refused, between two renames leaves some new and some old: whoever reads
+    them together compares their done-manifests, which come after.
+    """
     staged = {path: path.with_name(f"{path.name}.tmp.{os.getpid()}") for path in paths}
     try:
         yield staged
@@ -158,6 +164,11 @@ def _fingerprint(path: Path, size: int, mtime_ns: int, _inode: int) -> dict[str,
     return {"name": path.name, "bytes": size, "mtime_ns": mtime_ns, "ends_sha256": digest.hexdigest()}
 
 
+def fingerprints(inputs: Mapping[str, Path | str | Mapping]) -> dict[str, Mapping]:
+    """Fingerprint of every input. One that was taken already stays: a file may be replaced while it is read."""
+    return {name: dict(file) if isinstance(file, Mapping) else fingerprint(file) for name, file in inputs.items()}
+
+
 def strings_sha256(strings) -> str:
     """SHA-256 over an ordered list of strings (barcodes, genes), one a line."""
     return hashlib.sha256("\n".join(strings).encode()).hexdigest()
@@ -174,37 +185,37 @@ def done_path(path: Path | str) -> Path:
     return path.with_name(f"{path.name}.done.json")
 
 
-def write_done(path: Path | str, *, config: Mapping, inputs: Mapping[str, Path | str], **facts: object) -> None:
+def write_done(path: Path | str, *, config: Mapping, inputs: Mapping[str, Path | str | Mapping], **facts: object) -> None:
     """Write the done-manifest of a finished file or folder; the last thing a step does.
 
-    `config` is what the step was told, `inputs` the files it read, `facts` what a reader may want
-    (rows, barcode_sha256, ...).
+    `config` is what the step was told, `inputs` the files it read, or their fingerprints taken before it read them,
+    `facts` what a reader may want (rows, barcode_sha256, ...).
     """
     path = Path(path)
     if path.is_file():
-        facts = {"sha256": file_sha256(path), **facts}
+        facts = {"sha256": file_sha256(path), "bytes": path.stat().st_size, **facts}
     write_json(done_path(path), {
         **facts, "config_sha256": config_sha256(config), "config": dict(config),
-        "inputs": {name: fingerprint(file) for name, file in inputs.items()}, "versions": program_versions(),
+        "inputs": fingerprints(inputs), "versions": program_versions(),
     })
 
 
-def is_done(path: Path | str, *, config: Mapping, inputs: Mapping[str, Path | str], **facts: object) -> bool:
+def is_done(path: Path | str, *, config: Mapping, inputs: Mapping[str, Path | str | Mapping], **facts: object) -> bool:
     """True if `path` was finished from exactly these inputs with exactly this config and is as it was, which `facts` may witness."""
     path, done = Path(path), read_done(path)
-    if not path.exists() or not all(Path(file).is_file() for file in inputs.values()):
+    if not path.exists() or not all(isinstance(file, Mapping) or Path(file).is_file() for file in inputs.values()):
         return False
     if done.get("config_sha256") != config_sha256(config) or any(done.get(name) != facts[name] for name in facts):
         return False
-    return (done.get("inputs") == {name: fingerprint(file) for name, file in inputs.items()}
+    return (done.get("inputs") == fingerprints(inputs)
             and (not path.is_file() or done.get("sha256") == file_sha256(path)))
 
 
 def read_done(path: Path | str) -> dict:
     """The done-manifest of a file or folder; empty where there is none that can be read."""
     try:
-        done = json.loads(done_path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        done = read_json(done_path(path), "a done-manifest")
+    except (InputError, OSError):
         return {}
     return done if isinstance(done, dict) else {}
 
@@ -248,6 +259,7 @@ def locked(path: Path | str, wait_s: float = 3600, covers: Iterable[Path | str] 
     try:
         for output in (path, *covers):
             _clear_leftovers(_named(output))
+            _clear_leftovers(done_path(output))
         yield
     finally:
         lock.release()

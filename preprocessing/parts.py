@@ -16,9 +16,10 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from preprocessing.outputs import config_sha256, fingerprint, finished_file, write_json
+from preprocessing.outputs import config_sha256, fingerprints, finished_file, write_json
 
 KEY = "key.json"
+FORMAT = 1                       # of what blocks hold; blocks of another are not understood
 
 
 def parts_folder(output: Path | str) -> Path:
@@ -30,26 +31,26 @@ def parts_folder(output: Path | str) -> Path:
 class Parts:
     """The blocks 0, 1, ... of `output` made so far from exactly these inputs with exactly this config."""
 
-    def __init__(self, output: Path | str, *, config: Mapping, inputs: Mapping[str, Path | str], resume: bool = True):
+    def __init__(self, output: Path | str, *, config: Mapping, inputs: Mapping[str, Path | str | Mapping], resume: bool = True,
+                 beside: Path | None = None):
+        """`beside` is where further files of these blocks may lie, on another disk maybe: `self.beside` is that path with the
+        blocks' own mark, a folder that goes when they go."""
         self.folder = parts_folder(output)
-        key = {"config_sha256": config_sha256(config), "inputs": {name: fingerprint(file) for name, file in inputs.items()}}
-        if not (resume and self._recorded_key() == key):
+        key = {"format": FORMAT, "config_sha256": config_sha256(config), "inputs": fingerprints(inputs)}
+        self.beside = None if beside is None else beside.with_name(f"{beside.name}.{config_sha256(key)[:12]}")
+        key |= {"beside": str(self.beside or "")}
+        if not (resume and _recorded_key(self.folder) == key):
             self._empty()
             write_json(self.folder / KEY, key)
 
     def _empty(self) -> None:
         try:
+            _remove_beside(self.folder)
             if self.folder.exists():
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True)
         except OSError as error:                   # rmtree names the file within the folder alone
             raise OSError(error.errno, error.strerror, str(self.folder)) from error
-
-    def _recorded_key(self) -> dict | None:
-        try:
-            return json.loads((self.folder / KEY).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return None
 
     def __len__(self) -> int:
         """How many blocks are finished, from block 0 without a gap."""
@@ -83,18 +84,38 @@ class Parts:
             path.unlink(missing_ok=True)
             raise OSError(f"{path}: damaged ({error}); run the command again, which makes this block anew") from error
 
+    def drop_from(self, number: int) -> None:
+        """Throw away block `number` and all after it: each goes on from the one before."""
+        for later in range(number, len(self)):
+            self._path(later).unlink()
+
     def blocks(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
         """These arrays of every finished block, in order."""
         return (self.read(number, *names) for number in range(len(self)))
 
     def remove(self) -> None:
         """Throw all blocks away: the output stands."""
+        _remove_beside(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @staticmethod
     def clear(output: Path | str) -> None:
         """Throw away the blocks of an output that stands, whatever they were made of."""
+        _remove_beside(parts_folder(output))
         shutil.rmtree(parts_folder(output), ignore_errors=True)
+
+
+def _recorded_key(folder: Path) -> dict:
+    try:
+        key = json.loads((folder / KEY).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return key if isinstance(key, dict) else {}
+
+
+def _remove_beside(folder: Path) -> None:
+    if beside := _recorded_key(folder).get("beside"):
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:

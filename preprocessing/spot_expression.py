@@ -1,19 +1,17 @@
 """Turn a Sample and the Spots kept of it into the AnnData of `gex.h5ad`: raw counts, one row a patch.
 
-Touches no files but the slide, for its fingerprint. `uns['spatial']` is what scanpy and squidpy draw;
+Touches no files. `uns['spatial']` is what scanpy and squidpy draw;
 `uns['morphology']` says how rows and patches were made.
 """
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 
 from preprocessing.expression import morphology_record
-from preprocessing.outputs import fingerprint
 from preprocessing.sample import Sample, Spots
 from preprocessing.spot_sums import sum_spots
 
@@ -25,11 +23,11 @@ def spot_expression(sample: Sample, spots: Spots, **details) -> ad.AnnData:
     return expression
 
 
-def about_spots(sample: Sample, spots: Spots, *, patch_px: int, slide_path: Path | str, settings: Mapping,
+def about_spots(sample: Sample, spots: Spots, *, patch_px: int, slide: Mapping, settings: Mapping,
                 stride_bins: int | None = None) -> ad.AnnData:
     """obs, var, obsm and uns of the spots: everything `formats.md` asks of a `gex.h5ad` but X.
 
-    Of rows that were pseudo-spots already when they were read, what they were made of is kept."""
+    `slide` is its `outputs.fingerprint`. Of rows that were pseudo-spots already when they were read, what they were made of is kept."""
     made = sample.metadata
     n_members = made["n_members"][spots.sample_rows] if "n_members" in made else np.full(len(spots), spots.n_members, np.int64)
     obs = pd.DataFrame({"in_tissue": np.ones(len(spots), np.int8), "array_row": spots.array_row.astype(np.int64),
@@ -46,7 +44,7 @@ def about_spots(sample: Sample, spots: Spots, *, patch_px: int, slide_path: Path
         "images": dict(sample.images), "scalefactors": dict(sample.scalefactors),
         "metadata": {"platform": sample.platform, "mpp_source": str(sample.metadata.get("mpp_source", ""))}}}
     about.uns["morphology"] = morphology_record(
-        barcodes=spots.barcodes, mpp=sample.mpp, patch_um=spots.patch_um, patch_px=patch_px, slide=fingerprint(slide_path),
+        barcodes=spots.barcodes, mpp=sample.mpp, patch_um=spots.patch_um, patch_px=patch_px, slide=slide,
         settings=settings, stride_bins=stride_bins or made.get("stride_bins"), bin_um=sample.bin_um or made.get("bin_um"))
     return about
 

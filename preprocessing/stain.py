@@ -5,7 +5,7 @@ vectors and the 99th percentiles of the two amounts describe a slide. They are e
 """
 from __future__ import annotations
 
-import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from skimage.color import rgb2hsv
 from skimage.filters import threshold_otsu
 
-from preprocessing.errors import InputError, OptionError, read_text
+from preprocessing.errors import InputError, OptionError, read_json
 from preprocessing.outputs import fingerprint
 from preprocessing.slide import Slide, SlideReadError, open_slide
 
@@ -53,18 +53,18 @@ class StainVectors:
 
 def read_stain_file(path: Path | str) -> StainVectors:
     """The stain vectors a `stain.json` holds."""
-    text = read_text(path, "a stain.json")
+    content = read_json(path, "a stain.json")
+    if isinstance(content, dict) and content.get("normalised") is False:
+        raise InputError(path, "normalised", "stain vectors", "false: those patches were not normalised")
     try:
-        content = json.loads(text)
-        if not content["normalised"]:
-            raise InputError(path, "normalised", "stain vectors", "false: those patches were not normalised")
         vectors, maxima = np.array(content["vectors"], dtype=float), np.array(content["maxima"], dtype=float)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(path, "content", "normalised, vectors, maxima", f"no such JSON ({error})") from error
+        n_pixels = int(content.get("n_pixels", 0))
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(path, "content", "numbers as vectors, maxima and n_pixels", f"other JSON ({error})") from error
     if vectors.shape != (3, 2) or maxima.shape != (2,) or not (np.isfinite(vectors).all() and (maxima > 0).all()):
-        raise InputError(path, "vectors, maxima", "3 x 2 and 2 positive numbers", f"{vectors.tolist()}, {maxima.tolist()}")
+        raise InputError(path, "vectors, maxima", "3 x 2 and 2 positive numbers", f"{vectors.tolist()}, {maxima.tolist()}"[:200])
     _require_two_stains(path, vectors)
-    return StainVectors(tuple(map(tuple, vectors.tolist())), tuple(maxima.tolist()), int(content.get("n_pixels", 0)))
+    return StainVectors(tuple(map(tuple, vectors.tolist())), tuple(maxima.tolist()), n_pixels)
 
 
 def optical_density(pixels: np.ndarray) -> np.ndarray:
@@ -177,9 +177,9 @@ def slide_stain(slide: Slide, seed: int = 0) -> StainVectors:
     return estimate_stain(tissue_pixels(slide, seed), slide.path)
 
 
-def find_stain(wsi_path: Path | str | None, stain_file: Path | str | None, on_stain_failure: str = "error"
-               ) -> tuple[StainVectors | None, dict]:
-    """(stain vectors, content of `stain.json`) from a `stain.json`, else from the slide.
+def find_stain(wsi_path: Path | str | None, stain_file: Path | str | None, on_stain_failure: str = "error",
+               slide: Slide | None = None) -> tuple[StainVectors | None, dict]:
+    """(stain vectors, content of `stain.json`) from a `stain.json`, else from the slide, which `slide` is where it is open already.
 
     A slide without two stains is an InputError, or gives no vectors with `on_stain_failure="skip"`: its colours are to be kept.
     """
@@ -189,8 +189,8 @@ def find_stain(wsi_path: Path | str | None, stain_file: Path | str | None, on_st
     if wsi_path is None:
         raise OptionError("--wsi", "the slide, to estimate its stain on (or --stain-file, or --no-normalize)", "nothing")
     try:
-        with open_slide(wsi_path) as slide:
-            stain = slide_stain(slide)
+        with open_slide(wsi_path) if slide is None else nullcontext(slide) as opened:
+            stain = slide_stain(opened)
     except NoStainError as error:
         if on_stain_failure != "skip":
             raise

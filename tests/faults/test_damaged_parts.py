@@ -56,7 +56,7 @@ def stopped_once(server, sample, tmp_path_factory):
     """The output folder of an extraction stopped after six blocks, and a copy of it."""
     out, copy = tmp_path_factory.mktemp("stopped") / "out", tmp_path_factory.mktemp("copy") / "out"
     server.fails(130, *extraction(sample, out), before=STOP_AT_BLOCK.format(6))
-    assert len(list((out / ".imgs.h5.parts").glob("block_*.safetensors"))) == 6 and not list(out.glob("[!.]*"))
+    assert len(list((out / ".qc.png.parts").glob("block_*.safetensors"))) == 6 and not list(out.glob("[!.]*"))
     shutil.copytree(out, copy)
     return out, copy
 
@@ -67,7 +67,7 @@ def stopped(stopped_once):
     out, copy = stopped_once
     shutil.rmtree(out)
     shutil.copytree(copy, out)
-    return out, out / ".imgs.h5.parts"
+    return out, out / ".qc.png.parts"
 
 
 # ---- one block ------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_a_block_damaged_between_two_runs_is_named_and_made_anew_by_the_next(ser
 
 def test_a_png_file_lost_between_two_runs_is_made_anew(server, sample, whole, stopped):
     out, _ = stopped
-    (out / ".patches.pngs" / "patch_130.png").unlink()
+    next(out.glob(".patches.pngs.*/patch_130.png")).unlink()
     server.succeeds(*extraction(sample, out))
     assert differences(contents(out), whole) == [] and leftovers(out) == []
 
@@ -135,8 +135,8 @@ def test_blocks_whose_key_is_of_another_version_or_damaged_are_made_anew(server,
 
 
 def test_a_file_where_the_blocks_should_lie_is_one_line(server, sample, tmp_path):
-    (tmp_path / ".imgs.h5.parts").write_text("not a folder")
-    assert ".imgs.h5.parts" in server.fails(4, *extraction(sample, tmp_path))
+    (tmp_path / ".qc.png.parts").write_text("not a folder")
+    assert ".qc.png.parts" in server.fails(4, *extraction(sample, tmp_path))
     assert not list(tmp_path.glob("[!.]*"))
 
 
@@ -153,5 +153,5 @@ def test_blocks_of_another_user_are_one_line_and_stay_as_they_are(server, sample
             path.chmod(0o777)
         before = sorted(path.name for path in (folder / "out").rglob("*"))
         said = server.fails(4, *extraction(copied, folder / "out"), *options, uid=NOBODY)
-        assert "Permission denied" in said and ("/out/.imgs.h5.parts" in said or "/out/.patches.pngs" in said)
+        assert "Permission denied" in said and ("/out/.qc.png.parts" in said or "/out/.patches.pngs." in said)
         assert sorted(path.name for path in (folder / "out").rglob("*")) == before

@@ -15,6 +15,7 @@ from PIL import Image
 from preprocessing import block_extraction, extract_patches, gex_preprocessing  # commands, run as a user does
 from preprocessing.dump_patches import main as dump_patches
 from preprocessing.expression import write_vocabulary
+from preprocessing.outputs import write_done
 from preprocessing.parts import Parts
 
 KILLS, KILLS_A_ROUND = 20, 4
@@ -94,7 +95,7 @@ def survives(command, arguments_into, tmp_path, seed) -> None:
         succeeds(command, arguments_into(disturbed))
         found = contents(disturbed)
         assert [name for name in expected | found if expected.get(name) != found.get(name)] == []
-        assert not [path.name for path in disturbed.iterdir() if ".tmp." in path.name or path.name.endswith((".parts", ".pngs"))]
+        assert not [path.name for path in disturbed.iterdir() if ".tmp." in path.name or ".parts" in path.name or ".pngs" in path.name]
     assert n_killed >= KILLS // 2, "the kills came too late to test anything"
 
 
@@ -160,12 +161,39 @@ def test_a_run_goes_on_with_the_block_it_was_at(hd_sample, tmp_path, monkeypatch
     assert written[0] == 3 and written == list(range(3, 3 + len(written))) and len(written) > 10
 
 
-def test_a_changed_config_begins_anew_and_mixes_nothing(hd_sample, tmp_path, monkeypatch):
-    arguments = ["--space-ranger-dir", hd_sample.space_ranger_dir, "--wsi-file", hd_sample.slide, "--patch-sz-px", 32]
+def stopped(arguments, number, monkeypatch) -> None:
     with monkeypatch.context() as patched:
-        stop_at_block(patched, 3)
-        CliRunner().invoke(extract_patches.main, [str(argument) for argument in [*arguments, "--out-dir", tmp_path / "out"]])
-    assert len(list((tmp_path / "out" / ".imgs.h5.parts").glob("*.safetensors"))) == 3
+        stop_at_block(patched, number)
+        assert CliRunner().invoke(extract_patches.main, [str(argument) for argument in arguments]).exit_code == 130
+
+
+@pytest.mark.parametrize("other", [["--stride", 7], ["--no-h5", "--mpp", 0.45], ["--no-normalize"]], ids=lambda other: other[0])
+def test_a_changed_config_begins_anew_and_mixes_nothing(hd_sample, tmp_path, monkeypatch, other):
+    def into(name):
+        return ["--space-ranger-dir", hd_sample.space_ranger_dir, "--wsi-file", hd_sample.slide, "--patch-sz-px", 32, "--out-dir",
+                tmp_path / name, "--dump-dir", tmp_path / name / "patches"]
+
+    stopped(into("out"), 3, monkeypatch)
+    assert len(list((tmp_path / "out" / ".qc.png.parts").glob("*.safetensors"))) == 3
+    stopped([*into("out"), *other], 2, monkeypatch)
     for name in ("out", "clean"):
-        succeeds(extract_patches.main, [*arguments, "--out-dir", tmp_path / name, "--stride", 7])
+        succeeds(extract_patches.main, into(name))
     assert contents(tmp_path / "out") == contents(tmp_path / "clean")
+    assert not list((tmp_path / "out").glob(".*pngs*")) and not list((tmp_path / "out").glob(".*parts"))
+
+
+def test_a_run_killed_when_the_patch_folder_had_just_got_its_name_repeats_no_block(hd_sample, tmp_path, monkeypatch):
+    arguments = ["--space-ranger-dir", hd_sample.space_ranger_dir, "--wsi-file", hd_sample.slide, "--patch-sz-px", 32, "--out-dir",
+                 tmp_path / "out", "--dump-dir", tmp_path / "out" / "patches"]
+    with monkeypatch.context() as patched:
+        patched.setattr(extract_patches, "write_done",
+                        lambda path, **facts: write_done(path, **facts) if path.name == "patches" else killed_now())
+        assert CliRunner().invoke(extract_patches.main, [str(argument) for argument in arguments]).exit_code == 130
+    assert (tmp_path / "out" / "patches").is_dir()
+    monkeypatch.setattr(Parts, "write", lambda *_, **__: pytest.fail("a block was made again"))
+    succeeds(extract_patches.main, arguments)
+    assert (tmp_path / "out" / "imgs.h5.done.json").exists() and not list((tmp_path / "out").glob(".*parts"))
+
+
+def killed_now():
+    raise KeyboardInterrupt

@@ -133,8 +133,32 @@ def test_too_many_patches_on_corrupt_tiles_end_the_run_and_more_may_be_allowed_l
     said = fails(3, *arguments)
     assert f"{broken}: tiles: expected at most 1.00% of " in said and "(--max-bad)" in said
     assert not list((tmp_path / "out").glob("[!.]*"))
+    assert "tiles: expected at most 1.00%" in fails(3, *arguments)                  # blocks of the first run make no difference
     run(*arguments, "--max-bad", 1)
     assert (tmp_path / "out" / "gex.h5ad").exists()
+    assert "tiles: expected at most 0.00%" in fails(3, *arguments, "--max-bad", 0)
+    assert "already extracted" in run(*arguments, "--max-bad", 0.95)
+
+
+def test_patches_of_other_settings_do_not_stay_beside_new_expression(sim_v2, tmp_path):
+    arguments = ("--space-ranger-dir", sim_v2.space_ranger_dir, "--wsi-file", sim_v2.slide, "--out-dir", tmp_path, "--patch-sz-px", 40)
+    run(*arguments)
+    before = (tmp_path / "gex.h5ad").read_bytes()
+    folder = ("--dump-dir", tmp_path / "patches", "--no-h5")
+    said = fails(3, *arguments, *folder, "--patch-sz-um", 70)
+    assert f"{tmp_path / 'imgs.h5'}: --no-h5: expected no HDF5 file, or one of these settings" in said
+    assert (tmp_path / "gex.h5ad").read_bytes() == before
+    run(*arguments, *folder)                                                         # of these settings it may stay
+
+
+def test_a_link_to_a_patch_folder_stays_a_link(sim_v2, tmp_path):
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "patches").symlink_to(tmp_path / "large_disk")
+    arguments = ("--space-ranger-dir", sim_v2.space_ranger_dir, "--wsi-file", sim_v2.slide, "--out-dir", tmp_path / "out",
+                 "--patch-sz-px", 40, "--dump-dir", tmp_path / "patches")
+    run(*arguments)
+    assert (tmp_path / "patches").is_symlink() and len(pictures(tmp_path / "large_disk")) > 3
+    assert "already extracted" in run(*arguments)
 
 
 # ---- what the files are like ----------------------------------------------------------------------------------------
