@@ -14,12 +14,12 @@ from pathlib import Path
 
 from preprocessing.errors import InputError, OptionError, read_text, require_unique
 from preprocessing.extraction import ExtractConfig
+from preprocessing.outputs import done_path, file_sha256, read_done
 
 SOURCES = ("space_ranger_dir", "gex_file")                  # one of them a sample
 NUMBERS = ("mpp", "spot_um")
 COLUMNS = ("sample_id", "wsi_file", *SOURCES, *NUMBERS, "stain_file")
 CHOICES = {"missing_genes": ("error", "zero"), "on_stain_failure": ("error", "skip"), "edge": ("drop", "pad")}
-PRODUCTS = {"extract": ("gex.h5ad", "imgs.h5"), "genes": ("gex_filt.h5ad",), "patches": ("patches/metadata.jsonl",)}   # of each step
 FINISHED = "finished"                                       # what steps/STEP.txt says; else `failed EXIT_CODE`
 
 
@@ -38,6 +38,7 @@ class CohortConfig:
     edge: str = "drop"
     min_tissue: float = 0.0
     use_wsi_res: bool = False
+    keep_hdf5: bool = True               # patches in imgs.h5 too, not only in the patch folder
     normalize: bool = True
     stain_file: Path | None = None       # for every sample whose row of the sheet names none
     on_stain_failure: str = "error"
@@ -128,14 +129,16 @@ def read_cohort_sheet(path: Path | str) -> list[CohortSample]:
         columns = [column.strip() for column in reader.fieldnames or []]
         reader.fieldnames = columns
         _check_columns(path, columns)
-        samples = [_read_line(path, reader.line_num, {name: _cell(value) for name, value in row.items()}) for row in reader]
+        rows = ((reader.line_num, {name: _cell(value) for name, value in row.items()}) for row in reader)
+        samples = [_read_line(path, line, row) for line, row in rows if any(row.values())]     # a spreadsheet leaves lines of commas
     except csv.Error as error:
         raise InputError(path, f"line {reader.line_num}", "comma-separated text", str(error)) from error
     if not samples:
         raise InputError(path, "rows", "one a sample", "none")
-    names = [sample.sample_id for sample in samples]
-    folders = [name.lower() for name in names]             # on some disks S1 and s1 are one folder
-    require_unique(path, "sample_id", folders, [f"{sample.sample_id} on line {sample.line}" for sample in samples])
+    folders = [sample.sample_id.lower() for sample in samples]             # on some disks S1 and s1 are one folder
+    first_line = {folder: sample.line for folder, sample in reversed(list(zip(folders, samples, strict=True)))}
+    require_unique(path, "sample_id", folders, [f"{sample.sample_id} on lines {first_line[folder]} and {sample.line}"
+                                                for folder, sample in zip(folders, samples, strict=True)])
     return samples
 
 
@@ -194,11 +197,11 @@ def missing_files(sheet: Path | str, samples: Sequence[CohortSample]) -> Iterato
 
 # ---- steps ----------------------------------------------------------------------------------------------------------
 
-def input_files(sample: CohortSample) -> list[str]:
+def input_files(config: CohortConfig, sample: CohortSample) -> list[str]:
     """The files there are of a sample, so that one that changes is looked at again."""
     from preprocessing.space_ranger_folder import find_folder
 
-    found = [path for name, path in sample.files().items() if name in ("wsi_file", "gex_file")]
+    found = [path for path in (sample.wsi_file, sample.gex_file, _stain_file(config, sample)) if path is not None]
     if sample.space_ranger_dir is not None:
         try:
             found += find_folder(sample.space_ranger_dir).files().values()
@@ -208,15 +211,22 @@ def input_files(sample: CohortSample) -> list[str]:
 
 
 def extract_arguments(config: CohortConfig, sample: CohortSample) -> list[str]:
-    """`extract_patches` of one sample, without --workers and --memory-gb, which change no result."""
+    """`extract_patches` of one sample, patch folder and all, without --workers and --memory-gb, which change no result."""
+    folder = config.out_dir / sample.sample_id
     arguments = ["preprocessing.extract_patches", "--sample-id", sample.sample_id, "--wsi-file", str(sample.wsi_file),
-                 "--out-dir", str(config.out_dir / sample.sample_id), "--patch-sz-um", f"{config.patch_um:g}",
+                 "--out-dir", str(folder), "--dump-dir", str(folder / "patches"), "--patch-sz-um", f"{config.patch_um:g}",
                  "--patch-sz-px", str(config.patch_px), "--stride", str(config.stride), "--edge", config.edge,
-                 "--min-tissue", f"{config.min_tissue:g}"]
-    for name in (*SOURCES, *NUMBERS):
-        if (value := getattr(sample, name)) is not None:
+                 "--min-tissue", f"{config.min_tissue:g}", "--on-stain-failure", config.on_stain_failure]
+    values = {**{name: getattr(sample, name) for name in (*SOURCES, *NUMBERS)}, "stain_file": _stain_file(config, sample)}
+    for name, value in values.items():
+        if value is not None:
             arguments += [f"--{name.replace('_', '-')}", str(value)]
-    return arguments + (["--use-wsi-res"] if config.use_wsi_res else [])
+    flags = {"--use-wsi-res": config.use_wsi_res, "--no-h5": not config.keep_hdf5, "--no-normalize": not config.normalize}
+    return arguments + [flag for flag, is_set in flags.items() if is_set]
+
+
+def _stain_file(config: CohortConfig, sample: CohortSample) -> Path | None:
+    return (sample.stain_file or config.stain_file) if config.normalize else None
 
 
 def genes_arguments(config: CohortConfig, sample: CohortSample) -> list[str]:
@@ -225,25 +235,27 @@ def genes_arguments(config: CohortConfig, sample: CohortSample) -> list[str]:
             "--vocab-file", str(config.vocabulary), "--missing-genes", config.missing_genes]
 
 
-def patches_arguments(config: CohortConfig, sample: CohortSample) -> list[str]:
-    """`dump_patches` of one sample."""
-    folder = config.out_dir / sample.sample_id
-    arguments = ["preprocessing.dump_patches", "--images", str(folder / "imgs.h5"), "--wsi", str(sample.wsi_file),
-                 "--out-dir", str(folder / "patches"), "--on-stain-failure", config.on_stain_failure]
-    stain_file = sample.stain_file or config.stain_file
-    if not config.normalize:
-        return [*arguments, "--no-normalize"]
-    return arguments + (["--stain-file", str(stain_file)] if stain_file else [])
-
-
 def forget_unfinished(config: CohortConfig, samples: Sequence[CohortSample]) -> None:
-    """Remove the marks of steps that failed, so that they are tried again, and of steps whose files were deleted since."""
+    """Remove the marks of steps that failed, so that they are tried again, and of steps whose files were deleted or damaged since."""
+    products = {"extract": ("gex.h5ad", *(("imgs.h5",) if config.keep_hdf5 else ()), "patches"), "genes": ("gex_filt.h5ad",)}
     for sample in samples:
         folder = config.out_dir / sample.sample_id
-        for step, products in PRODUCTS.items():
+        for step, names in products.items():
             mark = folder / "steps" / f"{step}.txt"
-            whole = all((folder / product).is_file() for product in products)
-            if mark.is_file() and not (whole and mark.read_text().strip() == FINISHED):
+            if mark.is_file() and not (mark.read_text().strip() == FINISHED and all(is_as_finished(folder / name) for name in names)):
                 mark.unlink()
                 if step == "extract":
                     mark.with_name("extracted.txt").unlink(missing_ok=True)
+
+
+def is_as_finished(product: Path) -> bool:
+    """Whether a file or a patch folder is as its done-manifest says. Cheap: content is read only of what changed after the manifest."""
+    from preprocessing.png_folder import METADATA, patch_folder_sha256
+
+    manifest, done, is_folder = done_path(product), read_done(product), product.is_dir()
+    file = product / METADATA if is_folder else product
+    if not (done and file.is_file()) or (not is_folder and file.stat().st_size != done.get("bytes")):
+        return False
+    if file.stat().st_mtime_ns <= manifest.stat().st_mtime_ns:
+        return True
+    return done["content_sha256"] == patch_folder_sha256(product) if is_folder else done["sha256"] == file_sha256(product)

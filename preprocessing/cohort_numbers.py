@@ -19,8 +19,9 @@ from preprocessing.outputs import done_path, finished_file, is_done, locked, rea
 
 QUANTILES = np.linspace(0, 1, 101)
 ENTRIES_AT_ONCE = 1 << 24                # counts read together: 64-128 MB
-STEPS = {"extract": "patches and expression", "genes": "gene selection", "patches": "patch folder"}
+STEPS = {"extract": "patches and expression", "genes": "gene selection"}
 KILLED = {"137", "-9", "265"}            # exit codes of a process that was killed
+INTERRUPTED = "130"                      # by Ctrl-C
 MIN_COMPARED = 3                         # samples needed to call one of them odd
 UMI_FACTOR, MPP_FACTOR, STAIN_DEGREES = 4.0, 1.5, 15.0     # further than this from the cohort's median: a warning
 
@@ -60,8 +61,7 @@ def _gather_sample(out_dir: Path, sample_id: str) -> SampleNumbers:
     status, reason = _status(out_dir, folder)
     extracted = _mark(folder, "extract") == FINISHED           # else what lies there is of an older slide
     numbers = _read_numbers(folder) if extracted and (folder / "gex.h5ad").is_file() else {}
-    has_patches = extracted and _mark(folder, "patches") == FINISHED
-    stain, note = _read_stain(folder / "patches" / "stain.json") if has_patches else (None, "")
+    stain, note = _read_stain(folder / "patches" / "stain.json") if extracted else (None, "")
     return SampleNumbers(sample_id, status, reason, stain=stain, stain_note=note, **numbers)
 
 
@@ -73,21 +73,30 @@ def _mark(folder: Path, step: str) -> str:
 
 
 def _status(out_dir: Path, folder: Path) -> tuple[str, str]:
-    """(status, reason): the first step that failed decides."""
+    """(status, reason): the first step that failed decides. One that was interrupted did not fail: the next run goes on with it."""
     stopped = []
     for step, words in STEPS.items():
         mark, log = _mark(folder, step), folder / "logs" / f"{step}.log"
         if mark == FINISHED:
             continue
-        if mark or (log.is_file() and last_error(log)):
-            return "failed", f"{words}: {failure_reason(log, mark.removeprefix('failed').strip())}"
+        code = mark.removeprefix("failed").strip()
+        interrupted = was_interrupted(log, code)
+        if not interrupted and (mark or (log.is_file() and last_error(log))):
+            return "failed", f"{words}: {failure_reason(log, code)}"
+        how_far = "interrupted" if interrupted else "begun, not ended" if log.is_file() else "not begun"
         if step == "extract":
-            return ("unfinished", f"{words}: begun, not ended") if log.is_file() else ("not started", "")
+            return ("unfinished", f"{words}: {how_far}") if interrupted or log.is_file() else ("not started", "")
         waits_for = out_dir / "logs" / "vocabulary.log"
-        if step == "genes" and waits_for.is_file() and last_error(waits_for):
+        if waits_for.is_file() and last_error(waits_for) and not was_interrupted(waits_for):
             return "failed", f"gene vocabulary: {last_error(waits_for)}"
-        stopped.append(f"{words}: {'begun, not ended' if log.is_file() else 'not begun'}")
+        stopped.append(f"{words}: {how_far}")
     return ("unfinished", "; ".join(stopped)) if stopped else ("finished", "")
+
+
+def was_interrupted(log: Path, exit_code: str = "") -> bool:
+    """Whether Ctrl-C ended a step, by its exit code or by what it said last."""
+    said = last_error(log) if log.is_file() else ""
+    return exit_code == INTERRUPTED or said.startswith("interrupted") or said.endswith("KeyboardInterrupt")
 
 
 def last_error(log: Path) -> str:

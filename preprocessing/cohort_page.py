@@ -50,7 +50,8 @@ def summary_line(cohort: Sequence[SampleNumbers]) -> str:
 def write_cohort_page(page: Path, cohort: Sequence[SampleNumbers]) -> None:
     """Write the page; folders of the samples lie beside it."""
     odd = warnings(cohort)
-    title = f"Cohort {page.absolute().parent.name}"
+    name = page.absolute().parent.name
+    title = "Cohort" if name.lower() == "cohort" else f"Cohort {name}"
     parts = [f"<h1>{html.escape(title)}</h1>",
              f"<p>{html.escape(summary_line(cohort))} · numbers as <a href='cohort.csv'>cohort.csv</a></p>",
              *_notes(cohort, odd), _table(page.parent, cohort, odd), *_plots(cohort)]
@@ -147,7 +148,6 @@ def _plots(cohort: Sequence[SampleNumbers]) -> list[str]:
 def _strips(cohort: Sequence[SampleNumbers], kind: str) -> Figure:
     """A violin a sample, in the sheet's order from the top; UMIs on a logarithmic axis."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
 
     figure = Figure(figsize=(6.2, 1.1 + 0.42 * len(cohort)), dpi=130, layout="constrained")
     axes = figure.add_subplot()
@@ -161,7 +161,18 @@ def _strips(cohort: Sequence[SampleNumbers], kind: str) -> Figure:
         axes.plot(median, place, "o", color="white", markeredgecolor="#00466e", markersize=5)
     axes.set(yticks=range(len(cohort)), yticklabels=[sample.sample_id for sample in cohort], ylim=(len(cohort) - 0.4, -0.6),
              xlabel=f"{kind} a spot")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{10 ** value if kind == 'UMIs' else value:,.0f}"))
+    if kind == "UMIs":
+        axes.set_xticks(np.log10(ticks := plain_ticks(*10 ** np.array(axes.get_xlim()))), [f"{tick:,.0f}" for tick in ticks])
+    else:
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(axis="x", color="#ddd")
     axes.set_axisbelow(True)
     return figure
+
+
+def plain_ticks(low: float, high: float) -> np.ndarray:
+    """1, 2, 5, 10, 20, ... from `low` to `high` (above 0) for a logarithmic axis; over more than four decades powers of ten alone."""
+    powers = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    digits = (1, 2, 5) if high < 1e4 * low else (1,)
+    ticks = np.outer(10.0 ** powers, digits).ravel()
+    return ticks[(ticks >= max(low, 1)) & (ticks <= high)]

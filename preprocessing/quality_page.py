@@ -73,6 +73,7 @@ def _overview(quality: PatchQuality) -> Figure:
     map_in = np.array([9.0, 9.0 * height / width]) if width >= height else np.array([9.0 * width / height, 9.0])
     figure = Figure(figsize=(map_in[0] + (4.2 if has_counts else 0) + 0.6, max(map_in[1], 5.5) + 0.9), dpi=110, layout="constrained")
     if has_counts:
+        figure.get_layout_engine().set(h_pad=0.15)       # between the label of one histogram and the title of the next
         grid = figure.add_gridspec(2, 2, width_ratios=(map_in[0], 4.0))
         _draw_histogram(figure.add_subplot(grid[0, 1]), quality.library_sizes, "UMIs a patch")
         _draw_histogram(figure.add_subplot(grid[1, 1]), quality.n_genes, "genes seen a patch")
@@ -85,9 +86,9 @@ def _overview(quality: PatchQuality) -> Figure:
 def _draw_map(axes, quality: PatchQuality) -> None:
     width, height = quality.slide_px
     axes.imshow(quality.thumbnail, extent=(0, width, height, 0), interpolation="bilinear")
-    for part in quality.tissue.geoms if quality.tissue is not None else ():
-        for ring in (part.exterior, *part.interiors):
-            axes.plot(*np.asarray(ring.coords).T, color="black", linewidth=0.8)
+    rings = [ring for part in (quality.tissue.geoms if quality.tissue is not None else ()) for ring in (part.exterior, *part.interiors)]
+    for number, ring in enumerate(rings):
+        axes.plot(*np.asarray(ring.coords).T, color="black", linewidth=0.8, label="_" if number else "outline of tissue")
     groups = [("kept", quality.centre_xy_px, "#00c8ff"), *((reason, xy, "#ff6000") for reason, xy in quality.dropped_xy_px.items())]
     for label, centres, colour in groups:
         if len(centres) == 0:
@@ -138,9 +139,16 @@ def covered_area(centre_xy_px: np.ndarray, side_px: float, slide_px: tuple[int, 
 
 
 def _draw_histogram(axes, values: np.ndarray, label: str) -> None:
-    axes.hist(values, bins=min(60, max(10, len(values) // 20)), color="#0072b2")
+    axes.hist(values, bins=whole_number_bins(values, min(60, max(10, len(values) // 20))), color="#0072b2")
     axes.axvline(np.median(values), color="#d55e00", linewidth=1.2)
     axes.set(xlabel=label, ylabel="patches", title=f"median {np.median(values):,.0f}; {np.count_nonzero(values == 0):,} with none")
+
+
+def whole_number_bins(values: np.ndarray, most: int) -> np.ndarray:
+    """Edges of at most `most` bins, each as many whole numbers wide: bins of one number beside bins of two would draw a comb."""
+    low, high = int(values.min()), int(values.max())
+    width = -(-(high - low + 1) // most)
+    return np.arange(low, high + width + 1, width) - 0.5
 
 
 def as_png(figure: Figure) -> bytes:

@@ -4,13 +4,25 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from preprocessing.cohort import CohortConfig, missing_files, patches_arguments, read_cohort_config, read_cohort_sheet
+from preprocessing.cohort import (
+    CohortConfig,
+    extract_arguments,
+    forget_unfinished,
+    input_files,
+    is_as_finished,
+    missing_files,
+    read_cohort_config,
+    read_cohort_sheet,
+)
 from preprocessing.errors import InputError, OptionError
+from preprocessing.outputs import write_done
+from preprocessing.png_folder import patch_folder_sha256
 from preprocessing.simulate_sample import SimulateConfig, simulate_sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,8 +35,9 @@ HEADER = "sample_id,space_ranger_dir,wsi_file"
     ("", "columns: expected sample_id"), (f"{HEADER}\n", "rows: expected one a sample; found none"),
     ("sample_id,wsi_file\nA,a.tif\n", "found no space_ranger_dir or gex_file"), ("sample_id,gex_file\nA,a.h5ad\n", "found no wsi_file"),
     (f"{HEADER},stian_file\nA,a,a.tif,s\n", "found unknown 'stian_file'"), (f"{HEADER},mpp,mpp\nA,a,a.tif,1,2\n", "repeated 1 (mpp)"),
-    (f"{HEADER}\nA,a,a.tif\nA,b,b.tif\n", "sample_id: expected no value twice; found repeated 1 (A on line 3)"),
-    (f"{HEADER}\nA,a,a.tif\na,b,b.tif\n", "repeated 1 (a on line 3)"),
+    (f"{HEADER}\nA,a,a.tif\nA,b,b.tif\n", "sample_id: expected no value twice; found repeated 1 (A on lines 2 and 3)"),
+    (f"{HEADER}\nB,b,b.tif\nA,a,a.tif\n,,\na,b,b.tif\n", "repeated 1 (a on lines 3 and 5)"),
+    (f"{HEADER}\n,,\n , ,\n", "rows: expected one a sample; found none"),
     (f"{HEADER}\n\nA,a,\n", "line 3: expected wsi_file filled; found an empty cell"),
     (f"{HEADER}\nA,,a.tif\n", "line 2: expected either space_ranger_dir or gex_file filled; found neither"),
     (f"{HEADER},gex_file\nA,a,a.tif,a.h5ad\n", "found both"),
@@ -52,11 +65,80 @@ def test_every_column_of_the_sheet_reaches_its_sample_and_paths_are_beside_the_s
     assert list(missing_files("s.csv", [sample])) == ["s.csv: line 2: stain_file: expected a file; found no gone.json"]
 
 
-def test_a_stain_file_of_the_sheet_goes_before_that_of_the_cohort(tmp_path):
+def test_lines_of_nothing_but_commas_are_passed_over(tmp_path):
+    (tmp_path / "sheet.csv").write_text(f"{HEADER}\n,,\nA,a,a.tif\n , ,\nB,b,b.tif\n,,\n")
+    assert [(sample.sample_id, sample.line) for sample in read_cohort_sheet(tmp_path / "sheet.csv")] == [("A", 3), ("B", 5)]
+
+
+def test_a_stain_file_of_the_sheet_goes_before_that_of_the_cohort_and_is_watched(tmp_path):
+    for name in ("own.json", "all.json"):
+        (tmp_path / name).write_text("{}")
     (tmp_path / "sheet.csv").write_text(f"{HEADER},stain_file\nA,a,a.tif,own.json\nB,b,b.tif,\n")
-    own, other = read_cohort_sheet(tmp_path / "sheet.csv")
-    config = CohortConfig(samples=tmp_path / "sheet.csv", out_dir=tmp_path, stain_file=Path("all.json"))
-    assert patches_arguments(config, own)[-1] == "own.json" and patches_arguments(config, other)[-1] == "all.json"
+    config = CohortConfig(samples=tmp_path / "sheet.csv", out_dir=tmp_path, stain_file=tmp_path / "all.json")
+    for sample, name in zip(read_cohort_sheet(tmp_path / "sheet.csv"), ("own.json", "all.json"), strict=True):
+        arguments = extract_arguments(config, sample)
+        assert arguments[arguments.index("--stain-file") + 1] == str(tmp_path / name)
+        assert input_files(config, sample) == [str(tmp_path / name)]
+        plain = extract_arguments(CohortConfig(samples=tmp_path / "sheet.csv", out_dir=tmp_path, normalize=False), sample)
+        assert "--stain-file" not in plain and "--no-normalize" in plain
+
+
+# ---- what is finished -----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def finished(tmp_path):
+    """A cohort of one sample, finished; returns (config, its samples, its folder)."""
+    folder = tmp_path / "out" / "A"
+    (folder / "patches").mkdir(parents=True)
+    (folder / "patches" / "metadata.jsonl").write_text('{"file_name": "patch_0.png"}\n')
+    for name in ("gex.h5ad", "imgs.h5", "gex_filt.h5ad"):
+        (folder / name).write_bytes(name.encode() * 9)
+        write_done(folder / name, config={}, inputs={})
+    write_done(folder / "patches", config={}, inputs={}, content_sha256=patch_folder_sha256(folder / "patches"))
+    (folder / "steps").mkdir()
+    for step in ("extract", "extracted", "genes"):
+        (folder / "steps" / f"{step}.txt").write_text("finished\n")
+    (tmp_path / "sheet.csv").write_text(f"{HEADER}\nA,a,a.tif\n")
+    return CohortConfig(samples=tmp_path / "sheet.csv", out_dir=tmp_path / "out"), read_cohort_sheet(tmp_path / "sheet.csv"), folder
+
+
+def truncate(path):
+    """As a disk does that lost the end of a file: its time of change is of before."""
+    about = path.stat()
+    path.write_bytes(path.read_bytes()[:-1])
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+def overwrite(path):
+    path.write_bytes(b"x" * path.stat().st_size)
+
+
+@pytest.mark.parametrize(("name", "damage", "left"), [
+    ("gex_filt.h5ad", truncate, ["extract", "extracted"]), ("gex_filt.h5ad", overwrite, ["extract", "extracted"]),
+    ("gex.h5ad", truncate, ["genes"]), ("imgs.h5", overwrite, ["genes"]), ("imgs.h5", Path.unlink, ["genes"]),
+    ("patches/metadata.jsonl", overwrite, ["genes"]), ("patches/metadata.jsonl", Path.unlink, ["genes"]),
+    ("steps/genes.txt", lambda path: path.write_text("failed 3\n"), ["extract", "extracted"]),
+    ("gex.h5ad", lambda path: path.touch(), ["extract", "extracted", "genes"]),
+], ids=lambda value: value if isinstance(value, str) else None)
+def test_a_step_whose_product_is_damaged_or_gone_is_due_again_and_no_other(finished, name, damage, left):
+    config, samples, folder = finished
+    damage(folder / name)
+    forget_unfinished(config, samples)
+    assert sorted(path.stem for path in (folder / "steps").iterdir()) == left
+
+
+def test_without_an_hdf5_file_of_patches_none_is_asked_for(finished):
+    config, samples, folder = finished
+    (folder / "imgs.h5").unlink()
+    config = replace(config, keep_hdf5=False)
+    forget_unfinished(config, samples)
+    assert (folder / "steps" / "extract.txt").is_file() and "--no-h5" in extract_arguments(config, samples[0])
+
+
+def test_a_product_that_is_as_it_was_is_not_read(finished, monkeypatch):
+    folder = finished[2]
+    monkeypatch.setattr("preprocessing.cohort.file_sha256", lambda path: pytest.fail(f"read {path}"))
+    assert is_as_finished(folder / "gex.h5ad") and not is_as_finished(folder / "absent.h5ad")
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -150,6 +232,11 @@ def test_one_bad_slide_stops_nobody_and_joins_once_mended(tmp_path, cohort):
     assert times(tmp_path) == before
     code, said = snakemake(tmp_path, "--cores", 2, **settings)
     assert code == 0 and "Nothing to be done" in said
+
+    damaged, content = tmp_path / "out" / "VIS" / "gex_filt.h5ad", (tmp_path / "out" / "VIS" / "gex_filt.h5ad").read_bytes()
+    truncate(damaged)
+    code, said = snakemake(tmp_path, "--cores", 2, **settings)
+    assert code == 0 and said.count("rule genes:") == 1 and "rule extract:" not in said and len(damaged.read_bytes()) == len(content)
 
 
 def test_a_slide_that_is_not_there_is_named_with_its_line_before_anything_runs(tmp_path):

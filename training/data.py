@@ -87,7 +87,8 @@ def read_sample_sheet(path: Path | str) -> list[SampleFiles]:
     path = Path(path)
     reader = csv.DictReader(io.StringIO(read_text(path, "a sample sheet (CSV)"), newline=""))
     try:
-        rows, columns = list(reader), reader.fieldnames or []
+        rows = [(reader.line_num, row) for row in reader if "".join(map(str, filter(None, row.values()))).strip()]   # no lines of commas
+        columns = reader.fieldnames or []
     except csv.Error as error:
         raise InputError(path, f"line {reader.line_num}", "comma-separated text", str(error)) from error
     missing = [column for column in ("sample_id", "images", "gex") if column not in columns]
@@ -100,7 +101,7 @@ def read_sample_sheet(path: Path | str) -> list[SampleFiles]:
         return beside if beside.exists() else Path(name)
 
     samples = []
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         empty = [column for column in ("sample_id", "images", "gex") if not (row[column] or "").strip()]
         split = (row.get("split") or "train").strip()
         if empty or split not in SPLITS:

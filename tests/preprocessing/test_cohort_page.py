@@ -1,6 +1,8 @@
 """The page over a cohort: how far each sample got, why one stopped, what is far from the others, and a page that loads nothing."""
 import csv
+import io
 import re
+from contextlib import redirect_stderr
 
 import numpy as np
 import pytest
@@ -8,12 +10,23 @@ import scipy.sparse as sp
 from click.testing import CliRunner
 
 from preprocessing.cohort_numbers import SampleNumbers, failure_reason, last_error, stain_rgb, warnings
-from preprocessing.cohort_page import write_cohort_page
+from preprocessing.cohort_page import plain_ticks, write_cohort_page
 from preprocessing.cohort_report import main
+from preprocessing.errors import one_line_errors
 from preprocessing.outputs import write_json
 from preprocessing.stain import TARGET_VECTORS
 
 TARGET = np.array(TARGET_VECTORS)
+
+
+def _said_at_ctrl_c():
+    said = io.StringIO()
+    with redirect_stderr(said), pytest.raises(SystemExit), one_line_errors():
+        raise KeyboardInterrupt
+    return said.getvalue()
+
+
+INTERRUPTED = _said_at_ctrl_c()
 
 
 @pytest.fixture
@@ -54,7 +67,7 @@ def test_medians_of_umis_and_genes_and_the_dropped_spots_are_counted(cohort, tmp
     _expression(folder / "gex.h5ad", [[0, 0, 0], [3, 0, 0], [2, 2, 5], [0, 0, 0], [1, 1, 1]])
     _write(folder / "dropped_spots.tsv", "barcode\treason\nA\toff\nB\toff\n")
     write_json(folder / "patches" / "stain.json", {"normalised": True, "vectors": TARGET.tolist(), "maxima": [2, 1]})
-    page, rows = cohort(S=(dict.fromkeys(("extract", "extracted", "genes", "patches"), "finished\n"), {}))
+    page, rows = cohort(S=(dict.fromkeys(("extract", "extracted", "genes"), "finished\n"), {}))
     row = rows["S"]
     assert (row["status"], row["spots_kept"], row["spots_dropped"], row["dropped_because"]) == ("finished", "5", "2", "2 off")
     assert (float(row["median_umis"]), float(row["median_genes"]), row["platform"], row["mpp"]) == (3, 1, "Visium HD", "0.25")
@@ -66,7 +79,7 @@ def test_a_sample_whose_extraction_failed_shows_nothing_of_an_older_slide(cohort
     folder = tmp_path / "out" / "S"
     _expression(folder / "gex.h5ad", [[1, 1, 1]])
     write_json(folder / "patches" / "stain.json", {"normalised": True, "vectors": TARGET.tolist(), "maxima": [2, 1]})
-    page, rows = cohort(S=({"extract": "failed 3", "genes": "finished", "patches": "finished"}, {"extract": "error: broken\n"}))
+    page, rows = cohort(S=({"extract": "failed 3", "genes": "finished"}, {"extract": "error: broken\n"}))
     assert rows["S"]["spots_kept"] == rows["S"]["eosin_g"] == "" and 'class="swatch"' not in page
 
 
@@ -91,10 +104,16 @@ def test_library_sizes_are_right_whatever_the_slices(tmp_path, monkeypatch):
      "patches and expression: stopped without a word (exit code 9); see logs/extract.log"),
     ({}, {}, "not started", ""),
     ({}, {"extract": "cutting:  3%"}, "unfinished", "patches and expression: begun, not ended"),
-    ({"extract": "finished", "genes": "finished"}, {"patches": "error: S.tif: stain: expected two; found one\n"}, "failed",
-     "patch folder: S.tif: stain: expected two; found one"),
-    ({"extract": "finished", "patches": "finished"}, {}, "unfinished", "gene selection: not begun"),
-], ids=["bad input", "killed", "bug", "silent", "not started", "running", "stain", "waiting"])
+    ({"extract": "finished"}, {"genes": "error: S.h5ad: genes: expected two; found one\n"}, "failed",
+     "gene selection: S.h5ad: genes: expected two; found one"),
+    ({"extract": "finished"}, {}, "unfinished", "gene selection: not begun"),
+    ({"extract": "failed 130"}, {"extract": "cutting:  3%|"}, "unfinished", "patches and expression: interrupted"),
+    ({}, {"extract": INTERRUPTED}, "unfinished", "patches and expression: interrupted"),
+    ({"extract": "finished"}, {"genes": INTERRUPTED}, "unfinished", "gene selection: interrupted"),
+    ({"extract": "finished"}, {"genes": "Traceback (most recent call last):\n  File x\nKeyboardInterrupt\n"}, "unfinished",
+     "gene selection: interrupted"),
+], ids=["bad input", "killed", "bug", "silent", "not started", "running", "genes", "waiting", "Ctrl-C by its code", "Ctrl-C by its line",
+        "Ctrl-C in a later step", "Ctrl-C at the start"])
 def test_the_page_says_how_far_a_sample_got_and_why_it_stopped(cohort, steps, logs, status, reason):
     page, rows = cohort(S=(steps, logs))
     assert (rows["S"]["status"], rows["S"]["reason"]) == (status, reason)
@@ -105,6 +124,9 @@ def test_a_vocabulary_that_failed_is_the_reason_of_those_that_wait_for_it(cohort
     _write(tmp_path / "out" / "logs" / "vocabulary.log", "error: no common gene\n")
     _, rows = cohort(S=({"extract": "finished"}, {}))
     assert (rows["S"]["status"], rows["S"]["reason"]) == ("failed", "gene vocabulary: no common gene")
+    _write(tmp_path / "out" / "logs" / "vocabulary.log", INTERRUPTED)
+    _, rows = cohort(S=({"extract": "finished"}, {}))
+    assert (rows["S"]["status"], rows["S"]["reason"]) == ("unfinished", "gene selection: not begun")
 
 
 def test_a_failure_cannot_write_markup_into_the_page(cohort):
@@ -149,3 +171,19 @@ def test_the_last_error_of_a_log_counts_and_notices_do_not(tmp_path):
     log.write_text("all is well\n")
     assert last_error(log) == ""
     assert failure_reason(tmp_path / "absent.log", "1") == "stopped without a word (exit code 1); see logs/absent.log"
+
+
+@pytest.mark.parametrize(("folder", "title"), [("kidney", "Cohort kidney"), ("cohort", "Cohort"), ("Cohort", "Cohort")])
+def test_the_page_is_named_after_its_folder_once(tmp_path, folder, title):
+    (tmp_path / folder).mkdir()
+    write_cohort_page(tmp_path / folder / "cohort.html", [SampleNumbers("A", "not started")])
+    page = (tmp_path / folder / "cohort.html").read_text()
+    assert f"<title>{title}</title>" in page and f"<h1>{title}</h1>" in page
+
+
+@pytest.mark.parametrize(("low", "high", "ticks"), [
+    (0.8, 13, [1, 2, 5, 10]), (30, 450, [50, 100, 200]), (900, 21_000, [1000, 2000, 5000, 10_000, 20_000]),
+    (0.5, 2e5, 10.0 ** np.arange(6)),
+])
+def test_a_logarithmic_axis_has_plain_ticks(low, high, ticks):
+    np.testing.assert_allclose(plain_ticks(low, high), ticks)

@@ -239,7 +239,7 @@ def test_one_file_named_twice_is_refused(tmp_path):
 def test_a_sample_sheet_names_files_beside_itself(tmp_path):
     one, two = two_samples(tmp_path)
     sheet = tmp_path / "sheet.csv"
-    sheet.write_text(f"sample_id,images,gex,split\nS1,one/patches,one/gex_filt.h5ad,train\nS2,{two.images},{two.gex},val\n")
+    sheet.write_text(f"sample_id,images,gex,split\n,,,\nS1,one/patches,one/gex_filt.h5ad,train\nS2,{two.images},{two.gex},val\n ,,,\n")
     samples = read_sample_sheet(sheet)
     assert [(sample.sample_id, sample.split) for sample in samples] == [("S1", "train"), ("S2", "val")]
     assert rows_are_paired(ImageGeneDataset(samples), levels=(0, 7))
@@ -250,8 +250,8 @@ def test_a_sample_sheet_names_files_beside_itself(tmp_path):
     ("sample_id,images,gex\n", "rows: expected one a sample; found none"),
     ("sample_id,images,gex\nS1,a,b\nS1,c,d\n", r"every sample once; found repeated 1 \(S1\)"),
     ("sample_id,images,gex,split\nS1,a,b,validation\n", "line 2: .* one of train, val, test; found split validation"),
-    ("sample_id,images,gex\nS1,,b\n", "line 2: .*found no images"),
-], ids=["no column", "no rows", "repeated", "unknown split", "empty cell"])
+    ("sample_id,images,gex\nS1,,b\n", "line 2: .*found no images"), ("sample_id,images,gex\n\n,,\nS1,,b\n", "line 4: .*found no images"),
+], ids=["no column", "no rows", "repeated", "unknown split", "empty cell", "after empty lines"])
 def test_a_wrong_sample_sheet_is_refused(tmp_path, text, message):
     (tmp_path / "sheet.csv").write_text(text)
     with pytest.raises(InputError, match=message):
