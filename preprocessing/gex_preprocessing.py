@@ -47,15 +47,16 @@ def _filter(inputs: dict[str, Path], config: dict, out_file: Path, workers: int)
     from preprocessing.expression import read_expression, read_gene_map, read_vocabulary
     from preprocessing.expression_file import write_expression_blocks
     from preprocessing.gene_selection import choose_genes
-    from preprocessing.outputs import strings_sha256, write_done
+    from preprocessing.outputs import fingerprints, strings_sha256, write_done
     from preprocessing.parts import Parts
 
+    before = fingerprints(inputs)
     vocabulary = read_vocabulary(inputs["vocab_file"])
     renamed = read_gene_map(inputs["gene_map"]) if "gene_map" in inputs else None
     adata = read_expression(inputs["raw_file"], backed=True)
     try:
         selection = choose_genes(adata.var_names, vocabulary, config["missing_genes"], renamed, path=inputs["raw_file"])
-        parts = Parts(out_file, config=config, inputs=inputs)
+        parts = Parts(out_file, config=config, inputs=before)
         _make_blocks(adata, inputs["raw_file"], selection, parts, workers)
         about, n_before = selection.about(adata), adata.n_vars
     finally:
@@ -64,7 +65,7 @@ def _filter(inputs: dict[str, Path], config: dict, out_file: Path, workers: int)
     filled = int(selection.missing.sum())
     zero = f", {filled:,} of them missing and filled with zeros" if filled else ""
     summary = f"{about.n_obs:,} spots, {about.n_vars:,} genes of the vocabulary{zero} (from {n_before:,})"
-    write_done(out_file, config=config, inputs=inputs, rows=about.n_obs, genes=about.n_vars,
+    write_done(out_file, config=config, inputs=before, rows=about.n_obs, genes=about.n_vars,
                barcode_sha256=strings_sha256(about.obs_names), summary=summary)
     parts.remove()
     return summary

@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,10 +154,12 @@ def test_the_ids_form_finds_every_sample_and_its_slide(sample, tmp_path):
     ([], 2, "no --ids and no --root-dir"),
     (["--images", "S1/imgs.h5", "--ids", "S1"], 2, "both: --ids as well"),
     (["--images", "S1/imgs.h5"], 2, "--wsi: expected the slide"),
+    (["--images", "S1/imgs.h5", "--no-normalize", "--stain-file", "S1/slide.png"], 2,
+     "--stain-file: expected patches that are normalised .--normalize.; found --no-normalize"),
     (["--ids", "S1", "--root-dir", ".", "--wsi-dir", "S1"], 3, r"expected one slide S1.\*"),
     (["--images", "nothing.h5"], 3, "nothing.h5: file: expected an HDF5 file of patches; found nothing there"),
 ], ids=["unknown sample", "no root", "empty list", "stain is a folder", "nothing",
-        "two forms", "no slide", "no slide of that name", "no file"])
+        "two forms", "no slide", "stain without normalisation", "no slide of that name", "no file"])
 def test_options_that_cannot_hold_end_in_one_line(sample, monkeypatch, arguments, code, message):
     import re
     monkeypatch.chdir(sample.parent)
@@ -313,6 +316,24 @@ def test_ctrl_c_ends_in_one_line_and_the_next_run_goes_on_where_it_was(long_samp
     dump_long(long_sample, tmp_path / "straight")
     assert content(tmp_path / "out") == content(tmp_path / "straight")
     assert not list(tmp_path.glob(".out.parts"))
+
+
+def test_patches_replaced_during_a_run_are_not_taken_for_dumped(long_sample, tmp_path, blocks_written, monkeypatch):
+    import preprocessing.png_folder as png_folder
+    images, write = long_sample / "imgs.h5", png_folder.write_pngs
+    with h5py.File(shutil.copy(images, tmp_path / "new.h5"), "r+") as file:
+        file["img"][...] = 255 - file["img"][...]
+    old, new = (read_patch_file(path).images(slice(0, 47)) for path in (images, tmp_path / "new.h5"))
+
+    def replacing(folder, first_row, *arguments):
+        if first_row == 10 and (tmp_path / "new.h5").exists():
+            os.replace(tmp_path / "new.h5", images)
+        write(folder, first_row, *arguments)
+
+    monkeypatch.setattr(png_folder, "write_pngs", replacing)
+    for expected in (old, new):
+        dump_patches_to_folder_single(images, None, tmp_path / "out", normalize=False)
+        assert (np.stack([read_patch(path) for path in read_patch_folder(tmp_path / "out").paths]) == expected).all()
 
 
 @pytest.mark.parametrize("change", ["config", "patches", "stain"])

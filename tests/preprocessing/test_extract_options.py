@@ -17,6 +17,7 @@ from preprocessing.tenx_matrix import read_matrix
     (["--out-file", "o.h5"], "--tissue-seg-file: expected a GeoJSON file"),
     (["--spot-um", 55], "--spot-um: expected --gex-file beside it"),
     (["--workers", 0], "--workers: expected at least 1; found 0"), (["--workers", -3], "--workers: expected at least 1; found -3"),
+    (["--dump-dir", "p", "--no-normalize", "--stain-file", "s"], "--stain-file: expected patches that are normalised"),
     (["--sample-id", "a/b"], "--sample-id: expected a name without a slash; found 'a/b'"),
     (["--sample-id", ""], "--sample-id: expected a name without a slash; found ''"),
     (["--tissue-seg-file", "auto", "--seed", -1], "--seed: expected 0 or more; found -1"),

@@ -14,9 +14,11 @@ from extract_runs import WRITTEN, fails, run
 from hd_phantoms import MPP, phantom_hd_folder
 from PIL import Image
 
+from preprocessing.block_extraction import make_blocks
 from preprocessing.extract_patches import main
 from preprocessing.extraction import ExtractConfig, choose_spots
 from preprocessing.hd_barcodes import as_text
+from preprocessing.outputs import fingerprint
 from preprocessing.patch_file import read_patch_file
 from preprocessing.pseudo_spots import group_bins, take_spots
 from preprocessing.sample import Spots
@@ -309,6 +311,27 @@ def test_finished_files_are_left_alone_until_a_setting_or_an_input_changes(sim_v
     positions = folder / "spatial" / "tissue_positions.csv"
     positions.write_text(positions.read_text().rstrip("\n") + "\n\n")
     assert written_again("--patch-sz-px", 64)
+
+
+def test_a_slide_replaced_while_it_is_cut_is_not_taken_for_the_one_that_was(sim_v2, tmp_path, monkeypatch):
+    slide = shutil.copy(sim_v2.slide, tmp_path / "slide.tif")
+    arguments = ("--space-ranger-dir", sim_v2.space_ranger_dir, "--wsi-file", slide, "--out-dir", tmp_path / "out", "--dump-dir",
+                 tmp_path / "patches", "--no-normalize")
+
+    def replacing(*job):
+        make_blocks(*job)
+        new = shutil.copy(sim_v2.slide, tmp_path / "new.tif")
+        with open(new, "ab") as stream:
+            stream.write(b"another")
+        new.replace(slide)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("preprocessing.block_extraction.make_blocks", replacing)
+        run(*arguments)
+    written, before = fingerprint(slide), fingerprint(sim_v2.slide)
+    recorded = ad.read_h5ad(tmp_path / "out" / "gex.h5ad").uns["morphology"]["slide"]
+    assert written["sha256"] != before["sha256"] == recorded["sha256"]
+    assert "already extracted" not in run(*arguments) and "already extracted" in run(*arguments)
 
 
 def test_an_error_while_cutting_leaves_the_old_files_and_nothing_half_written(tmp_path, monkeypatch):
