@@ -5,10 +5,12 @@ Every command is declared with `cls=Command`, which gives it `--debug` (show the
 """
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -60,6 +62,15 @@ def read_text(path: Path | str, expected: str) -> str:
         return require_file(path, expected).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(path, "file", f"{expected}, in UTF-8", "other bytes") from error
+
+
+def read_json(path: Path | str, expected: str) -> Any:
+    """The content of a JSON file. Its form is the caller's to check."""
+    text = read_text(path, expected)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:              # lists in lists without end
+        raise InputError(path, "file", expected, f"text that is not JSON ({error})") from error
 
 
 def require_unique(path: Path | str, field: str, values: Sequence[str], shown: Sequence[str] | None = None) -> None:

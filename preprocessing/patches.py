@@ -6,8 +6,8 @@ positions, where both sides have them, prove it. Writing such a folder: `png_fol
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from preprocessing.errors import InputError, first_few, read_text, require_unique
+from preprocessing.errors import InputError, first_few, read_json, read_text, require_unique
 from preprocessing.outputs import strings_sha256
 
 METADATA, STAIN = "metadata.jsonl", "stain.json"
@@ -88,9 +88,9 @@ def _read_metadata(folder: Path) -> PatchFolder:
 
 def _recorded_in_stain(folder: Path) -> str | None:
     try:
-        content = json.loads((folder / STAIN).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
+        content = read_json(folder / STAIN, "a stain.json")
+    except InputError:
+        return None                   # it proves more where it can be read; patches pair without it
     return content.get("barcode_sha256") if isinstance(content, dict) else None
 
 
@@ -108,7 +108,8 @@ def _metadata_line(source: Path, number: int, text: str) -> dict:
     for key, kinds, expected in (("barcode", str, "text"), ("sample_id", str, "text"), ("gex_emb", int, "a row number"),
                                  ("x", (int, float), "a finite number"), ("y", (int, float), "a finite number")):
         value = line.get(key)
-        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) or (key in "xy" and not math.isfinite(value))):
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)
+                                  or (key in "xy" and not abs(value) <= sys.float_info.max)):
             raise InputError(source, f"line {number}: {key}", expected, repr(value)[:60])
     return line | {"file_name": Path(name).as_posix()}
 

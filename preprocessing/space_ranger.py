@@ -6,7 +6,6 @@ The counts of Visium HD, up to half a billion, stay on disk.
 """
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,14 +16,14 @@ import scipy.sparse as sp
 from PIL import Image, UnidentifiedImageError
 
 from preprocessing.barcode_join import match, match_bins
-from preprocessing.errors import InputError, first_few
+from preprocessing.errors import InputError, first_few, read_json
 from preprocessing.hd_barcodes import HdBarcodes, as_bytes, as_text, check_agreement, parse_hd_barcodes
 from preprocessing.mpp import VISIUM_COL_UM, VISIUM_ROW_UM, check_axes, decide_mpp, fit_grid
 from preprocessing.position_checks import check_on_image, check_over_tissue, check_slide_size
 from preprocessing.sample import Sample
 from preprocessing.space_ranger_folder import BIN_FOLDER, SpaceRangerFolder, find_folder
 from preprocessing.tenx_matrix import TenxMatrix, open_matrix, read_matrix
-from preprocessing.tissue_positions import Positions, read_positions, require_unique
+from preprocessing.tissue_positions import Positions, read_positions, require_barcodes_once
 
 if TYPE_CHECKING:
     from preprocessing.slide import Slide
@@ -74,7 +73,7 @@ def read_sample(space_ranger_dir: Path | str, *, sample_id: str | None = None, s
 
 def _join_spots(found: SpaceRangerFolder, positions: Positions, matrix: TenxMatrix) -> tuple[np.ndarray, int]:
     """Row of `positions` for every row of the sample, and how many rows of the sample have counts."""
-    require_unique(found.matrix, "barcodes", matrix.barcodes)
+    require_barcodes_once(found.matrix, "barcodes", matrix.barcodes)
     return _counted_first(found, positions, matrix, match(positions.barcodes, as_bytes(matrix.barcodes)))
 
 
@@ -122,11 +121,11 @@ def _read_scalefactors(found: SpaceRangerFolder) -> dict[str, float]:
         if found.is_hd:
             raise InputError(found.positions.parent, "scalefactors_json.json", "the scale factors of Visium HD", "no such file")
         return {}
+    content = read_json(found.scalefactors, "a JSON object of numbers")
     try:
-        factors = json.loads(found.scalefactors.read_text())
-        factors = {str(name): float(value) for name, value in factors.items() if value is not None}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(found.scalefactors, "file", "a JSON object of numbers", f"one that cannot be read ({error})") from error
+        factors = {str(name): float(value) for name, value in content.items() if value is not None}
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise InputError(found.scalefactors, "file", "a JSON object of numbers", f"other JSON ({error})") from error
     wrong = [name for name, value in factors.items() if not (math.isfinite(value) and value > 0)]
     if wrong:
         raise InputError(found.scalefactors, first_few(wrong), "a positive number", f"{factors[wrong[0]]:g}")
@@ -188,7 +187,7 @@ def _read_clusters(path: Path, counted: np.ndarray, bins: HdBarcodes | None, n_r
         names, labels = as_bytes(table["Barcode"].to_numpy(object)), table["Cluster"].to_numpy(str)
     except (OSError, KeyError, ValueError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise InputError(path, "file", "a table with the columns Barcode and Cluster", f"another ({error})") from error
-    require_unique(path, "Barcode", names)
+    require_barcodes_once(path, "Barcode", names)
     aligned = np.full(n_rows, "", dtype=labels.dtype if len(labels) else "U1")
     if len(names) and bins is None:
         place = match(names, counted)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from preprocessing.errors import InputError
+from preprocessing.errors import InputError, read_json
 from preprocessing.outputs import finished_file
 
 if TYPE_CHECKING:
@@ -101,14 +101,14 @@ def read_tissue(path: Path | str, slide: Slide | None = None) -> MultiPolygon:
 
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(path, "GeoJSON", "JSON", f"text that is not ({error})") from error
+        geometries = _geometries(read_json(path, "GeoJSON"), path)
+    except RecursionError as error:
+        raise InputError(path, "GeoJSON", "a list of features", f"lists in lists ({error})") from error
     parts = []
-    for number, geometry in enumerate(_geometries(content, path)):
+    for number, geometry in enumerate(geometries):
         try:
             shape = shapely.force_2d(shapely.from_geojson(json.dumps(geometry)))
-        except (shapely.errors.GEOSException, TypeError, ValueError) as error:
+        except (shapely.errors.GEOSException, TypeError, ValueError, RecursionError) as error:
             raise InputError(path, f"geometry {number}", "a GeoJSON geometry with closed rings", f"an unreadable one ({error})") from error
         if not np.isfinite(shapely.get_coordinates(shape)).all():
             raise InputError(path, f"geometry {number}", "finite coordinates in level-0 pixels", "a coordinate that is not a number")

@@ -43,7 +43,7 @@ def read_positions(path: Path) -> Positions:
         raise InputError(path, "rows", "one row a position", "none")
     if (barcodes == b"").any():
         raise InputError(path, "barcode", "a barcode in every row", f"{int((barcodes == b'').sum()):,} rows without one")
-    require_unique(path, "barcode", barcodes)
+    require_barcodes_once(path, "barcode", barcodes)
     numbers = {name: _whole(path, name, columns.pop(name)) for name in ("in_tissue", "array_row", "array_col")}
     in_tissue = numbers["in_tissue"] == 1
     if not (in_tissue | (numbers["in_tissue"] == 0)).all():
@@ -58,7 +58,7 @@ def read_positions(path: Path) -> Positions:
     return Positions(path, barcodes, in_tissue, numbers["array_row"], numbers["array_col"], pixels)
 
 
-def require_unique(path: Path, field: str, barcodes: np.ndarray) -> None:
+def require_barcodes_once(path: Path, field: str, barcodes: np.ndarray) -> None:
     """Refuse a repeated barcode, naming five."""
     if (barcodes[1:] > barcodes[:-1]).all():
         return

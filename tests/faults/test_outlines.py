@@ -63,7 +63,7 @@ REFUSED = {
     "no features": ('{"type": "FeatureCollection", "features": []}', "at least one polygon with an area; found 0 geometries"),
     "no geometry": ('{"type": "FeatureCollection", "features": [{"type": "Feature", "geometry": null}]}', "found 0 geometries"),
     "an empty polygon": ('{"type": "Polygon", "coordinates": []}', "at least one polygon with an area"),
-    "no bytes": ("", "GeoJSON: expected JSON"),
+    "no bytes": ("", "file: expected GeoJSON; found text that is not JSON"),
     "a folded line": (shapely.LineString([(0, 0), (9, 9), (0, 0)]), "at least one polygon with an area"),
     "off the slide": (shapely.box(2000, 2000, 3000, 3000), "off it (x0, y0, x1, y1 = 2,000"),
     "touching the slide's edge": (shapely.box(WIDTH, 0, 2000, 500), "off it"),
@@ -72,7 +72,7 @@ REFUSED = {
     "many crumbs": (shapely.MultiPolygon([shapely.box(x, y, x + 9, y + 9) for x in range(0, 880, 10) for y in range(0, 680, 10)]),
                     "room for 40 squares of 55 px, wholly inside; found 0"),
     "infinite": ('{"type": "Polygon", "coordinates": [[[0, 0], [1e999, 0], [9, 9], [0, 0]]]}', "geometry 0"),
-    "nested without end": ("[" * 100_000, "GeoJSON: expected JSON"),
+    "nested without end": ("[" * 100_000, "file: expected GeoJSON; found text that is not JSON"),
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from preprocessing import outputs
-from preprocessing.outputs import done_path, fingerprint, finished_file, finished_folder, is_done, locked, write_done
+from preprocessing.outputs import done_path, fingerprint, finished_file, finished_folder, is_done, locked, read_done, write_done
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDS_A_LOCK = """
@@ -27,6 +27,13 @@ def finished_from(tmp_path, content: bytes):
     out.write_text("result")
     write_done(out, config={}, inputs={"source": source})
     return source, out
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[1]", "{", "\udcff"], ids=["nested without end", "a list", "cut short", "other bytes"])
+def test_a_done_manifest_that_cannot_be_read_counts_as_none(tmp_path, content):
+    source, out = finished_from(tmp_path, b"content")
+    done_path(out).write_text(content, errors="surrogateescape")
+    assert read_done(out) == {} and not is_done(out, config={}, inputs={"source": source})
 
 
 def test_a_byte_changed_in_the_middle_of_an_input_is_another_input(tmp_path):

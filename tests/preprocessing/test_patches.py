@@ -270,6 +270,11 @@ def test_every_order_of_one_extraction_pairs_through_the_hash_kept_at_the_dump(f
     assert paired_rows(patches, [BARCODES[i] for i in order], recorded_sha256=strings_sha256(BARCODES)) == order
 
 
+def test_a_stain_json_nested_without_end_proves_nothing_and_stops_nothing(folder):
+    (folder / "stain.json").write_text("[" * 100_000)
+    assert read_patch_folder(folder).barcode_sha256 is None
+
+
 def test_without_the_hash_of_the_dump_a_second_order_is_refused(folder):
     shuffled = BARCODES[5:] + BARCODES[:5]
     with pytest.raises(InputError, match="not of one extraction"):
@@ -313,10 +318,11 @@ def rewrite(folder, change):
     (lambda lines: lines[1].update(barcode=7), "line 2: barcode: expected text; found 7"),
     (lambda lines: lines[1].update(x="q"), "line 2: x: expected a finite number; found 'q'"),
     (lambda lines: lines[1].update(y=float("nan")), "line 2: y: expected a finite number; found nan"),
+    (lambda lines: lines[1].update(y=10 ** 400), "line 2: y: expected a finite number; found 1000"),
     (lambda lines: lines[1].update(gex_emb="a"), "line 2: gex_emb: expected a row number; found 'a'"),
     (lambda lines: lines.clear(), "lines: expected one a patch; found none"),
 ], ids=["repeated barcode", "repeated file", "no barcode", "no file name", "outside the folder",
-        "barcode a number", "x a word", "y not finite", "row a word", "empty"])
+        "barcode a number", "x a word", "y not finite", "y beyond any number", "row a word", "empty"])
 def test_wrong_metadata_is_refused(folder, change, message):
     rewrite(folder, change)
     with pytest.raises(InputError, match=message):

@@ -304,8 +304,11 @@ def cut(path):
     (lambda folder: shutil.rmtree(folder / "spatial"), "positions: expected spatial/ with tissue_positions.parquet or"),
     (lambda folder: (folder / "spatial" / "tissue_positions.csv").write_bytes(b"\xff\xfe\x00"), "a table of positions"),
     (lambda folder: (folder / "spatial" / "scalefactors_json.json").write_text("{"), "scalefactors_json.json: file: expected a JSON"),
+    (lambda folder: (folder / "spatial" / "scalefactors_json.json").write_text("[" * 100_000), "file: expected a JSON object of numbers"),
+    (lambda folder: (folder / "spatial" / "scalefactors_json.json").write_text('{"a": [1]}'), "a JSON object of numbers; found other JSON"),
     (lambda folder: (folder / "spatial" / "tissue_hires_image.png").write_bytes(b"\x89PNG"), "tissue_hires_image.png: image: expected"),
-], ids=["matrix-truncated", "matrix-empty", "no-matrix", "no-spatial", "positions-binary", "factors-broken", "hires-broken"])
+], ids=["matrix-truncated", "matrix-empty", "no-matrix", "no-spatial", "positions-binary", "factors-broken",
+        "factors-nested", "factors-of-lists", "hires-broken"])
 def test_a_damaged_folder_is_refused_naming_the_file(tmp_path, damage, message):
     folder = write_visium(tmp_path)
     damage(folder)

@@ -147,11 +147,18 @@ def test_stain_file_round_trip(tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     ('{"normalised": false}', "normalised: expected stain vectors; found false"),
-    ("{", "no such JSON"),
+    ("{", "file: expected a stain.json; found text that is not JSON"),
+    ("[" * 100_000, "file: expected a stain.json; found text that is not JSON"),
+    ("[1]", "content: expected numbers as vectors, maxima and n_pixels; found other JSON"),
+    ('{"normalised": true, "vectors": [[1, 0], [0]], "maxima": [1, 1]}', "content: expected numbers as vectors"),
+    ('{"normalised": true, "vectors": [["a", "b"]], "maxima": [1, 1]}', "content: expected numbers as vectors"),
+    ('{"normalised": true, "vectors": [[1, 0], [0, 1], [0, 0]], "maxima": [1, 1], "n_pixels": "many"}', "content: expected numbers as"),
+    ('{"normalised": true, "vectors": [[1, 0], [0, 1], [0, 0]], "maxima": [1, 1], "n_pixels": 1e999}', "content: expected numbers as"),
     ('{"normalised": true, "vectors": [[1, 0]], "maxima": [1, 1]}', "expected 3 x 2 and 2 positive numbers"),
     ('{"normalised": true, "vectors": [[1, 1], [1, 1], [1, 1]], "maxima": [1, 1]}', "a single colour"),
     ('{"normalised": true, "vectors": [[1, 0], [0, 1], [0, 0]], "maxima": [1, NaN]}', "2 positive numbers"),
-], ids=["unnormalised", "broken", "shape", "one direction", "NaN"])
+], ids=["unnormalised", "broken", "nested without end", "a list", "ragged", "words", "words for pixels",
+        "infinite pixels", "shape", "one direction", "NaN"])
 def test_a_wrong_stain_file_is_refused(tmp_path, content, message):
     (tmp_path / "stain.json").write_text(content)
     with pytest.raises(InputError, match=message):

@@ -83,7 +83,7 @@ def test_outlines_are_clipped_to_the_slide(tmp_path):
 
 @pytest.mark.parametrize(("text", "message"), [
     ('{"type": "FeatureCollection", "features": []}', "at least one polygon with an area; found 0 geometries"),
-    ("", "GeoJSON: expected JSON"),
+    ("", "file: expected GeoJSON; found text that is not JSON"),
     ("[1, 2]", "expected a FeatureCollection, a Feature or a geometry"),
     ('{"tissue": 1}', "expected a FeatureCollection, a Feature or a geometry; found type None"),
     (json.dumps({"type": "LineString", "coordinates": [[0, 0], [9, 9]]}), "at least one polygon with an area; found 1 geometries"),
