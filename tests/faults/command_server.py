@@ -15,6 +15,7 @@ from preprocessing import block_extraction, dump_patches, expression, extract_pa
 for module in ("quality_page", "spot_sums", "png_folder", "anndata_sample", "space_ranger", "tissue", "random_patches", "gene_selection",
                "spot_expression", "strips", "matplotlib.figure", "tqdm"):
     importlib.import_module(module if module in ("matplotlib.figure", "tqdm") else f"preprocessing.{module}")
+"".encode("utf-8-sig")                    # another user may not be able to read Python's own folder, so its codec is loaded here
 block_extraction.MOST_SPOTS = expression.ROWS_AT_ONCE = dump_patches.MOST_PATCHES = 64
 COMMANDS = {"extract": extract_patches.main, "filter": gex_preprocessing.main, "dump": dump_patches.main}
 
