@@ -84,6 +84,8 @@ def read_cohort_config(values: Mapping[str, object]) -> CohortConfig:
             continue
         if "Path" in known[name].type:
             settings[name] = Path(str(value))
+        elif isinstance(default, bool) and str(value).lower() in ("true", "false"):     # --config hands YAML's words over as text
+            settings[name] = str(value).lower() == "true"
         elif isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
             settings[name] = float(value)
         elif type(value) is type(default):

@@ -153,6 +153,11 @@ def test_a_wrong_setting_is_refused_by_name(settings, message):
         read_cohort_config({"samples": "sheet.csv", "out_dir": "out", **settings})
 
 
+@pytest.mark.parametrize(("said", "meant"), [(True, True), (False, False), ("true", True), ("false", False), ("False", False)])
+def test_yes_and_no_may_come_from_a_file_or_the_command_line(said, meant):
+    assert read_cohort_config({"samples": "s", "out_dir": "o", "keep_hdf5": said}).keep_hdf5 is meant
+
+
 def test_the_config_file_lists_every_setting_with_its_default():
     listed = yaml.safe_load((ROOT / "workflow" / "config.yaml").read_text())
     assert read_cohort_config(listed | {"samples": "s", "out_dir": "o"}) == CohortConfig(samples=Path("s"), out_dir=Path("o"))
