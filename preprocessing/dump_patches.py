@@ -4,7 +4,7 @@ Row order is that of the `gex.h5ad` beside the `imgs.h5` where there is one (joi
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,12 +20,13 @@ BLOCK_BYTES, MOST_PATCHES = 1 << 26, 1000     # of a block: what is in memory, a
 
 def dump_patches_to_folder_single(images_path: Path | str, wsi_path: Path | str | None, out_dir: Path | str, normalize: bool = True, *,
                                   stain_file: Path | str | None = None, on_stain_failure: str = "error", workers: int | None = None,
-                                  progress: bool = False) -> int:
+                                  progress: bool = False, warn: Callable[[str], object] | None = None) -> int:
     """Write every patch of `images_path` into the folder `out_dir`, unless it was finished from these inputs; returns how many.
 
     Stain vectors are estimated on the tissue of `wsi_path`, or read from `stain_file` (a `stain.json`). A slide without two
     stains is an InputError, or keeps its colours with `on_stain_failure="skip"`. The slide is not needed without `normalize`.
-    A killed run goes on where it was when called again. `workers` None: as many as the process has cores.
+    A killed run goes on where it was when called again. `workers` None: as many as the process has cores. `warn` is told of a slide
+    that is not the one the patches were cut from, by the expression's record; a converted copy of it is not either.
     """
     from preprocessing.outputs import fingerprints, is_done, locked, strings_sha256, write_done
     from preprocessing.parts import Parts
@@ -39,6 +40,9 @@ def dump_patches_to_folder_single(images_path: Path | str, wsi_path: Path | str 
         require_file(stain_file, "a stain.json")
     if stain_file is not None and not normalize:
         raise OptionError("--stain-file", "patches that are normalised (--normalize)", "--no-normalize")
+    for path in filter(None, named.values()):
+        if out_dir.resolve() in Path(path).resolve().parents:
+            raise OptionError("--out-dir", "a folder without an input in it: it is replaced", str(path))
     inputs = fingerprints({name: path for name, path in named.items() if path is not None and Path(path).is_file()})
     config = {"normalize": normalize, "on_stain_failure": on_stain_failure}
     with read_patch_file(images_path) as file, locked(out_dir):
@@ -46,7 +50,10 @@ def dump_patches_to_folder_single(images_path: Path | str, wsi_path: Path | str 
             Parts.clear(out_dir)                   # of a run that was killed when all was written
             return len(file)
         refuse_foreign_content(out_dir)
-        order, centre_xy_px, sample_id = _rows_of_expression(file, gex_path)
+        order, centre_xy_px, sample_id, slide = _rows_of_expression(file, gex_path)
+        if warn is not None and normalize and stain_file is None and slide and "wsi" in inputs and not _same_bytes(slide, inputs["wsi"]):
+            warn(f"warning: {wsi_path}: not the slide that {gex_path} says its patches were cut from ({slide['name']}): its stain is "
+                 "right only if this is a copy of that slide in another format")
         stain, record = find_stain(wsi_path, stain_file, on_stain_failure) if normalize else (None, {"normalised": False})
         if file.barcodes is not None:
             record = record | {"barcode_sha256": strings_sha256(file.barcodes)}
@@ -67,11 +74,17 @@ def dump_patches_to_folder_single(images_path: Path | str, wsi_path: Path | str 
 dump_patches_to_folder = dump_patches_to_folder_single          # the original's README uses both names
 
 
-def _rows_of_expression(file, gex_path: Path) -> tuple[np.ndarray, np.ndarray, str]:
-    """Order in which to write, centres in that order, and the sample id: the expression's, else the patches' own, else the folder's."""
+def _same_bytes(one: Mapping, other: Mapping) -> bool:
+    """Whether two fingerprints can be of one file, under any name."""
+    return all(one[key] == other[key] for key in ("bytes", "sha256", "ends_sha256") if key in one and key in other)
+
+
+def _rows_of_expression(file, gex_path: Path) -> tuple[np.ndarray, np.ndarray, str, Mapping]:
+    """Order in which to write, centres in that order, the sample id - the expression's, else the patches' own, else the folder's - and
+    the fingerprint of the slide that the patches were cut from, as far as it is recorded."""
     name = str(file.attrs.get("name", "") or "") or file.path.absolute().parent.name
     if file.barcodes is None or not gex_path.is_file():
-        return np.arange(len(file)), file.centre_xy_px, name
+        return np.arange(len(file)), file.centre_xy_px, name, {}
     from preprocessing.expression import read_expression, recorded_barcode_sha256, recorded_sample_id, spot_positions
     from preprocessing.patches import match_barcodes
 
@@ -80,7 +93,8 @@ def _rows_of_expression(file, gex_path: Path) -> tuple[np.ndarray, np.ndarray, s
         centre_xy_px = spot_positions(adata, gex_path)
         order = match_barcodes(file.barcodes, file.path, adata.obs_names.tolist(), gex_path, recorded_barcode_sha256(adata),
                                patch_xy_px=file.recorded_xy_px, centre_xy_px=centre_xy_px)
-        return order, file.centre_xy_px[order] if centre_xy_px is None else centre_xy_px, recorded_sample_id(adata) or name
+        return (order, file.centre_xy_px[order] if centre_xy_px is None else centre_xy_px, recorded_sample_id(adata) or name,
+                adata.uns.get("morphology", {}).get("slide", {}))
     finally:
         adata.file.close()
 
@@ -170,7 +184,8 @@ def dump_all(**options) -> Iterator[str]:
     """Dump every sample the options name; yields a line a sample."""
     for images, wsi, out_dir in _jobs(options):
         count = dump_patches_to_folder_single(images, wsi, out_dir, options["normalize"], stain_file=options["stain_file"],
-                                              on_stain_failure=options["on_stain_failure"], workers=options["workers"], progress=True)
+                                              on_stain_failure=options["on_stain_failure"], workers=options["workers"], progress=True,
+                                              warn=click.echo)
         yield f"{count:,} patches stand in {out_dir}"
 
 

@@ -168,7 +168,8 @@ def _extract_random(config: ExtractConfig, request: Request, slide: Slide, sampl
     tissue = mask.outline() if auto else read_tissue(request.tissue_seg_file, slide)
     side_px = config.patch_um / mpp
     accept = (lambda centres: mask.share(centres, side_px) >= config.min_tissue) if config.min_tissue > 0 else None
-    said = f"{name}: {mpp:.4g} mpp, {tissue.area * mpp ** 2 / 1e6:,.2f} mm² of tissue in {len(tissue.geoms):,} parts"
+    n_parts = len(tissue.geoms)
+    said = f"{name}: {mpp:.4g} mpp, {tissue.area * mpp ** 2 / 1e6:,.2f} mm² of tissue in {n_parts:,} part{'s' * (n_parts != 1)}"
     yield said
     centres = sample_squares(tissue, side_px, config.n_patches, config.seed, slide.path if auto else request.tissue_seg_file, accept)
     if dry_run:
@@ -298,7 +299,7 @@ def _write_page(staged: Mapping[str, Path], files: tuple[Path, ...], config: Ext
     other = ("n_patches", "seed") if "library_sizes" in details else ("edge", "stride_bins")          # of the other kind of patches
     settings = {key: value for key, value in asdict(config).items() if value is not None and key not in other}
     write_quality_page(staged[".png"], staged[".html"], PatchQuality(
-        title=name, lines=lines, thumbnail=slide.thumbnail(MAP_PX), slide_px=(slide.width_px, slide.height_px),
+        title=name, lines=lines, thumbnail=slide.thumbnail(MAP_PX, may_be_blank=True), slide_px=(slide.width_px, slide.height_px),
         side_px=config.patch_um / mpp, centre_xy_px=centres, patches=made.shown, settings={"mpp": round(mpp, 5), **settings},
         files=files, **{"dropped_xy_px": {}, **details}))
 

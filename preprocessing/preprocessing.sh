@@ -17,21 +17,27 @@ Runs one sample through preprocessing and stops at the first step that fails, wi
   OUT_DIR     folder for the results
 
 Options of gex_preprocessing.py (--missing-genes, --gene-map) and of dump_patches.py (--no-normalize, --stain-file,
---on-stain-failure) go to those steps, --workers to all; all others go to extract_patches.py (see its --help).
+--on-stain-failure) go to those steps, --workers to all; all others go to extract_patches.py (see its --help), but for
+--out-dir, --dump-dir, --no-h5 and --dry-run, which OUT_DIR and the later steps settle.
 
 Example: bash preprocessing/preprocessing.sh S1/outs S1/slide.tif vocab.txt prepared/S1 --patch-sz-px 128
 TEXT
 }
 
+refuse() { echo "error: $2" >&2; exit "$1"; }
+
 for argument in "$@"; do
     if [[ $argument == --help || $argument == -h ]]; then usage; exit 0; fi
+done
+for argument in "${@:1:4}"; do
+    if [[ $argument == -* ]]; then refuse 2 "$argument: expected SAMPLE_DIR SLIDE VOCAB OUT_DIR first; found an option before them"; fi
 done
 if [[ $# -lt 4 ]]; then usage >&2; exit 2; fi
 sample=$1 slide=$2 vocab=$3 out=$4
 shift 4
 
 need_value() {
-    if [[ $# -lt 2 || $2 == --* ]]; then echo "error: $1: expected a value; found ${2:-nothing}" >&2; exit 2; fi
+    if [[ $# -lt 2 || $2 == --* ]]; then refuse 2 "$1: expected a value; found ${2:-nothing}"; fi
 }
 
 extract=() gex=() dump=()
@@ -43,9 +49,15 @@ while [[ $# -gt 0 ]]; do
         --stain-file=*|--on-stain-failure=*|--normalize|--no-normalize)  dump+=("$1"); shift ;;
         --workers)                        need_value "$@"; extract+=("$1" "$2") gex+=("$1" "$2") dump+=("$1" "$2"); shift 2 ;;
         --workers=*)                      extract+=("$1") gex+=("$1") dump+=("$1"); shift ;;
+        --out-dir|--out-dir=*|--dump-dir|--dump-dir=*)
+            refuse 2 "${1%%=*}: expected no such option here; OUT_DIR says where results go" ;;
+        --dry-run|--no-h5)                refuse 2 "$1: expected no such option here; the steps after the first need its files" ;;
         *)                                extract+=("$1"); shift ;;
     esac
 done
+need_file() { [[ -f $1 ]] || refuse 3 "$1: file: expected $2; found $([[ -d $1 ]] && echo a folder || echo nothing there)"; }
+need_file "$slide" "the slide"
+need_file "$vocab" "a gene vocabulary, one symbol a line"
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python3}

@@ -68,22 +68,30 @@ class Slide(ABC):
             raise ValueError(f"{self.path}: region x={x} y={y} {width} x {height} is not inside {self.width_px} x {self.height_px}")
         return self._read(int(x), int(y), int(width), int(height))
 
-    def thumbnail(self, max_px: int) -> np.ndarray:
+    def thumbnail(self, max_px: int, may_be_blank: bool = False) -> np.ndarray:
         """The whole slide with its longer side at `max_px` (never enlarged), uint8 (h, w, 3), each pixel an area mean.
 
-        Read in bands, so memory stays small for a one-level slide too."""
+        Read in bands, so memory stays small for a one-level slide too. What cannot be decoded is white; nothing at all is a
+        `SlideReadError`, unless the picture `may_be_blank`."""
         shrink = max(1.0, max(self.width_px, self.height_px) / max_px)
         width, height = max(1, round(self.width_px / shrink)), max(1, round(self.height_px / shrink))
         level, level_width, level_height = self._level_for(shrink)
         rows = max(1, int(BAND_BYTES / (4 * level_width) * height / level_height))      # output rows a band
-        bands = []
+        bands, unreadable = [], []
         for first in range(0, height, rows):
             last = min(first + rows, height)
             top, bottom = first * level_height / height, last * level_height / height
             above = int(top)
-            band = self._read_level(level, above, min(int(np.ceil(bottom)), level_height) - above)
+            band_rows = min(int(np.ceil(bottom)), level_height) - above
+            try:
+                band = self._read_level(level, above, band_rows)
+            except SlideReadError as error:
+                unreadable.append(error)
+                band = Image.new("RGB", (level_width, band_rows), "white")
             box = (0, top - above, level_width, min(bottom - above, band.height))
             bands.append(np.asarray(band.resize((width, last - first), Image.Resampling.BOX, box=box)))
+        if len(unreadable) == len(bands) and not may_be_blank:
+            raise unreadable[0]
         return np.concatenate(bands)
 
     @abstractmethod
@@ -150,18 +158,25 @@ class PyramidSlide(Slide):
         return self._read_around_damage(level, 0, top, self._handle.level_dimensions[level][0], height)
 
     def _read_around_damage(self, level: int, left: int, top: int, width: int, height: int) -> Image.Image:
-        """A rectangle in the level's own pixels; white where nothing can be decoded, as a picture of the whole must not fail for a tile."""
+        """A rectangle in the level's own pixels, white where it cannot be decoded, as a picture of the whole must not fail for a tile."""
         downsample = self._handle.level_downsamples[level]
         try:
             return self._decode(round(left * downsample), round(top * downsample), level, width, height)
-        except SlideReadError:
-            picture = Image.new("RGB", (width, height), "white")
+        except SlideReadError as error:
             if max(width, height) <= DAMAGE_PX:
-                return picture
+                raise
+            of_the_whole = error
+        picture, n_read = Image.new("RGB", (width, height), "white"), 0
         across, down = (width // 2, height) if width >= height else (width, height // 2)
-        picture.paste(self._read_around_damage(level, left, top, across, down))
         x, y = (across, 0) if width >= height else (0, down)
-        picture.paste(self._read_around_damage(level, left + x, top + y, width - x, height - y), (x, y))
+        for place, size in (((0, 0), (across, down)), ((x, y), (width - x, height - y))):
+            try:
+                picture.paste(self._read_around_damage(level, left + place[0], top + place[1], *size), place)
+            except SlideReadError:
+                continue                                   # this half stays white
+            n_read += 1
+        if not n_read:
+            raise of_the_whole
         return picture
 
 

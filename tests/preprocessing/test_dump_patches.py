@@ -16,7 +16,7 @@ from PIL import Image
 
 from preprocessing.dump_patches import dump_patches_to_folder, dump_patches_to_folder_single, main
 from preprocessing.expression import read_expression, write_expression, write_vocabulary
-from preprocessing.outputs import strings_sha256
+from preprocessing.outputs import fingerprint, strings_sha256
 from preprocessing.patch_file import read_patch_file, write_patch_file
 from preprocessing.patches import pair, read_patch, read_patch_folder
 from preprocessing.stain import normalise_stain, read_stain_file
@@ -91,6 +91,33 @@ def test_a_stain_file_replaces_the_estimate(sample):
     assert result.exit_code == 0 and f"4 patches stand in {sample / 'b'}" in result.output
     assert (read_patch(sample / "a" / "patch_2.png") == read_patch(sample / "b" / "patch_2.png")).all()
     assert json.loads((sample / "b" / "stain.json").read_text())["from_stain_file"] == "stain.json"
+
+
+def test_a_slide_of_other_bytes_than_the_patches_were_cut_from_is_warned_of(sample, tmp_path):
+    adata = read_expression(sample / "gex.h5ad")
+    adata.uns["morphology"] = dict(adata.uns["morphology"]) | {"slide": fingerprint(sample / "slide.png")}
+    write_expression(sample / "gex.h5ad", adata)
+    same = shutil.copy(sample / "slide.png", tmp_path / "renamed.png")
+    Image.open(sample / "slide.png").save(tmp_path / "converted.tif")
+    said = {slide.name: run("--images", sample / "imgs.h5", "--wsi", slide, "--out-dir", tmp_path / f"{slide.stem} out")
+            for slide in (Path(same), tmp_path / "converted.tif")}
+    assert all(result.exit_code == 0 for result in said.values()) and "warning" not in said["renamed.png"].output
+    warning, = (line for line in said["converted.tif"].output.splitlines() if "warning" in line)
+    assert str(tmp_path / "converted.tif") in warning and str(sample / "gex.h5ad") in warning and "(slide.png)" in warning
+    assert json.loads((tmp_path / "converted out" / "stain.json").read_text())["slide"]["name"] == "converted.tif"
+
+
+def test_a_folder_does_not_replace_the_stain_file_it_is_made_with(sample):
+    run("--images", sample / "imgs.h5", "--wsi", sample / "slide.png", "--out-dir", sample / "a")
+    before = content(sample / "a")
+    refused = run("--images", sample / "imgs.h5", "--out-dir", sample / "a", "--stain-file", sample / "a" / "stain.json")
+    assert refused.exit_code == 2 and "--out-dir: expected a folder without an input in it" in refused.output
+    assert content(sample / "a") == before
+
+
+def test_a_refused_run_leaves_no_new_folder(tmp_path):
+    refused = run("--images", tmp_path / "nothing.h5", "--no-normalize", "--out-dir", tmp_path / "new" / "patches")
+    assert refused.exit_code == 3 and not (tmp_path / "new").exists()
 
 
 def test_rows_follow_the_h5ad_beside_even_when_it_was_resorted(sample):
@@ -183,10 +210,32 @@ def test_the_script_teaches_itself():
 
 @pytest.mark.parametrize(("more", "message"), [
     (["--stain-file"], "error: --stain-file: expected a value; found nothing"),
-    (["--missing-genes", "--no-normalize"], "error: --missing-genes: expected a value; found --no-normalize")])
-def test_the_script_refuses_an_option_without_its_value(more, message):
+    (["--missing-genes", "--no-normalize"], "error: --missing-genes: expected a value; found --no-normalize"),
+    *[([option], f"error: {option}: expected no such option here; the steps after the first need its files")
+      for option in ("--dry-run", "--no-h5")],
+    *[(option, f"error: {name}: expected no such option here; OUT_DIR says where results go")
+      for name in ("--out-dir", "--dump-dir") for option in ([name, "x"], [f"{name}=x"])]],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_the_script_refuses_an_option_without_its_value_and_those_that_it_settles(more, message):
     result = preprocessing_sh("sample", "slide.tif", "vocab.txt", "out", *more)
     assert (result.returncode, result.stderr.strip(), result.stdout) == (2, message, "")
+
+
+def test_the_script_wants_its_four_places_before_the_options():
+    result = preprocessing_sh("--patch-sz-px", "64", "sample", "slide.tif", "vocab.txt", "out")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: --patch-sz-px: expected SAMPLE_DIR SLIDE VOCAB OUT_DIR first; found an option before them\n"
+
+
+@pytest.mark.parametrize(("gone", "message"), [
+    ("slide.png", "slide.png: file: expected the slide; found nothing there"),
+    ("vocab.txt", "vocab.txt: file: expected a gene vocabulary, one symbol a line; found nothing there")])
+def test_the_script_looks_for_slide_and_vocabulary_before_the_long_step(sample, gone, message):
+    write_vocabulary(sample / "vocab.txt", ["Umod"])
+    (sample / gone).unlink()
+    result = preprocessing_sh(sample / "gex.h5ad", sample / "slide.png", sample / "vocab.txt", sample / "new" / "out")
+    assert (result.returncode, result.stderr, result.stdout) == (3, f"error: {sample}/{message}\n", "")
+    assert not (sample / "new").exists()
 
 
 @pytest.mark.parametrize("arguments", [["-h"], ["sample", "--help"], ["s", "slide.tif", "v", "o", "-h"]], ids=" ".join)

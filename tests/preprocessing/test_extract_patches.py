@@ -313,6 +313,14 @@ def test_finished_files_are_left_alone_until_a_setting_or_an_input_changes(sim_v
     assert written_again("--patch-sz-px", 64)
 
 
+@pytest.mark.parametrize(("n_squares", "said"), [(1, "in 1 part\n"), (2, "in 2 parts\n")])
+def test_parts_of_the_tissue_are_counted(sim_v2, tmp_path, n_squares, said):
+    squares = [[[[x, 50], [x + 300, 50], [x + 300, 350], [x, 350], [x, 50]]] for x in (50, 500)[:n_squares]]
+    (tmp_path / "tissue.geojson").write_text(json.dumps({"type": "MultiPolygon", "coordinates": squares}))
+    assert said in run("--wsi-file", sim_v2.slide, "--tissue-seg-file", tmp_path / "tissue.geojson", "--out-file", tmp_path / "o.h5",
+                       "--n-pts", 2, "--dry-run")
+
+
 def test_a_slide_replaced_while_it_is_cut_is_not_taken_for_the_one_that_was(sim_v2, tmp_path, monkeypatch):
     slide = shutil.copy(sim_v2.slide, tmp_path / "slide.tif")
     arguments = ("--space-ranger-dir", sim_v2.space_ranger_dir, "--wsi-file", slide, "--out-dir", tmp_path / "out", "--dump-dir",

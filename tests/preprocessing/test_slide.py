@@ -10,6 +10,7 @@ from PIL import Image
 from preprocessing.errors import InputError
 from preprocessing.flat_image import on_white
 from preprocessing.slide import FlatSlide, PyramidSlide, SlideReadError, open_slide
+from preprocessing.tissue import segment_tissue
 
 SECONDS = 5
 
@@ -306,6 +307,13 @@ def test_the_lossless_copy_of_a_real_image_has_its_pixels(shared_data):
     folder = shared_data / "mouse-brain-crop"
     with open_slide(folder / "fullres.tif") as copy, open_slide(folder / "original" / "test_img.jpg") as original:
         assert (copy.read_region(300, 800, 200, 150) == original.read_region(300, 800, 200, 150)).all()
+
+
+def test_a_real_slide_of_which_nothing_can_be_decoded_is_not_said_to_have_no_tissue(shared_data):
+    with open_slide(shared_data / "wsi/openslide-python_unreadable.svs") as slide:
+        with pytest.raises(SlideReadError, match="found a tile that cannot be decoded"):
+            segment_tissue(slide)
+        assert (slide.thumbnail(64, may_be_blank=True) == 255).all()
 
 
 def test_a_real_slide_that_opens_but_cannot_be_decoded_is_refused_on_reading(shared_data):
