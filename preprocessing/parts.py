@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save
 
 from preprocessing.outputs import config_sha256, fingerprints, finished_file, write_json
 
 KEY = "key.json"
+DTYPES = {"|b1": "BOOL", "|u1": "U8", "<i4": "I32", "<i8": "I64", "<f8": "F64"}        # as safetensors calls them
 FORMAT = 1                       # of what blocks hold; blocks of another are not understood
 
 
@@ -65,9 +65,10 @@ class Parts:
     def write(self, number: int, **arrays: np.ndarray) -> None:
         """Finish block `number`. It need not reach the disk at once: a torn block is noticed when it is read."""
         arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-        with finished_file(self._path(number), sync=False) as temporary:
-            # not `save_file`: what it raises on a full disk is no OSError
-            temporary.write_bytes(save(arrays, metadata={name: _checksum(array) for name, array in arrays.items()}))
+        with finished_file(self._path(number), sync=False) as temporary, open(temporary, "wb") as stream:
+            stream.write(_header(arrays))
+            for array in arrays.values():                  # not by the library's writer, which copies gigabytes twice before
+                stream.write(array.reshape(-1).view(np.uint8))
 
     def read(self, number: int, *names: str) -> dict[str, np.ndarray]:
         """The arrays `names` of a finished block (default: all).
@@ -126,6 +127,18 @@ def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         if _checksum(array) != sums.get(name):
             raise ValueError(f"{name} is not what was written")
     return arrays
+
+
+def _header(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """The head of a safetensors file: its own length in 8 bytes, then where each array lies and what it is, in JSON."""
+    entries: dict[str, object] = {"__metadata__": {name: _checksum(array) for name, array in arrays.items()}}
+    end = 0
+    for name, array in arrays.items():
+        start, end = end, end + array.nbytes
+        entries[name] = {"dtype": DTYPES[array.dtype.str], "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _checksum(array: np.ndarray) -> str:

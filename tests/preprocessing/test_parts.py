@@ -1,6 +1,9 @@
 """Blocks of a long step: kept for the same config and inputs, thrown away for others, and never half there."""
+import io
+
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from preprocessing.outputs import finished_folder, locked
 from preprocessing.parts import Parts
@@ -53,15 +56,23 @@ def test_a_damaged_block_is_an_error_and_is_made_anew_by_the_next_run(tmp_path):
 def test_a_block_that_cannot_be_written_is_not_there(tmp_path, monkeypatch):
     made = parts(tmp_path)
 
-    def full(path, content):
-        with open(path, "wb") as stream:
-            stream.write(content[:4])
-        raise OSError(28, "No space left on device")
+    class FullDisk(io.FileIO):
+        def write(self, content):
+            super().write(bytes(content)[:4])
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    monkeypatch.setattr("preprocessing.parts.open", FullDisk, raising=False)
     with pytest.raises(OSError, match="No space"):
         made.write(0, x=np.zeros(1))
     assert len(made) == 0 and [path.name for path in made.folder.iterdir()] == ["key.json"]
+
+
+def test_a_block_is_a_safetensors_file(tmp_path):
+    arrays = {"mask": np.array([True, False]), "none": np.empty(0, np.int32), "one": np.array(3), "table": np.arange(6.0).reshape(2, 3)}
+    made = parts(tmp_path)
+    made.write(0, **arrays)
+    found = load_file(made.folder / "block_000000.safetensors")
+    assert all(found[name].dtype == array.dtype and np.array_equal(found[name], array) for name, array in arrays.items())
 
 
 def test_nothing_is_left_once_the_output_stands(tmp_path):
