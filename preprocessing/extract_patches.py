@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +36,7 @@ def extract(config: ExtractConfig, request: Request, resources: Resources, max_b
     from preprocessing.parts import Parts
     from preprocessing.png_folder import refuse_foreign_content
     from preprocessing.slide import open_slide
+    from preprocessing.space_ranger_folder import find_folder
     from preprocessing.stain import read_stain_file
 
     if not 0 <= max_bad <= 1:
@@ -49,7 +49,10 @@ def extract(config: ExtractConfig, request: Request, resources: Resources, max_b
                     stack.enter_context(locked(file, covers=files if file == files[0] else ()))
             if request.dump_dir:
                 stack.enter_context(locked(request.dump_dir))
-                refuse_foreign_content(request.dump_dir)
+        if request.dump_dir:
+            refuse_foreign_content(request.dump_dir)
+        if request.space_ranger_dir is not None:
+            find_folder(request.space_ranger_dir, config.is_hd, config.below_v2)
         if request.stain_file is not None:
             read_stain_file(request.stain_file)
         _ = request.seen                           # fingerprints are taken before anything is read
@@ -67,7 +70,8 @@ def extract(config: ExtractConfig, request: Request, resources: Resources, max_b
         sample = read_any_sample(config, request, slide) if request.sample_path else None
         if sample is not None:
             yield sample.summary()
-            yield from (*sample.notices, *request.notices(sample))
+            yield from sample.notices
+        yield from request.notices(sample)
         how = {"resources": resources, "max_bad": max_bad, "resume": resume, "dry_run": dry_run}
         if request.spot_files() and request.spot_files() not in done:
             yield from _extract_spots(config, request, slide, sample, **how)
@@ -79,8 +83,8 @@ def _recorded(config: ExtractConfig, request: Request, files: tuple[Path, ...]) 
     """`config` and `inputs` of a done-manifest: what these files depend on."""
     inputs = request.seen["sample"]
     if files == request.spot_files():
-        return {"config": asdict(replace(config, n_patches=1, seed=0)), "inputs": inputs}
-    return {"config": {**asdict(config), "tissue": request.tissue_seg_file}, "inputs": inputs | request.seen["tissue"]}
+        return {"config": config.settings(of_spots=True), "inputs": inputs}
+    return {"config": {**config.settings(of_spots=False), "tissue": request.tissue_seg_file}, "inputs": inputs | request.seen["tissue"]}
 
 
 def _recorded_of_folder(config: ExtractConfig, request: Request, files: tuple[Path, ...]) -> dict[str, Mapping]:
@@ -123,7 +127,7 @@ def _extract_spots(config: ExtractConfig, request: Request, slide: Slide, sample
     if len(chosen) == 0:
         raise InputError(request.sample_path, "patches", "at least one patch in tissue and on the slide", kept_line(chosen, unit))
     if dry_run:
-        yield f"dry run, nothing written; would write {', '.join(map(str, files))}"
+        yield f"dry run, nothing written; would write {', '.join(map(str, request.written(files)))}"
         return
     recorded = _recorded(config, request, files)
     with _blocks(config, request, slide, files, sample.mpp, chosen.centre_xy_px, sample=sample, spots=chosen, **how) as (made, folder):
@@ -147,7 +151,7 @@ def _extract_spots(config: ExtractConfig, request: Request, slide: Slide, sample
                         numbers={"kept": len(kept), **kept.dropped}, library_sizes=made.column("library_sizes"),
                         n_genes=made.column("row_lengths"))
             images.result()
-    yield from map(str, (*files, *([request.dump_dir] if request.dump_dir else [])))
+    yield from map(str, request.written(files))
 
 
 # ---- random patches -------------------------------------------------------------------------------------------------
@@ -173,7 +177,7 @@ def _extract_random(config: ExtractConfig, request: Request, slide: Slide, sampl
     yield said
     centres = sample_squares(tissue, side_px, config.n_patches, config.seed, slide.path if auto else request.tissue_seg_file, accept)
     if dry_run:
-        yield f"dry run, nothing written; would write {len(centres):,} patches to {', '.join(map(str, files))}"
+        yield f"dry run, nothing written; would write {len(centres):,} patches to {', '.join(map(str, request.written(files)))}"
         return
     _, top_left = windows_inside(slide, centres, config.patch_um, mpp)
     with _blocks(config, request, slide, files, mpp, centres, **how) as (made, folder):
@@ -187,7 +191,7 @@ def _extract_random(config: ExtractConfig, request: Request, slide: Slide, sampl
                 write_tissue(staged[".geojson"], tissue)
             _write_page(staged, files, config, slide, name, mpp, centres[good], made, (said, *warnings), tissue=tissue,
                         numbers={"kept": int(good.sum()), **({BAD_TILES: len(made.reasons)} if made.reasons else {})})
-    yield from map(str, (*files, *([request.dump_dir] if request.dump_dir else [])))
+    yield from map(str, request.written(files))
 
 
 # ---- what both share ------------------------------------------------------------------------------------------------
@@ -296,8 +300,7 @@ def _write_page(staged: Mapping[str, Path], files: tuple[Path, ...], config: Ext
     """The quality page beside the patches; `details` are further fields of `PatchQuality`."""
     from preprocessing.quality_page import MAP_PX, PatchQuality, write_quality_page
 
-    other = ("n_patches", "seed") if "library_sizes" in details else ("edge", "stride_bins")          # of the other kind of patches
-    settings = {key: value for key, value in asdict(config).items() if value is not None and key not in other}
+    settings = {key: value for key, value in config.settings(of_spots="library_sizes" in details).items() if value is not None}
     write_quality_page(staged[".png"], staged[".html"], PatchQuality(
         title=name, lines=lines, thumbnail=slide.thumbnail(MAP_PX, may_be_blank=True), slide_px=(slide.width_px, slide.height_px),
         side_px=config.patch_um / mpp, centre_xy_px=centres, patches=made.shown, settings={"mpp": round(mpp, 5), **settings},
@@ -343,7 +346,7 @@ def main(workers, memory_gb, max_bad, resume, dry_run, **options):
     --out-dir runs/KIDNEY_HD
     """
     context = click.get_current_context()
-    given = frozenset(name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE)
+    given = frozenset(name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE)
     request = Request(given=given, **{name: options.pop(name) for name in Request.__dataclass_fields__ if name != "given"})
     for line in extract(ExtractConfig(**options), request, Resources(workers, memory_gb), max_bad, resume, dry_run):
         click.echo(line)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,8 @@ OF_FOLDER = {"normalize": "--normalize", "stain_file": "--stain-file", "on_stain
 NEEDS = ((OF_BINS_AND_SPOTS, ("space_ranger_dir", "gex_file")), (OF_RANDOM, ("tissue_seg_file",)),         # option -> any of these
          ({"is_hd": "--is-hd", "below_v2": "--below-v2"}, ("space_ranger_dir",)), ({"spot_um": "--spot-um"}, ("gex_file",)),
          (OF_FOLDER, ("dump_dir",)))
+CLAIMS = ("is_hd", "below_v2")          # are checked, and change nothing
+MOST_GB = 1e6                           # of --memory-gb
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,15 @@ class ExtractConfig:
     seed: int = 0                   # of the random places
 
     def __post_init__(self):
+        from preprocessing.patches import MAX_SIDE_PX
+
         for option, value in (("--patch-sz-px", self.patch_px), ("--stride", self.stride_bins), ("--n-pts", self.n_patches)):
             if value < 1:
                 raise OptionError(option, "at least 1", str(value))
+        if self.patch_px > MAX_SIDE_PX:
+            raise OptionError("--patch-sz-px", f"at most {MAX_SIDE_PX}, the largest that is read", str(self.patch_px))
+        if self.mpp is not None and self.use_wsi_res:
+            raise OptionError("--mpp", "either a number of µm per pixel or --use-wsi-res", "both")
         if not (np.isfinite(self.patch_um) and self.patch_um > 0):
             raise OptionError("--patch-sz-um", "a positive number of µm", f"{self.patch_um:g}")
         if self.mpp is not None and not (np.isfinite(self.mpp) and self.mpp > 0):
@@ -55,6 +63,11 @@ class ExtractConfig:
             raise OptionError("--seed", "0 or more", str(self.seed))
         if self.sample_id is not None and (not self.sample_id or "/" in self.sample_id):
             raise OptionError("--sample-id", "a name without a slash", repr(self.sample_id))
+
+    def settings(self, of_spots: bool) -> dict[str, object]:
+        """What patches of spots, or random ones, depend on."""
+        without = CLAIMS + (("n_patches", "seed") if of_spots else tuple(OF_BINS_AND_SPOTS))
+        return {name: value for name, value in asdict(self).items() if name not in without}
 
 
 @dataclass(frozen=True)
@@ -67,8 +80,8 @@ class Resources:
     def __post_init__(self):
         if self.workers < 1:
             raise OptionError("--workers", "at least 1", str(self.workers))
-        if not self.memory_gb > 0:
-            raise OptionError("--memory-gb", "a number above 0", f"{self.memory_gb:g}")
+        if not 0 < self.memory_gb <= MOST_GB:
+            raise OptionError("--memory-gb", f"a number above 0, up to {MOST_GB:,.0f}", f"{self.memory_gb:g}")
 
 
 @dataclass(frozen=True)
@@ -134,9 +147,11 @@ class Request:
                 if field in self.given and not any(getattr(self, other) for other in needed):
                     raise OptionError(option, f"{' or '.join(options)} beside it", "none")
 
-    def notices(self, sample: Sample) -> Iterator[str]:
+    def notices(self, sample: Sample | None) -> Iterator[str]:
         """Options that one command line for all platforms may carry, said where they have no effect."""
-        if "stride_bins" in self.given and sample.bin_um is None:
+        if "memory_gb" in self.given and (sample is None or sample.bin_um is None):
+            yield "notice: --memory-gb has no effect: only sums of bins wait for memory"
+        if "stride_bins" in self.given and sample is not None and sample.bin_um is None:
             yield f"notice: --stride has no effect: {sample.platform} has spots, not bins"
         if "seed" in self.given and not self.tissue_seg_file:
             yield "notice: --seed has no effect: only random patches (--tissue-seg-file) are drawn"
@@ -169,6 +184,10 @@ class Request:
         if self.writes_hdf5 or not files:
             return None
         return self.folder / "imgs.h5" if files == self.spot_files() else self.out_file or self.folder / "random_imgs.h5"
+
+    def written(self, files: tuple[Path, ...]) -> tuple[Path, ...]:
+        """`files` and, where one is asked for, the patch folder."""
+        return (*files, self.dump_dir) if self.dump_dir else files
 
     def folder_settings(self) -> dict[str, object]:
         """What the patch folder depends on beside the patches; empty where none is asked for."""

@@ -31,12 +31,16 @@ class ImportConfig:
     patch_px: int = 128            # side of the saved patch, px
 
     def __post_init__(self):
+        from preprocessing.patches import MAX_SIDE_PX
+
         if not self.sample_id or "/" in self.sample_id:
             raise OptionError("--sample-id", "a name without a slash", repr(self.sample_id))
         if not 0 < self.patch_um < float("inf"):
             raise OptionError("--patch-sz-um", "a positive number of µm", f"{self.patch_um:g}")
         if self.patch_px < 1:
             raise OptionError("--patch-sz-px", "at least 1 px", str(self.patch_px))
+        if self.patch_px > MAX_SIDE_PX:
+            raise OptionError("--patch-sz-px", f"at most {MAX_SIDE_PX}, the largest that is read", str(self.patch_px))
 
 
 def import_section(config: ImportConfig, counts: Path, spots: Path, image: Path, out_dir: Path, clusters: Path | None = None) -> list[str]:

@@ -1,6 +1,8 @@
 """An option of extract_patches that does nothing, or cannot be, is a usage error; a folder for a file is said to be one."""
+import json
 import shutil
 
+import anndata as ad
 import h5py
 import numpy as np
 import pytest
@@ -20,6 +22,10 @@ from preprocessing.tenx_matrix import read_matrix
     (["--dump-dir", "p", "--no-normalize", "--stain-file", "s"], "--stain-file: expected patches that are normalised"),
     (["--sample-id", "a/b"], "--sample-id: expected a name without a slash; found 'a/b'"),
     (["--sample-id", ""], "--sample-id: expected a name without a slash; found ''"),
+    (["--memory-gb", "inf"], "--memory-gb: expected a number above 0, up to 1,000,000; found inf"),
+    (["--memory-gb", "nan"], "--memory-gb: expected a number above 0, up to 1,000,000; found nan"),
+    (["--mpp", 0.5, "--use-wsi-res"], "--mpp: expected either a number of µm per pixel or --use-wsi-res; found both"),
+    (["--patch-sz-px", 4097], "--patch-sz-px: expected at most 4096, the largest that is read; found 4097"),
     (["--tissue-seg-file", "auto", "--seed", -1], "--seed: expected 0 or more; found -1"),
 ], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "")
 def test_an_option_without_effect_or_sense_is_a_usage_error(sim_v2, tmp_path, options, message):
@@ -31,8 +37,9 @@ def test_an_option_without_effect_or_sense_is_a_usage_error(sim_v2, tmp_path, op
 
 def test_options_of_other_platforms_are_taken_and_said_to_do_nothing(sim_v2, tmp_path):
     said = run("--space-ranger-dir", sim_v2.space_ranger_dir, "--wsi-file", sim_v2.slide, "--out-dir", tmp_path / "out", "--stride", 5,
-               "--seed", 3)
+               "--seed", 3, "--memory-gb", 1)
     assert "notice: --stride has no effect: Visium" in said and "notice: --seed has no effect" in said
+    assert "notice: --memory-gb has no effect: only sums of bins" in said
     assert (tmp_path / "out" / "gex.h5ad").exists()
 
 
@@ -47,6 +54,33 @@ def test_what_is_said_of_a_space_ranger_folder_says_nothing_of_an_h5ad(sim_v2, t
 def test_an_option_of_spots_says_nothing_of_random_patches(sim_v2, tmp_path, options):
     said = fails(2, "--wsi-file", sim_v2.slide, "--tissue-seg-file", "auto", "--out-file", tmp_path / "o.h5", *options)
     assert f"error: {options[0]}: expected --space-ranger-dir" in said and not (tmp_path / "o.h5").exists()
+
+
+def test_memory_for_sums_is_said_to_do_nothing_for_random_patches(sim_v2, tmp_path):
+    arguments = ("--wsi-file", sim_v2.slide, "--tissue-seg-file", "auto", "--out-file", tmp_path / "o.h5", "--mpp", 0.5, "--n-pts", 2)
+    assert "notice: --memory-gb has no effect" in run(*arguments, "--dry-run", "--memory-gb", 1)
+    assert "no effect" not in run(*arguments, "--dry-run")
+
+
+def test_what_is_said_of_a_folder_is_checked_but_redoes_nothing(sim_v1, tmp_path):
+    arguments = ("--space-ranger-dir", sim_v1.space_ranger_dir, "--wsi-file", sim_v1.slide, "--out-dir", tmp_path / "out")
+    run(*arguments)
+    recorded = json.loads((tmp_path / "out" / "gex.h5ad.done.json").read_text())["config"]
+    settings = json.loads(ad.read_h5ad(tmp_path / "out" / "gex.h5ad").uns["morphology"]["settings"])
+    assert recorded == settings and not {"is_hd", "below_v2", "n_patches", "seed"} & set(recorded)
+    assert "already extracted" in run(*arguments, "--below-v2") and "already extracted" in run(*arguments, "--seed", 5)
+    assert "--is-hd" in fails(2, *arguments, "--is-hd")
+    assert "already extracted" not in run(*arguments, "--edge", "pad")
+
+
+def test_a_dry_run_names_the_patch_folder_and_refuses_what_the_run_would_refuse(sim_v2, tmp_path):
+    arguments = ("--space-ranger-dir", sim_v2.space_ranger_dir, "--wsi-file", sim_v2.slide, "--out-dir", tmp_path / "out",
+                 "--dump-dir", tmp_path / "patches", "--dry-run")
+    [would] = [line for line in run(*arguments).splitlines() if line.startswith("dry run, nothing written; would write")]
+    assert str(tmp_path / "out" / "gex.h5ad") in would and would.endswith(f", {tmp_path / 'patches'}") and not list(tmp_path.iterdir())
+    (tmp_path / "patches").mkdir()
+    (tmp_path / "patches" / "thesis.docx").write_text("precious")
+    assert "a patch folder to replace; found 1 (thesis.docx) other entries" in fails(3, *arguments)
 
 
 def test_options_that_have_an_effect_are_taken(tmp_path):

@@ -64,7 +64,7 @@ def test_random_patches_have_a_folder_too(sim_v2, tmp_path):
     (["--on-stain-failure", "skip"], "--on-stain-failure: expected --dump-dir beside it"),
     (["--dump-dir", "d", "--tissue-seg-file", "auto"], "--dump-dir: expected the patches of a sample or random ones in one run"),
     (["--max-bad", 2], "--max-bad: expected a share between 0 and 1; found 2"),
-    (["--memory-gb", 0], "--memory-gb: expected a number above 0; found 0"),
+    (["--memory-gb", 0], "--memory-gb: expected a number above 0, up to 1,000,000; found 0"),
 ], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "")
 def test_an_option_that_cannot_have_an_effect_is_refused(sim_v2, tmp_path, options, message):
     assert message in fails(2, "--space-ranger-dir", sim_v2.space_ranger_dir, "--wsi-file", sim_v2.slide, "--out-dir", tmp_path, *options)
