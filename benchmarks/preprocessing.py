@@ -75,6 +75,7 @@ class Bench:
     workers: int
     spots: int
     runs: dict[str, list[dict]] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
 
     def run(self, stage: str) -> None:
         command = [sys.executable, "-m", "benchmarks.stages.preprocessing", stage, self.sample, self.out, self.workers, self.spots]
@@ -82,6 +83,7 @@ class Bench:
         answer = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env={**os.environ, **threads})
         if answer.returncode:
             click.echo(f"{stage} failed: {answer.stderr.strip()[-1500:]}", err=True)
+            self.failed.append(stage)
             return
         found = json.loads(answer.stdout.strip().splitlines()[-1])
         self.runs.setdefault(stage, []).append(found)
@@ -185,6 +187,8 @@ def main(sizes: list[int], work: Path | None, stages: list[str], spots_naive: in
             finally:
                 shutil.rmtree(out)
         click.echo("\n".join([HEADER, *rows, "", growth(benches, stages)]))
+    if any(bench.failed for bench in benches):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

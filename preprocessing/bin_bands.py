@@ -9,13 +9,13 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
 
+from preprocessing.made_ahead import made_ahead
 from preprocessing.outputs import require_free_space
 from preprocessing.sample import Sample
 from preprocessing.sliding_sums import gather_rows, place_cells
@@ -80,7 +80,7 @@ class BinBands:
 
         n_bins = self.sample.counts.shape[0]
         with tqdm(total=n_bins, desc="sorting bins", unit="bin", unit_scale=True) as progress:
-            for first, counts in _read_ahead(count_slices(self.sample, max(1, self.budget // SLICE_SHARE // SLICE_BYTES))):
+            for first, counts in made_ahead(count_slices(self.sample, max(1, self.budget // SLICE_SHARE // SLICE_BYTES))):
                 self._distribute(first, counts)
                 progress.update(counts.shape[0])
 
@@ -146,24 +146,20 @@ def _cut_bands(tops: np.ndarray, side: int, entries: np.ndarray, max_entries: in
     return bands
 
 
-def _read_ahead(items: Iterator) -> Iterator:
-    """The same items, of which the next is made while the caller works on one."""
-    with ThreadPoolExecutor(1) as pool:
-        upcoming = pool.submit(next, items, None)
-        while (item := upcoming.result()) is not None:
-            upcoming = pool.submit(next, items, None)
-            yield item
-
-
 def count_slices(sample: Sample, max_entries: int) -> Iterator[tuple[int, sp.csr_matrix]]:
     """(first row, CSR int32) of consecutive rows of the sample's counts, in memory or left on disk."""
     if not sp.issparse(sample.counts):
         yield from sample.counts.slices(max_entries)
         return
     for first, stop in runs_of_rows(sample.counts.indptr, max_entries):
-        yield first, whole_counts(sample.sample_id, sample.counts[first:stop])
+        yield first, whole_counts(counts_source(sample), sample.counts[first:stop])
 
 
-def whole_counts(sample_id: str, counts: sp.csr_matrix) -> sp.csr_matrix:
+def counts_source(sample: Sample) -> Path | str:
+    """What to call a sample's counts in errors: their file where they are left in it, else the sample."""
+    return sample.sample_id if sp.issparse(sample.counts) else sample.counts.path
+
+
+def whole_counts(source: Path | str, counts: sp.csr_matrix) -> sp.csr_matrix:
     """The same counts as int32; what is no whole number from 0 up, or larger than int32, is refused. Shares the indices."""
-    return sp.csr_matrix((as_int32(sample_id, counts.data), counts.indices, counts.indptr), shape=counts.shape, copy=False)
+    return sp.csr_matrix((as_int32(source, counts.data), counts.indices, counts.indptr), shape=counts.shape, copy=False)

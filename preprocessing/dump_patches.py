@@ -5,7 +5,6 @@ Row order is that of the `gex.h5ad` beside the `imgs.h5` where there is one (joi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -13,6 +12,7 @@ import numpy as np
 
 from preprocessing.cores import usable_cores
 from preprocessing.errors import Command, InputError, OptionError, first_few, require_file
+from preprocessing.made_ahead import made_ahead
 
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".bif", ".btf", ".jpg", ".jpeg", ".png")
 BLOCK_BYTES, MOST_PATCHES = 1 << 26, 1000     # of a block: what is in memory, and what a killed run may have to repeat
@@ -121,7 +121,7 @@ def _write_blocks(parts, working: Path, digits: int, file, blocks: list[np.ndarr
     _, height, width, _ = file.images(slice(0, 0)).shape
     require_free_space(working, int(PNG_SHARE * (starts[-1] - starts[done]) * 3 * height * width))
     with tqdm(total=starts[-1], initial=starts[done], desc="patches", unit="patch", disable=not progress) as bar:
-        for number, patches in enumerate(_made_ahead(_patches(file, blocks[done:], stain)), start=done):
+        for number, patches in enumerate(made_ahead(_patches(file, blocks[done:], stain)), start=done):
             write_pngs(working, int(starts[number]), patches, digits, workers)
             parts.write(number, rows=blocks[number])
             bar.update(len(patches))
@@ -135,15 +135,6 @@ def _patches(file, blocks: list[np.ndarray], stain) -> Iterator[np.ndarray]:
         in_a_row = (np.diff(rows) == 1).all()
         images = file.images(slice(rows[0], rows[-1] + 1)) if in_a_row else np.stack([file.images(int(row)) for row in rows])
         yield images if stain is None else normalise_stain(images, stain)
-
-
-def _made_ahead(items: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same items, each made in a thread while the one before is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
-            yield item
 
 
 def find_sample(sample_id: str, root_dir: Path, wsi_dir: Path | None) -> tuple[Path, Path | None]:

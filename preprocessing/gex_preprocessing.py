@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 def filter_expression(raw_file: Path | str, vocab_file: Path | str, out_file: Path | str | None = None,
                       missing_genes: Literal["error", "zero"] = "error", gene_map: Path | str | None = None,
-                      workers: int = 1) -> tuple[Path, str]:
+                      workers: int = 1) -> tuple[Path, str, bool]:
     """Write the selected genes of `raw_file`, unless that was finished before from these inputs. A killed run goes on.
 
-    Returns the path (default: gex_filt.h5ad beside it) and a sentence on what was done.
+    Returns the path (default: gex_filt.h5ad beside it), what it holds, and whether it was written now.
     """
     from preprocessing.outputs import is_done, locked, read_done
     from preprocessing.parts import Parts
@@ -39,8 +39,8 @@ def filter_expression(raw_file: Path | str, vocab_file: Path | str, out_file: Pa
     with locked(out_file):
         if is_done(out_file, config=config, inputs=inputs):
             Parts.clear(out_file)
-            return out_file, f"{read_done(out_file)['summary']}; finished before"
-        return out_file, _filter(inputs, config, out_file, workers)
+            return out_file, read_done(out_file)["summary"], False
+        return out_file, _filter(inputs, config, out_file, workers), True
 
 
 def _filter(inputs: dict[str, Path], config: dict, out_file: Path, workers: int) -> str:
@@ -103,9 +103,9 @@ def main(**options):
 
     Example: python preprocessing/gex_preprocessing.py --raw-file S1/gex.h5ad --vocab-file vocab.txt
     """
-    out_file, summary = filter_expression(**options)
-    click.echo(summary)
-    click.echo(f"{'kept' if summary.endswith('finished before') else 'wrote'} {out_file}")
+    out_file, summary, is_new = filter_expression(**options)
+    click.echo(summary if is_new else f"{summary}; finished before")
+    click.echo(f"{'wrote' if is_new else 'kept'} {out_file}")
 
 
 if __name__ == "__main__":

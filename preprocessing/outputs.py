@@ -40,12 +40,12 @@ def finished_file(path: Path | str, validate: Callable[[Path], object] | None = 
     try:
         yield temporary
         if sync:
-            _fsync(temporary)
+            flush_to_disk(temporary)
         if validate is not None:
             validate(temporary)
         os.replace(temporary, path)
         if sync:
-            _fsync(path.parent)
+            flush_to_disk(path.parent)
     except OSError as error:
         raise named_error(error, path) from error
     finally:
@@ -102,7 +102,7 @@ def replace_folder(new: Path, path: Path | str) -> None:
         os.rename(new, path)
         if working_here:
             os.chdir(path)
-        _fsync(path.parent)
+        flush_to_disk(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         if old.exists() and not path.exists():   # the second of the two renames failed: put the old one back
@@ -118,7 +118,8 @@ def _named(path: Path | str) -> Path:
     return path
 
 
-def _fsync(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -42,7 +42,8 @@ def write_compressed_patches(path: Path | str, streams: Iterable[bytes | memoryv
     """As `write_patch_file`, for patches that went through `compress_patch`, in worker threads maybe."""
     coords = np.asarray(coords)
     if coords.shape != (count, 2) or (barcodes is not None and len(barcodes) != count):
-        raise ValueError(f"{count} patches need as many coords and barcodes; got {coords.shape} and {len(barcodes or ())}")
+        n_barcodes = "no" if barcodes is None else len(barcodes)
+        raise ValueError(f"{count} patches need as many coords and barcodes; got {coords.shape} and {n_barcodes}")
     attributes = {"patch_size_src": patch_size_src, "patch_size_target": patch_px, "downsample": patch_size_src / patch_px,
                   "pixel_size": pixel_size, "name": name}
     require_free_space(Path(path).parent, count * patch_px * patch_px * 3)

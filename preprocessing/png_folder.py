@@ -18,7 +18,7 @@ import imagecodecs
 import numpy as np
 
 from preprocessing.errors import InputError, first_few
-from preprocessing.outputs import file_sha256, finished_folder, named_error, replace_folder, require_free_space
+from preprocessing.outputs import file_sha256, finished_folder, flush_to_disk, named_error, replace_folder
 from preprocessing.patch_file import blocks
 from preprocessing.patches import METADATA, STAIN
 
@@ -61,15 +61,7 @@ def write_pngs(folder: Path, first_row: int, patches: Iterable[np.ndarray], digi
     with ThreadPoolExecutor(workers) as pool:
         paths = list(pool.map(write, count_from(first_row), patches))
     with ThreadPoolExecutor(FLUSHERS) as pool:
-        list(pool.map(_flush, [*paths, folder]))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        list(pool.map(flush_to_disk, [*paths, folder]))
 
 
 def whole_pngs(working: Path, digits: int) -> int:
@@ -99,7 +91,8 @@ def finish_patch_folder(working: Path, folder: Path | str, *, count: int, digits
 
 def _complete(working: Path, names: Sequence[str], barcodes: Sequence[str] | None, sample_id: str, xy: np.ndarray, stain: dict) -> None:
     if len(xy) != len(names) or (barcodes is not None and len(barcodes) != len(names)):
-        raise ValueError(f"{len(names)} patches need as many centres and barcodes; got {len(xy)} and {len(barcodes or ())}")
+        n_barcodes = "no" if barcodes is None else len(barcodes)
+        raise ValueError(f"{len(names)} patches need as many centres and barcodes; got {len(xy)} and {n_barcodes}")
     present = {entry.name for entry in os.scandir(working)}
     missing = [name for name in names if name not in present]
     if missing:
@@ -117,7 +110,7 @@ def _complete(working: Path, names: Sequence[str], barcodes: Sequence[str] | Non
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
     (working / STAIN).write_text(json.dumps(stain, indent=2) + "\n")
     for path in (working / METADATA, working / STAIN, working):
-        _flush(path)
+        flush_to_disk(path)
 
 
 # ---- the finished folder --------------------------------------------------------------------------------------------
@@ -129,18 +122,13 @@ def write_patch_folder(folder: Path | str, patches: Iterable[np.ndarray], *, bar
     The folder appears when it is complete; an older patch folder is replaced, any other folder is left alone.
     """
     refuse_foreign_content(folder)
-    count, written = len(xy), 0
-    digits = name_digits(count)
+    count, digits, written = len(xy), name_digits(len(xy)), 0
     with finished_folder(folder) as working:
         for block in blocks(patches):
-            if not written:
-                require_free_space(working, int(PNG_SHARE * count * block[0].nbytes))
+            write_pngs(working, written, block, digits, workers)
             written += len(block)
-            if written > count:
-                break
-            write_pngs(working, written - len(block), block, digits, workers)
         if written != count:
-            raise ValueError(f"{folder}: {count} patches were announced, {written} or more came")
+            raise ValueError(f"{folder}: {count} patches were announced, {written} came")
         _complete(working, [png_name(row, digits) for row in range(count)], barcodes, sample_id, xy, stain)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
-from preprocessing.bin_bands import Band, BinBands, whole_counts
+from preprocessing.bin_bands import Band, BinBands, counts_source, whole_counts
 from preprocessing.errors import InputError
 from preprocessing.pseudo_spots import take_spots
 from preprocessing.sample import INT32_MAX, Sample, Spots
@@ -45,12 +45,12 @@ def sum_blocks(sample: Sample, spots: Spots, blocks: Sequence[slice], *, workers
     if len(blocks) == 0:
         return
     if spots.bins_per_side == 1 and sp.issparse(sample.counts):
-        counts = whole_counts(sample.sample_id, sample.counts)
+        counts = whole_counts(counts_source(sample), sample.counts)
         counts.resize(len(sample.barcodes), counts.shape[1])                 # rows beyond the matrix have no counts
         for block in blocks:
             yield _canonical(counts[spots.sample_rows[block]])
         return
-    half, n_genes = spots.bins_per_side // 2, sample.counts.shape[1]
+    half, n_genes, source = spots.bins_per_side // 2, sample.counts.shape[1], counts_source(sample)
     covered = slice(blocks[0].start, blocks[-1].stop)
     tops, lefts = (place[covered].astype(np.int64) - half for place in (spots.array_row, spots.array_col))
     assert (np.diff(tops) >= 0).all(), "pseudo-spots are ordered by array row"
@@ -58,7 +58,7 @@ def sum_blocks(sample: Sample, spots: Spots, blocks: Sequence[slice], *, workers
         bands.fill()
         pending: deque[Future] = deque()
         for parts in _block_parts(bands, tops, blocks):
-            sums = [pool.submit(_sum_part, band, tops[part], lefts[part], spots.bins_per_side, n_genes) for band, part in parts]
+            sums = [pool.submit(_sum_part, band, tops[part], lefts[part], spots.bins_per_side, n_genes, source) for band, part in parts]
             pending.append(pool.submit(_joined, sums, n_genes))      # jobs are begun in this order, so none waits for one behind it
             if len(pending) > workers:
                 yield pending.popleft().result()
@@ -82,14 +82,15 @@ def _block_parts(bands: BinBands, tops: np.ndarray, blocks: Sequence[slice]) -> 
         yield parts
 
 
-def _sum_part(band: Band, tops: np.ndarray, lefts: np.ndarray, side: int, n_genes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Columns, values and the end of each row of the windows' CSR."""
+def _sum_part(band: Band, tops: np.ndarray, lefts: np.ndarray, side: int, n_genes: int,
+              source: Path | str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Columns, values and the end of each row of the windows' CSR. `source` names the counts in errors."""
     columns, values = np.empty((2, len(tops) * n_genes + 1), dtype=np.int32)
     ends = np.empty(len(tops), dtype=np.int64)
     fits = sum_windows(band.pointers, band.genes, band.counts, band.width, tops - band.first_row, lefts - band.first_col, side, n_genes,
                        columns, values, ends)
     if not fits:
-        raise InputError("counts", "X", f"sums of {side * side:,} bins below 2,147,483,648", "a larger one: these are not UMI counts")
+        raise InputError(source, "counts", f"sums of {side * side:,} bins up to {INT32_MAX:,}", "a larger one: these are not UMI counts")
     return columns[:ends[-1]].copy(), values[:ends[-1]].copy(), ends
 
 

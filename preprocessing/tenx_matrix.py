@@ -23,6 +23,7 @@ from anndata.utils import make_index_unique
 
 from preprocessing.errors import InputError
 from preprocessing.hd_barcodes import as_text
+from preprocessing.sample import INT32_MAX
 
 GENE_EXPRESSION = "Gene Expression"
 CHECK_BLOCK = 1 << 24            # counts checked at once
@@ -186,9 +187,10 @@ def as_int32(path: Path | str, data: np.ndarray) -> np.ndarray:
         wrong = block < 0
         if block.dtype.kind == "f":
             wrong |= ~np.isfinite(block) | (block != np.rint(block))
-        if wrong.any() or block.max() > np.iinfo(np.int32).max:
-            example = block[wrong][0] if wrong.any() else block.max()
-            raise InputError(path, "counts", "raw UMI counts, whole numbers from 0 up", f"values like {example}")
+        if wrong.any():
+            raise InputError(path, "counts", "raw UMI counts, whole numbers from 0 up", f"values like {block[wrong][0]}")
+        if block.max() > INT32_MAX:
+            raise InputError(path, "counts", f"raw UMI counts up to {INT32_MAX:,}", f"{block.max():,.0f}")
     return data.astype(np.int32, copy=False)
 
 

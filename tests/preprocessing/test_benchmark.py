@@ -78,6 +78,12 @@ def test_a_stage_that_fails_has_a_row_that_says_so(tmp_path, capsys):
     assert "read failed:" in capsys.readouterr().err
 
 
+def test_a_benchmark_with_a_stage_that_failed_prints_its_table_and_exits_with_1(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.preprocessing.simulate", lambda size, work: work / str(size))          # there is no sample
+    result = CliRunner().invoke(main, ["--sizes", "62500", "--stages", "read", "--work", str(tmp_path)])
+    assert result.exit_code == 1 and "| failed |" in result.output
+
+
 def test_growth_is_measured_from_the_smallest_sample(tmp_path):
     benches = [Bench(tmp_path / size, tmp_path, 1, 1, {"read": [run(1, wall, memory)]})
                for size, wall, memory in (("62500", 2.0, 0.5), ("250000", 6.0, 1.0))]

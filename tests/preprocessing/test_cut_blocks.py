@@ -1,4 +1,6 @@
 """Blocks of patches: equal to reading each window on its own, decoded once where windows overlap, right around damaged tiles."""
+import threading
+
 import numpy as np
 import pytest
 import tifffile
@@ -109,12 +111,29 @@ def test_blocks_may_start_late_and_be_empty():
     assert np.array_equal(late.patches, whole[100:150]) and empty.patches.shape == (0, 24, 24, 3) and cut(slide, centres, []) == []
 
 
+class GatedSlide(CountingSlide):
+    """A slide whose reads, but the first three, wait for the gate."""
+
+    def __init__(self, pixels: np.ndarray):
+        super().__init__(pixels)
+        self.gate, self.n_reads = threading.Event(), 0
+
+    def read_image(self, *box):
+        self.n_reads += 1
+        if self.n_reads > 3:
+            assert self.gate.wait(timeout=60)
+        return super().read_image(*box)
+
+
 def test_a_caller_that_stops_early_is_not_kept_waiting_for_the_rest():
-    slide, centres = CountingSlide(texture()), grid(5)
-    cutting = cut_blocks(slide, centres, SIDE_PX, 1.0, 24, blocks_of(len(centres), 50), workers=2)
+    slide, centres = GatedSlide(texture()), grid(150)                    # sparse: one strip, a chunk a block, a read a window
+    cutting = cut_blocks(slide, centres, SIDE_PX, 1.0, 24, blocks_of(len(centres), 3), workers=1)
     next(cutting)
-    cutting.close()
-    assert slide.n_px <= 500 * 700
+    opening = threading.Timer(0.5, slide.gate.set)
+    opening.start()
+    cutting.close()                                                      # waits for the chunk under way, which waits for the gate
+    opening.join()
+    assert len(centres) == 15 and slide.n_reads <= 6
 
 
 def test_a_window_that_is_not_inside_is_refused_before_anything_is_cut():

@@ -174,10 +174,13 @@ def test_a_patch_folder_with_dot_entries_is_replaced_only_if_they_are_litter(fol
             write_patch_folder(folder, flat_patches(3), barcodes=None, sample_id="S", xy=np.zeros((3, 2)), stain={})
 
 
-def test_a_disk_too_small_for_the_patches_ends_before_the_first(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 500}))
-    with pytest.raises(OSError, match="needs 0.0 GB, 0.0 GB are free"):
-        write_patch_folder(tmp_path / "p", flat_patches(12), barcodes=BARCODES, sample_id="S", xy=np.zeros((12, 2)), stain={})
+@pytest.mark.parametrize("as_array", [list, np.array])
+def test_too_few_barcodes_are_counted_in_the_error_whatever_holds_them(tmp_path, as_array):
+    with pytest.raises(ValueError, match="12 patches need as many centres and barcodes; got 12 and 3"):
+        write_patch_folder(tmp_path / "p", flat_patches(12), barcodes=as_array(BARCODES[:3]), sample_id="S", xy=np.zeros((12, 2)), stain={})
+    with pytest.raises(ValueError, match=r"12 patches need as many coords and barcodes; got \(12, 2\) and 3"):
+        write_patch_file(tmp_path / "imgs.h5", flat_patches(12), count=12, patch_px=8, coords=np.zeros((12, 2)), name="S",
+                         barcodes=as_array(BARCODES[:3]), patch_size_src=8, pixel_size=1)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -207,16 +207,27 @@ def test_the_largest_int32_is_summed_and_one_more_is_refused():
         if extra == 0:
             assert sum_spots(sample, spots).toarray().tolist() == [[largest, 0]]
         else:
-            with pytest.raises(InputError, match="sums of 9 bins below 2,147,483,648; found a larger one"):
+            with pytest.raises(InputError, match=f"^{sample.sample_id}: counts: expected sums of 9 bins up to 2,147,483,647;"):
                 sum_spots(sample, spots)
 
 
-@pytest.mark.parametrize("value", [0.5, -1, np.nan, 2.0 ** 31], ids=["fractions", "negative", "not a number", "beyond int32"])
+def test_sums_beyond_int32_of_counts_left_on_disk_name_their_file(phantom, tmp_path):
+    stored, spots = write_matrix(tmp_path / "matrix.h5", phantom), group_bins(phantom, 18, 3)
+    with h5py.File(tmp_path / "matrix.h5", "r+") as file:
+        file["matrix/data"].write_direct(np.full(file["matrix/data"].shape, 2 ** 31 - 1, file["matrix/data"].dtype))
+    with pytest.raises(InputError, match=r"matrix\.h5: counts: expected sums of 81 bins up to 2,147,483,647; found a larger one"):
+        list(sum_blocks(stored, spots, consecutive(len(spots), 50), memory_gb=TINY_GB))
+
+
 @pytest.mark.parametrize("of_bins", [True, False], ids=["bins", "spots"])
-def test_what_is_no_count_is_not_summed(of_bins, value):
+@pytest.mark.parametrize(("value", "message"), [
+    (0.5, "whole numbers from 0 up; found values like 0.5"), (-1, "whole numbers from 0 up; found values like -1"),
+    (np.nan, "whole numbers from 0 up; found values like nan"), (3e9, "up to 2,147,483,647; found 3,000,000,000"),
+], ids=["fractions", "negative", "not a number", "beyond int32"])
+def test_what_is_no_count_is_not_summed_and_the_reason_said(of_bins, value, message):
     sample = hd_sample(np.ones((5, 5), dtype=bool))
     sample = replace(sample, counts=sp.csr_matrix(np.full((25, 2), value)))
-    with pytest.raises(InputError, match="raw UMI counts"):
+    with pytest.raises(InputError, match=f"counts: expected raw UMI counts,? {message}"):
         sum_spots(sample, group_bins(sample, 6, 1) if of_bins else as_spots(sample, 55))
 
 
