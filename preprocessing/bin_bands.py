@@ -6,9 +6,11 @@ temporary file; only those in use are loaded.
 """
 from __future__ import annotations
 
+import errno
 import io
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,17 +57,18 @@ class BinBands:
         self.tops = np.array([first for first, _ in self.rows])
         in_bands = sum(int(entries[first - tops[0]:stop - tops[0]].sum()) for first, stop in self.rows)
         stored = in_bands * STORED_BYTES + sum(stop - first for first, stop in self.rows) * self.width * CELL_BYTES
-        folder = Path(folder or tempfile.gettempdir())
+        self.folder = Path(folder or tempfile.gettempdir())
         if stored > self.budget // MEMORY_SHARE:
-            require_free_space(folder, stored)
-        self.stream = io.BytesIO() if stored <= self.budget // MEMORY_SHARE else tempfile.TemporaryFile(dir=folder)
+            require_free_space(self.folder, stored)
+        self.stream = io.BytesIO() if stored <= self.budget // MEMORY_SHARE else tempfile.TemporaryFile(dir=self.folder)
         self.chunks: list[list[int]] = [[] for _ in self.rows]           # where in the stream the parts of each band begin
 
     def __enter__(self) -> BinBands:
         return self
 
     def __exit__(self, *error) -> None:
-        self.stream.close()
+        with suppress(OSError):                                # of a full disk, which was said; the file goes in any case
+            self.stream.close()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -101,8 +104,13 @@ class BinBands:
         genes, values = np.empty(n_entries, self.gene_dtype), np.empty(n_entries, np.int32)
         gather_rows(counts.indptr, counts.indices, counts.data, chosen, genes, values)
         self.chunks[number].append(self.stream.tell())
-        for part in (cells, lengths, genes, values.astype(np.min_scalar_type(int(values.max(initial=0))))):
-            np.save(self.stream, part, allow_pickle=False)
+        try:
+            for part in (cells, lengths, genes, values.astype(np.min_scalar_type(int(values.max(initial=0))))):
+                np.save(self.stream, part, allow_pickle=False)
+            self.stream.flush()
+        except OSError as error:                               # numpy's own, of a disk that fills up, has no number
+            raise OSError(error.errno or errno.EIO, f"a temporary file of counts could not be written ({error.strerror or error})",
+                          str(self.folder)) from error
 
     def load(self, number: int) -> Band:
         """The bins of one band in array order."""

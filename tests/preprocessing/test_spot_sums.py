@@ -131,6 +131,14 @@ def test_a_disk_too_small_for_the_bands_is_said_before_anything_is_read(phantom,
         next(sum_blocks(phantom, spots, consecutive(len(spots), 20), memory_gb=TINY_GB))
 
 
+def test_a_disk_that_fills_up_under_the_bands_is_named(phantom, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: open("/dev/full", "w+b"))
+    spots = group_bins(phantom, 18, 2)
+    with pytest.raises(OSError, match="a temporary file of counts could not be written .No space left on device.") as caught:
+        list(sum_blocks(phantom, spots, consecutive(len(spots), 20), memory_gb=TINY_GB, folder=tmp_path))
+    assert caught.value.filename == str(tmp_path)
+
+
 def test_blocks_may_start_late_and_end_early(phantom):
     spots = group_bins(phantom, 18, 2)
     late = sp.vstack(list(sum_blocks(phantom, spots, consecutive(100, 9, start=37), memory_gb=TINY_GB)))
