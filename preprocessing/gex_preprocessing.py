@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from preprocessing.cores import usable_cores
-from preprocessing.errors import Command, OptionError
+from preprocessing.errors import Command, OptionError, require_file
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -35,6 +35,8 @@ def filter_expression(raw_file: Path | str, vocab_file: Path | str, out_file: Pa
     overwritten = [name for name, path in inputs.items() if out_file.resolve() == path.resolve()]
     if overwritten:
         raise OptionError("--out-file", f"another file than --{overwritten[0].replace('_', '-')}", str(out_file))
+    for name, path in inputs.items():
+        require_file(path, f"the file of --{name.replace('_', '-')}")
     config = {"missing_genes": missing_genes}
     with locked(out_file):
         if is_done(out_file, config=config, inputs=inputs):

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
+from preprocessing.errors import InputError, read_json
 from preprocessing.outputs import config_sha256, fingerprints, finished_file, write_json
 
 KEY = "key.json"
@@ -108,8 +109,8 @@ class Parts:
 
 def _recorded_key(folder: Path) -> dict:
     try:
-        key = json.loads((folder / KEY).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        key = read_json(folder / KEY, "what the blocks were made of")
+    except (InputError, OSError):
         return {}
     return key if isinstance(key, dict) else {}
 
