@@ -197,6 +197,7 @@ def test_a_validation_sample_of_one_spot_is_refused(samples, tmp_path):
 
 
 def test_bare_paths_and_comma_lists_are_quoted_for_hydra():
+    assert quote_paths(["data.cache_dir=my disk"]) == ['data.cache_dir="my disk"']
     assert quote_paths(["data.train_gex=a,b", "++data.val_gex=c d", "optimizer.lr=1,2", "data.train_gex=[a,b]", 'data.samples="x"']) == [
         'data.train_gex="a,b"', '++data.val_gex="c d"', "optimizer.lr=1,2", "data.train_gex=[a,b]", 'data.samples="x"']
 
