@@ -72,6 +72,7 @@ REFUSED = {
     "many crumbs": (shapely.MultiPolygon([shapely.box(x, y, x + 9, y + 9) for x in range(0, 880, 10) for y in range(0, 680, 10)]),
                     "room for 40 squares of 55 px, wholly inside; found 0"),
     "infinite": ('{"type": "Polygon", "coordinates": [[[0, 0], [1e999, 0], [9, 9], [0, 0]]]}', "geometry 0"),
+    "lists in lists": ("[" * 900 + "]" * 900, "GeoJSON: expected a list of features; found lists in lists"),
     "nested without end": ("[" * 100_000, "file: expected GeoJSON; found text that is not JSON"),
 }
 

@@ -243,7 +243,7 @@ def test_random_patches_that_cannot_be_leave_nothing_behind(arguments, code, mes
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ('{"type": "FeatureCollection", "features": []}', "at least one polygon"), ("not json", "expected JSON"),
+    ('{"type": "FeatureCollection", "features": []}', "at least one polygon"), ("not json", "expected GeoJSON; found text that is not"),
 ], ids=["empty", "no JSON"])
 def test_outlines_that_cannot_be_used_are_refused(text, message, tissue_slide, tmp_path):
     (tmp_path / "tissue.geojson").write_text(text)
