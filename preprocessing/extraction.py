@@ -136,6 +136,12 @@ class Request:
             if file.resolve() in read:
                 option = "--out-file" if file == self.out_file else "--out-dir"
                 raise OptionError(option, "another place for what is written than for what is read", f"{file}, an input")
+        written = [file.resolve() for file in (*self.spot_files(), *self.random_files())]
+        twice = next((file for number, file in enumerate(written) if file in written[:number]), None)
+        if twice is not None:
+            raise OptionError("--out-file", "a file of its own for the random patches", f"{twice}, which the sample's files are written to")
+        if self.dump_dir and (holds := [file for file in written if self.dump_dir.resolve() in (file, *file.parents)]):
+            raise OptionError("--dump-dir", "a folder of its own: it is replaced", f"the place of {holds[0]}")
         if self.dump_dir and (inside := [path for real, path in read.items() if self.dump_dir.resolve() in (real, *real.parents)]):
             raise OptionError("--dump-dir", "a folder without an input in it: it is replaced", str(inside[0]))
 

@@ -144,3 +144,17 @@ def test_a_patch_folder_does_not_replace_the_one_its_stain_file_lies_in(sim_v2, 
                  "--dump-dir", tmp_path / "patches", "--stain-file", tmp_path / "patches" / "stain.json")
     assert "error: --dump-dir: expected a folder without an input in it" in said and (tmp_path / "patches" / "stain.json").exists()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["gex.h5ad", "imgs.h5", "qc.png"])
+def test_random_patches_never_go_where_the_files_of_the_sample_do(sim_v2, tmp_path, name):
+    said = fails(2, "--space-ranger-dir", sim_v2.space_ranger_dir, "--wsi-file", sim_v2.slide, "--out-dir", tmp_path / "out",
+                 "--tissue-seg-file", "auto", "--out-file", tmp_path / "out" / name)
+    assert "--out-file: expected a file of its own" in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("folder", ["out", ".", "out/gex.h5ad"])
+def test_the_patch_folder_never_holds_the_other_files(sim_v2, tmp_path, folder):
+    said = fails(2, "--space-ranger-dir", sim_v2.space_ranger_dir, "--wsi-file", sim_v2.slide, "--out-dir", tmp_path / "out",
+                 "--dump-dir", tmp_path / folder)
+    assert "--dump-dir: expected a folder of its own" in said and not (tmp_path / "out").exists()
