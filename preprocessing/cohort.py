@@ -223,7 +223,8 @@ def extract_arguments(config: CohortConfig, sample: CohortSample) -> list[str]:
     for name, value in values.items():
         if value is not None:
             arguments += [f"--{name.replace('_', '-')}", str(value)]
-    flags = {"--use-wsi-res": config.use_wsi_res, "--no-h5": not config.keep_hdf5, "--no-normalize": not config.normalize}
+    flags = {"--use-wsi-res": config.use_wsi_res and sample.mpp is None, "--no-h5": not config.keep_hdf5,
+             "--no-normalize": not config.normalize}
     return arguments + [flag for flag, is_set in flags.items() if is_set]
 
 

@@ -70,6 +70,13 @@ def test_lines_of_nothing_but_commas_are_passed_over(tmp_path):
     assert [(sample.sample_id, sample.line) for sample in read_cohort_sheet(tmp_path / "sheet.csv")] == [("A", 3), ("B", 5)]
 
 
+def test_an_mpp_of_the_sheet_goes_before_that_of_the_slides_metadata(tmp_path):
+    (tmp_path / "sheet.csv").write_text("sample_id,wsi_file,gex_file,mpp\nA,a.tif,a.h5ad,0.5\nB,b.tif,b.h5ad,\n")
+    config = CohortConfig(samples=tmp_path / "sheet.csv", out_dir=tmp_path, use_wsi_res=True)
+    own, found = (extract_arguments(config, sample) for sample in read_cohort_sheet(tmp_path / "sheet.csv"))
+    assert "--mpp" in own and "--use-wsi-res" not in own and "--mpp" not in found and "--use-wsi-res" in found
+
+
 def test_a_stain_file_of_the_sheet_goes_before_that_of_the_cohort_and_is_watched(tmp_path):
     for name in ("own.json", "all.json"):
         (tmp_path / name).write_text("{}")
