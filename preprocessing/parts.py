@@ -7,6 +7,7 @@ never mixed in. The caller holds the lock of the output.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -116,7 +117,8 @@ def _recorded_key(folder: Path) -> dict:
 
 
 def _remove_beside(folder: Path) -> None:
-    if beside := _recorded_key(folder).get("beside"):
+    beside = _recorded_key(folder).get("beside")
+    if isinstance(beside, str) and re.fullmatch(r"\..+\.pngs\.[0-9a-f]{12}", Path(beside).name):      # a damaged key names no other folder
         shutil.rmtree(beside, ignore_errors=True)
 
 
