@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny_samples import tiny_sample
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -19,14 +20,6 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real data not found at {SHARED_DATA}")
     return SHARED_DATA
-
-
-def tiny_sample(folder: Path, platform: str, **options):
-    """Simulate a tiny sample of one platform into `folder`; `options` override the fields of `SimulateConfig`."""
-    from preprocessing.simulate_sample import SimulateConfig, simulate_sample
-
-    fields = {"sample_id": "TINY", "width_um": 800, "height_um": 700, "mpp": 0.5, "genes": 120, "seed": 1, "region_um": 150, **options}
-    return simulate_sample(SimulateConfig(out_dir=folder / "sample", platform=platform, **fields))
 
 
 @pytest.fixture(scope="session")

@@ -7,25 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fault_runs import CommandServer, contents, differences, leftovers
+from fault_runs import contents, differences, leftovers
 
 from preprocessing.parts import Parts
 
 NOBODY = 65534
-
-
-@pytest.fixture(scope="module")
-def server():
-    running = CommandServer()
-    yield running
-    running.close()
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    from conftest import tiny_sample
-
-    return tiny_sample(tmp_path_factory.mktemp("damaged"), "visium-hd", width_um=420, height_um=380, genes=60)
 
 
 def extraction(sample, out):

@@ -41,13 +41,6 @@ def leave_free(disk, n_bytes: int) -> None:
     assert disk.call("mount", "-o", f"remount,size={(used(disk) + n_bytes) // KIB}k", disk.mount) == 0
 
 
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    from conftest import tiny_sample
-
-    return tiny_sample(tmp_path_factory.mktemp("full"), "visium-hd", width_um=420, height_um=380, genes=60)
-
-
 def fills_up(disk, command, before, arguments, whole, steps) -> None:
     """With an old output standing, run into a full disk at every step, a little further each time; then there is room."""
     out = disk.mount / "out"

@@ -5,25 +5,11 @@ import time
 
 import anndata as ad
 import pytest
-from fault_runs import CommandServer, contents, differences, leftovers
+from fault_runs import contents, differences, leftovers
 
 from preprocessing.expression import write_vocabulary
 
 MOMENTS, ROUND = 6, 2                     # Ctrl-C so often, so often on one output folder
-
-
-@pytest.fixture(scope="module")
-def server():
-    running = CommandServer()
-    yield running
-    running.close()
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    from conftest import tiny_sample
-
-    return tiny_sample(tmp_path_factory.mktemp("interrupts"), "visium-hd", width_um=420, height_um=380, genes=60)
 
 
 @pytest.fixture(scope="module")

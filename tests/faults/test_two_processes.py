@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from fault_runs import ROOT, SECONDS, CommandServer, contents, differences, leftovers
+from fault_runs import ROOT, SECONDS, contents, differences, leftovers
 
 from preprocessing.outputs import locked
 
@@ -22,20 +22,6 @@ def write_or_wait(parts, number, **arrays):
     write(parts, number, **arrays)
 Parts.write = write_or_wait
 """
-
-
-@pytest.fixture(scope="module")
-def server():
-    running = CommandServer()
-    yield running
-    running.close()
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    from conftest import tiny_sample
-
-    return tiny_sample(tmp_path_factory.mktemp("two"), "visium-hd", width_um=420, height_um=380, genes=60)
 
 
 def extraction(sample, out, *options):

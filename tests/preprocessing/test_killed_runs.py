@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from tiny_samples import tiny_sample
 
 from preprocessing import block_extraction, extract_patches, gex_preprocessing  # commands, run as a user does
 from preprocessing.dump_patches import main as dump_patches
@@ -24,8 +25,6 @@ KILLS, KILLS_A_ROUND = 20, 4
 @pytest.fixture(scope="module")
 def hd_sample(tmp_path_factory):
     """A section of 19 blocks of 64 pseudo-spots."""
-    from conftest import tiny_sample
-
     return tiny_sample(tmp_path_factory.mktemp("killed"), "visium-hd", width_um=520, height_um=460, genes=60)
 
 
