@@ -24,7 +24,7 @@ demo: $(STAMP)             ## the whole walk on a simulated sample: demo_run/ind
 	bash assets/demo.sh
 
 test: $(COHORT)            ## every test, one file at a time on each core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations=15
 
 lint: $(STAMP)             ## style
 	$(BIN)/ruff check .

@@ -252,13 +252,13 @@ def forget_unfinished(config: CohortConfig, samples: Sequence[CohortSample]) -> 
 
 
 def is_as_finished(product: Path) -> bool:
-    """Whether a file or a patch folder is as its done-manifest says. Cheap: content is read only of what changed after the manifest."""
-    from preprocessing.png_folder import METADATA, patch_folder_sha256
+    """Whether a file or a patch folder is as its done-manifest says. A file is read only if it changed after its manifest; of a
+    folder the list of its files, which a PNG that was deleted or truncated changes."""
+    from preprocessing.png_folder import patch_folder_sha256
 
-    manifest, done, is_folder = done_path(product), read_done(product), product.is_dir()
-    file = product / METADATA if is_folder else product
-    if not (done and file.is_file()) or (not is_folder and file.stat().st_size != done.get("bytes")):
+    done = read_done(product)
+    if product.is_dir():
+        return bool(done) and done["content_sha256"] == patch_folder_sha256(product)
+    if not (done and product.is_file()) or product.stat().st_size != done.get("bytes"):
         return False
-    if file.stat().st_mtime_ns <= manifest.stat().st_mtime_ns:
-        return True
-    return done["content_sha256"] == patch_folder_sha256(product) if is_folder else done["sha256"] == file_sha256(product)
+    return product.stat().st_mtime_ns <= done_path(product).stat().st_mtime_ns or done["sha256"] == file_sha256(product)

@@ -92,9 +92,16 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt):
             message, code = "interrupted; what was finished is kept, run the same command again", EXIT_INTERRUPTED
         else:
-            message, code = str(error), getattr(error, "exit_code", EXIT_IO)
+            message, code = _said(error), getattr(error, "exit_code", EXIT_IO)
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(code) from error
+
+
+def _said(error: Exception) -> str:
+    """The system's own errors without their number: `imgs.h5: No space left on device`."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 class Command(click.Command):

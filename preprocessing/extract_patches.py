@@ -1,12 +1,13 @@
 """Extract patches: one per spot or pseudo-spot with its expression, or at random places in the tissue.
 
 Reads a Space Ranger folder (or any `.h5ad`) and a slide. Writes `imgs.h5` and `gex.h5ad`, row i of one belonging to row i of the
-other, `dropped_spots.tsv`, and a quality page `qc.html` with its picture `qc.png`; for random patches one HDF5 and its page. A patch
-folder of PNG files can be made in the same pass.
+other, `dropped_spots.tsv` (spots whose patch is left out: at the slide's edge, thin in tissue, on damaged tiles; windows of bins that
+are not all in tissue are no pseudo-spots and only counted), and a quality page `qc.html` with its picture `qc.png`; for random
+patches one HDF5 and its page. A patch folder of PNG files can be made in the same pass.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,52 +21,40 @@ from preprocessing.cores import usable_cores
 from preprocessing.dropped_spots import write_dropped
 from preprocessing.errors import Command, InputError, OptionError, first_few
 from preprocessing.extraction import BAD_TILES, ExtractConfig, Request, Resources, choose_spots, kept_line, read_any_sample
-from preprocessing.outputs import finished_together, is_done, locked, read_done, strings_sha256, write_done
+from preprocessing.extraction_products import PatchFacts, Products
+from preprocessing.outputs import locked
 
 if TYPE_CHECKING:
     from preprocessing.block_extraction import MadeBlocks, PatchFolderTarget
     from preprocessing.sample import Sample
     from preprocessing.slide import Slide
 
-IMAGES = "images"           # among files told apart by their suffix: the HDF5 of patches
-
 
 def extract(config: ExtractConfig, request: Request, resources: Resources, max_bad: float = 0.01, resume: bool = True,
             dry_run: bool = False) -> Iterator[str]:
     """Do what is asked; yields what there is to say, first what was understood, last the files written."""
     from preprocessing.parts import Parts
-    from preprocessing.png_folder import refuse_foreign_content
     from preprocessing.slide import open_slide
-    from preprocessing.space_ranger_folder import find_folder
-    from preprocessing.stain import read_stain_file
 
     if not 0 <= max_bad <= 1:
         raise OptionError("--max-bad", "a share between 0 and 1", f"{max_bad:g}")
-    wanted = [part for part in (request.spot_files(), request.random_files()) if part]
+    of_spots, at_random = Products.of_spots(config, request), Products.of_random_patches(config, request)
+    wanted = [products for products in (of_spots, at_random) if products]
     with ExitStack() as stack:
         if not dry_run:
-            for files in wanted:
-                for file in dict.fromkeys((_picture(files), files[0])):
-                    stack.enter_context(locked(file, covers=files if file == files[0] else ()))
-            if request.dump_dir:
-                stack.enter_context(locked(request.dump_dir))
-        if request.dump_dir:
-            refuse_foreign_content(request.dump_dir)
-        if request.space_ranger_dir is not None:
-            find_folder(request.space_ranger_dir, config.is_hd, config.below_v2)
-        if request.stain_file is not None:
-            read_stain_file(request.stain_file)
+            _lock(stack, wanted, request.dump_dir)
+        _check_inputs(config, request)
         _ = request.seen                           # fingerprints are taken before anything is read
-        done = [files for files in wanted if resume and _all_done(files, config, request, max_bad)]
-        for files in done:
-            yield f"{files[0]}: already extracted from these files with these settings"
+        done = [products for products in wanted if resume and products.are_done(max_bad)]
+        for products in done:
+            yield f"{products.files[0]}: already extracted from these files with these settings"
             if not dry_run:
-                Parts.clear(_picture(files))       # of a run that was killed when all was written
+                Parts.clear(products.picture)      # of a run that was killed when all was written
         if len(done) == len(wanted):
-            yield from (str(file) for files in done for file in files)
+            yield from (str(file) for products in done for file in products.files)
             return
-        for files in wanted:
-            _refuse_stale_hdf5(files, config, request)
+        for products in wanted:
+            products.refuse_stale_hdf5()
         slide = stack.enter_context(open_slide(request.wsi_file))
         sample = read_any_sample(config, request, slide) if request.sample_path else None
         if sample is not None:
@@ -73,97 +62,84 @@ def extract(config: ExtractConfig, request: Request, resources: Resources, max_b
             yield from sample.notices
         yield from request.notices(sample)
         how = {"resources": resources, "max_bad": max_bad, "resume": resume, "dry_run": dry_run}
-        if request.spot_files() and request.spot_files() not in done:
-            yield from _extract_spots(config, request, slide, sample, **how)
-        if request.random_files() and request.random_files() not in done:
-            yield from _extract_random(config, request, slide, sample, **how)
+        if of_spots and of_spots not in done:
+            yield from _extract_spots(of_spots, slide, sample, **how)
+        if at_random and at_random not in done:
+            yield from _extract_random(at_random, slide, sample, **how)
 
 
-def _recorded(config: ExtractConfig, request: Request, files: tuple[Path, ...]) -> dict[str, Mapping]:
-    """`config` and `inputs` of a done-manifest: what these files depend on."""
-    inputs = request.seen["sample"]
-    if files == request.spot_files():
-        return {"config": config.settings(of_spots=True), "inputs": inputs}
-    return {"config": {**config.settings(of_spots=False), "tissue": request.tissue_seg_file}, "inputs": inputs | request.seen["tissue"]}
+def _lock(stack: ExitStack, wanted: Sequence[Products], dump_dir: Path | None) -> None:
+    for products in wanted:
+        first = products.files[0]
+        for file in dict.fromkeys((products.picture, first)):
+            stack.enter_context(locked(file, covers=products.files if file == first else ()))
+    if dump_dir:
+        stack.enter_context(locked(dump_dir))
 
 
-def _recorded_of_folder(config: ExtractConfig, request: Request, files: tuple[Path, ...]) -> dict[str, Mapping]:
-    recorded = _recorded(config, request, files)
-    return {"config": recorded["config"] | request.folder_settings(), "inputs": recorded["inputs"] | request.seen["folder"]}
+def _check_inputs(config: ExtractConfig, request: Request) -> None:
+    """Say now what would only be found out after a long step."""
+    from preprocessing.png_folder import refuse_foreign_content
+    from preprocessing.space_ranger_folder import find_folder
+    from preprocessing.stain import read_stain_file
 
-
-def _all_done(files: tuple[Path, ...], config: ExtractConfig, request: Request, max_bad: float) -> bool:
-    recorded = _recorded(config, request, files)
-    return (all(is_done(file, **recorded) for file in files) and read_done(files[0]).get("bad_share", 0) <= max_bad
-            and (not request.dump_dir or _folder_done(config, request, files)))
-
-
-def _folder_done(config: ExtractConfig, request: Request, files: tuple[Path, ...]) -> bool:
-    from preprocessing.png_folder import patch_folder_sha256
-
-    return is_done(request.dump_dir, **_recorded_of_folder(config, request, files), content_sha256=patch_folder_sha256(request.dump_dir))
-
-
-def _refuse_stale_hdf5(files: tuple[Path, ...], config: ExtractConfig, request: Request) -> None:
-    """With --no-h5 an older HDF5 of the same spots would stay beside the new expression and be taken for its patches."""
-    older = request.hdf5_beside(files)
-    if older is not None and older.exists() and not is_done(older, **_recorded(config, request, files)):
-        raise InputError(older, "--no-h5", "no HDF5 file, or one of these settings", "patches of other settings or inputs",
-                         "Remove it, or name another folder")
+    if request.dump_dir:
+        refuse_foreign_content(request.dump_dir)
+    if request.space_ranger_dir is not None:
+        find_folder(request.space_ranger_dir, config.is_hd, config.below_v2)
+    if request.stain_file is not None:
+        read_stain_file(request.stain_file)
 
 
 # ---- a patch a spot -------------------------------------------------------------------------------------------------
 
-def _extract_spots(config: ExtractConfig, request: Request, slide: Slide, sample: Sample, *, dry_run: bool, **how) -> Iterator[str]:
+def _extract_spots(products: Products, slide: Slide, sample: Sample, *, dry_run: bool, **how) -> Iterator[str]:
     from preprocessing.expression_file import write_expression_blocks
     from preprocessing.pseudo_spots import as_spots, group_bins, take_spots
     from preprocessing.spot_expression import about_spots
 
-    files = request.spot_files()
+    config, request = products.config, products.request
     candidates = group_bins(sample, config.patch_um, config.stride_bins) if sample.bin_um else as_spots(sample, config.patch_um)
     chosen, top_left, lost = choose_spots(config, slide, sample, candidates)
     unit = "pseudo-spots" if sample.bin_um else "spots"
     yield kept_line(chosen, unit)
     if len(chosen) == 0:
-        raise InputError(request.sample_path, "patches", "at least one patch in tissue and on the slide", kept_line(chosen, unit))
+        raise InputError(request.sample_path, "patches", "at least one in tissue and on the slide", "none")
     if dry_run:
-        yield f"dry run, nothing written; would write {', '.join(map(str, request.written(files)))}"
+        yield f"dry run, nothing written; would write {products.written}"
         return
-    recorded = _recorded(config, request, files)
-    with _blocks(config, request, slide, files, sample.mpp, chosen.centre_xy_px, sample=sample, spots=chosen, **how) as (made, folder):
+    with _blocks(products, slide, sample.mpp, chosen.centre_xy_px, sample=sample, spots=chosen, **how) as (made, folder):
         good = np.flatnonzero(made.readable)
         kept = take_spots(chosen, good, {BAD_TILES: len(chosen) - len(good)} if made.reasons else {})
         warnings = _warnings(made, chosen.barcodes)
         yield from warnings
-        about = about_spots(sample, kept, patch_px=config.patch_px, slide=request.seen["sample"]["slide"], settings=recorded["config"],
-                            stride_bins=config.stride_bins if sample.bin_um else None)
+        about = about_spots(sample, kept, patch_px=config.patch_px, slide=request.seen["sample"]["slide"],
+                            settings=products.recorded()["config"], stride_bins=config.stride_bins if sample.bin_um else None)
         without = {reason: (candidates.barcodes[rows], candidates.centre_xy_px[rows]) for reason, rows in lost.items()}
         if made.reasons:
             without[BAD_TILES] = (chosen.barcodes[~made.readable], chosen.centre_xy_px[~made.readable])
-        with _finishing(config, request, files, folder, centre_xy_px=kept.centre_xy_px, barcodes=kept.barcodes, name=sample.sample_id,
-                        bad_share=made.bad_share, dropped=kept.dropped) as staged, ThreadPoolExecutor(1) as beside:
-            images = beside.submit(_write_images, staged, config, made, sample.mpp, top_left[good], kept.barcodes, sample.sample_id)
+        facts = PatchFacts(sample.sample_id, sample.mpp, kept.centre_xy_px, top_left[good], kept.barcodes, made.bad_share, kept.dropped)
+        with products.finishing(facts, folder) as staged, ThreadPoolExecutor(1) as beside:
+            images = beside.submit(products.write_images, staged, facts, made)
             write_expression_blocks(staged[".h5ad"], about, made.counts)
             write_dropped(staged[".tsv"], {reason: names for reason, (names, _) in without.items()})
-            _write_page(staged, files, config, slide, sample.sample_id, sample.mpp, kept.centre_xy_px, made,
-                        (sample.summary(), *sample.notices, kept_line(kept, unit), *warnings),
-                        dropped_xy_px={reason: xy for reason, (_, xy) in without.items()},
-                        numbers={"kept": len(kept), **kept.dropped}, library_sizes=made.column("library_sizes"),
-                        n_genes=made.column("row_lengths"))
+            products.write_page(staged, facts, made, slide, (sample.summary(), *sample.notices, kept_line(kept, unit), *warnings),
+                                dropped_xy_px={reason: xy for reason, (_, xy) in without.items()},
+                                numbers={"kept": len(kept), **kept.dropped}, library_sizes=made.column("library_sizes"),
+                                n_genes=made.column("row_lengths"))
             images.result()
-    yield from map(str, request.written(files))
+    yield from map(str, request.written(products.files))
 
 
 # ---- random patches -------------------------------------------------------------------------------------------------
 
-def _extract_random(config: ExtractConfig, request: Request, slide: Slide, sample: Sample | None, *, dry_run: bool,
-                    **how) -> Iterator[str]:
+def _extract_random(products: Products, slide: Slide, sample: Sample | None, *, dry_run: bool, **how) -> Iterator[str]:
     from preprocessing.mpp import decide_mpp
     from preprocessing.random_patches import sample_squares
     from preprocessing.tissue import read_tissue, segment_tissue, write_tissue
     from preprocessing.windows import windows_inside
 
-    files = request.random_files()
+    config, request = products.config, products.request
     name = sample.sample_id if sample else config.sample_id or slide.path.stem
     mpp = sample.mpp if sample else decide_mpp(slide.path, override=config.mpp, slide_mpp=slide.declared_mpp, slide_path=slide.path,
                                                use_wsi_res=config.use_wsi_res).mpp
@@ -177,38 +153,38 @@ def _extract_random(config: ExtractConfig, request: Request, slide: Slide, sampl
     yield said
     centres = sample_squares(tissue, side_px, config.n_patches, config.seed, slide.path if auto else request.tissue_seg_file, accept)
     if dry_run:
-        yield f"dry run, nothing written; would write {len(centres):,} patches to {', '.join(map(str, request.written(files)))}"
+        yield f"dry run, nothing written; would write {len(centres):,} patches to {products.written}"
         return
     _, top_left = windows_inside(slide, centres, config.patch_um, mpp)
-    with _blocks(config, request, slide, files, mpp, centres, **how) as (made, folder):
+    with _blocks(products, slide, mpp, centres, **how) as (made, folder):
         warnings = _warnings(made)
         yield from warnings
         good = made.readable
-        with _finishing(config, request, files, folder, centre_xy_px=centres[good], barcodes=None, name=name,
-                        bad_share=made.bad_share) as staged:
-            _write_images(staged, config, made, mpp, top_left[good], None, name)
+        facts = PatchFacts(name, mpp, centres[good], top_left[good], None, made.bad_share)
+        with products.finishing(facts, folder) as staged:
+            products.write_images(staged, facts, made)
             if auto:
                 write_tissue(staged[".geojson"], tissue)
-            _write_page(staged, files, config, slide, name, mpp, centres[good], made, (said, *warnings), tissue=tissue,
-                        numbers={"kept": int(good.sum()), **({BAD_TILES: len(made.reasons)} if made.reasons else {})})
-    yield from map(str, request.written(files))
+            products.write_page(staged, facts, made, slide, (said, *warnings), tissue=tissue,
+                                numbers={"kept": int(good.sum()), **({BAD_TILES: len(made.reasons)} if made.reasons else {})})
+    yield from map(str, request.written(products.files))
 
 
 # ---- what both share ------------------------------------------------------------------------------------------------
 
 @contextmanager
-def _blocks(config: ExtractConfig, request: Request, slide: Slide, files: tuple[Path, ...], mpp: float, centre_xy_px: np.ndarray, *,
-            resources: Resources, max_bad: float, resume: bool, **expression) -> Iterator[tuple[MadeBlocks, PatchFolderTarget | None]]:
-    """Make the blocks behind `files` that are missing; when the caller has written what it wants of them, they are thrown away."""
+def _blocks(products: Products, slide: Slide, mpp: float, centre_xy_px: np.ndarray, *, resources: Resources, max_bad: float,
+            resume: bool, **expression) -> Iterator[tuple[MadeBlocks, PatchFolderTarget | None]]:
+    """Make the blocks behind the files that are missing; when the caller has written what it wants of them, they are thrown away."""
     from preprocessing.block_extraction import MadeBlocks, PatchJob, block_length, make_blocks
     from preprocessing.parts import Parts
     from preprocessing.quality_page import sheet_rows
 
-    recorded = _recorded_of_folder(config, request, files)
+    config, request, recorded = products.config, products.request, products.recorded_of_folder()
     kinds = {"images": request.writes_hdf5, "folder": str(request.dump_dir), "block_length": block_length(config.patch_px)}
-    parts = Parts(_picture(files), config=recorded["config"] | kinds, inputs=recorded["inputs"], resume=resume, beside=_pngs_of(request))
+    parts = Parts(products.picture, config=recorded["config"] | kinds, inputs=recorded["inputs"], resume=resume, beside=_pngs_of(request))
     folder = None
-    if request.dump_dir and not (resume and _folder_done(config, request, files)):
+    if request.dump_dir and not (resume and products.folder_is_done()):
         folder = _folder_target(request, slide, parts.beside, len(centre_xy_px))
     make_blocks(PatchJob(
         slide=slide, centre_xy_px=centre_xy_px, patch_um=config.patch_um, mpp=mpp, patch_px=config.patch_px, edge=config.edge,
@@ -219,11 +195,6 @@ def _blocks(config: ExtractConfig, request: Request, slide: Slide, files: tuple[
         raise InputError(slide.path, "tiles", "at least one patch that can be decoded", f"none; {first_few(made.reasons, 3)}")
     yield made, folder
     parts.remove()
-
-
-def _picture(files: tuple[Path, ...]) -> Path:
-    """Of the files of one kind of patches the one that is always written: locks and blocks are named by it."""
-    return next(file for file in files if file.suffix == ".png")
 
 
 def _pngs_of(request: Request) -> Path | None:
@@ -242,46 +213,6 @@ def _folder_target(request: Request, slide: Slide, working: Path, count: int) ->
     return PatchFolderTarget(request.dump_dir.absolute(), working, name_digits(count), stain, record)
 
 
-def _write_images(staged: Mapping[str, Path], config: ExtractConfig, made: MadeBlocks, mpp: float, top_left: np.ndarray,
-                  barcodes: np.ndarray | None, name: str) -> None:
-    """The HDF5 file, where one is asked for."""
-    from preprocessing.patch_file import write_compressed_patches
-
-    if IMAGES in staged:
-        write_compressed_patches(staged[IMAGES], made.images(), count=len(top_left), patch_px=config.patch_px, coords=top_left,
-                                 barcodes=barcodes, patch_size_src=config.patch_um / mpp, pixel_size=mpp, name=name)
-
-
-@contextmanager
-def _finishing(config: ExtractConfig, request: Request, files: tuple[Path, ...], folder: PatchFolderTarget | None, *,
-               centre_xy_px: np.ndarray, barcodes: np.ndarray | None, name: str,
-               bad_share: float, dropped: Mapping[str, int] | None = None) -> Iterator[dict[str, Path]]:
-    """Yield where to write each file, by its suffix (`IMAGES`: the patches). Only when all are written do they and the patch folder
-    get their names, so that a full disk leaves the old ones together; the done-manifests come last."""
-    facts = {"rows": len(centre_xy_px)} | ({} if barcodes is None else {"barcode_sha256": strings_sha256(barcodes)})
-    with finished_together(files) as staged:
-        yield {IMAGES if file == files[0] and request.writes_hdf5 else file.suffix: path for file, path in staged.items()}
-        if folder is not None:
-            _finish_folder(config, request, files, folder, facts, centre_xy_px, barcodes, name)
-    facts |= {"bad_share": bad_share} | ({} if dropped is None else {"dropped": dict(dropped)})
-    with ThreadPoolExecutor(2) as pool:                      # hashes of gigabytes
-        list(pool.map(lambda file: write_done(file, **_recorded(config, request, files), **facts), files))
-
-
-def _finish_folder(config: ExtractConfig, request: Request, files: tuple[Path, ...], folder: PatchFolderTarget, facts: dict[str, object],
-                   centre_xy_px: np.ndarray, barcodes: np.ndarray | None, name: str) -> None:
-    from preprocessing.png_folder import finish_patch_folder, patch_folder_sha256
-
-    record = folder.record | {key: value for key, value in facts.items() if key == "barcode_sha256"}
-
-    def described(working: Path) -> None:
-        write_done(folder.folder, **_recorded_of_folder(config, request, files), **facts, stain=record,
-                   content_sha256=patch_folder_sha256(working))
-
-    finish_patch_folder(folder.working, folder.folder, count=len(centre_xy_px), digits=folder.digits, barcodes=barcodes, sample_id=name,
-                        xy=centre_xy_px, stain=record, record=described)
-
-
 def _warnings(made: MadeBlocks, barcodes: Sequence[str] | None = None) -> tuple[str, ...]:
     """A line for each thing that is suspicious; `barcodes` of the candidates."""
     warnings = []
@@ -293,18 +224,6 @@ def _warnings(made: MadeBlocks, barcodes: Sequence[str] | None = None) -> tuple[
     if made.n_black:
         warnings.append(f"warning: {made.n_black:,} of {int(made.readable.sum()):,} patches are mostly black: was the slide scanned there?")
     return tuple(warnings)
-
-
-def _write_page(staged: Mapping[str, Path], files: tuple[Path, ...], config: ExtractConfig, slide: Slide, name: str, mpp: float,
-                centres: np.ndarray, made: MadeBlocks, lines: tuple[str, ...], **details) -> None:
-    """The quality page beside the patches; `details` are further fields of `PatchQuality`."""
-    from preprocessing.quality_page import MAP_PX, PatchQuality, write_quality_page
-
-    settings = {key: value for key, value in config.settings(of_spots="library_sizes" in details).items() if value is not None}
-    write_quality_page(staged[".png"], staged[".html"], PatchQuality(
-        title=name, lines=lines, thumbnail=slide.thumbnail(MAP_PX, may_be_blank=True), slide_px=(slide.width_px, slide.height_px),
-        side_px=config.patch_um / mpp, centre_xy_px=centres, patches=made.shown, settings={"mpp": round(mpp, 5), **settings},
-        files=files, **{"dropped_xy_px": {}, **details}))
 
 
 @click.command(cls=Command)

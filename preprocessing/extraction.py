@@ -120,9 +120,11 @@ class Request:
         self._require_effect()
         if self.stain_file and not self.normalize:
             raise OptionError("--stain-file", "patches that are normalised (--normalize)", "--no-normalize")
-        for path in (self.wsi_file, self.sample_path, None if self.tissue_seg_file == "auto" else self.tissue_seg_file, self.stain_file):
+        outlines = None if self.tissue_seg_file == "auto" else self.tissue_seg_file
+        for path in (self.wsi_file, self.sample_path, outlines, self.stain_file):
             if path and not Path(path).exists():
-                raise InputError(path, "path", "a file or folder to read", "nothing there")
+                raise InputError(path, "path", "a GeoJSON file, or `auto`" if path == outlines else "a file or folder to read",
+                                 "nothing there")
             if path and path != self.space_ranger_dir and not Path(path).is_file():
                 raise InputError(path, "path", "a file", "a folder")
         self._require_other_files()
@@ -154,7 +156,9 @@ class Request:
                     raise OptionError(option, f"{' or '.join(options)} beside it", "none")
 
     def notices(self, sample: Sample | None) -> Iterator[str]:
-        """Options that one command line for all platforms may carry, said where they have no effect."""
+        """Where files go that no option placed, and options that one command line for all platforms may carry but have no effect."""
+        if self.spot_files() and self.out_dir is None:
+            yield f"notice: files are written beside the input, into {self.folder}; --out-dir names another folder"
         if "memory_gb" in self.given and (sample is None or sample.bin_um is None):
             yield "notice: --memory-gb has no effect: only sums of bins wait for memory"
         if "stride_bins" in self.given and sample is not None and sample.bin_um is None:

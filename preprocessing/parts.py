@@ -38,6 +38,7 @@ class Parts:
         """`beside` is where further files of these blocks may lie, on another disk maybe: `self.beside` is that path with the
         blocks' own mark, a folder that goes when they go."""
         self.folder = parts_folder(output)
+        self._damaged: dict[int, OSError] = {}     # blocks that were thrown away here, and how one thread says so to the others
         key = {"format": FORMAT, "config_sha256": config_sha256(config), "inputs": fingerprints(inputs)}
         self.beside = None if beside is None else beside.with_name(f"{beside.name}.{config_sha256(key)[:12]}")
         key |= {"beside": str(self.beside or "")}
@@ -57,7 +58,7 @@ class Parts:
     def __len__(self) -> int:
         """How many blocks are finished, from block 0 without a gap."""
         number = 0
-        while self._path(number).exists():
+        while number in self._damaged or self._path(number).exists():
             number += 1
         return number
 
@@ -78,19 +79,22 @@ class Parts:
         A damaged block is thrown away, so that the next run makes it anew, and is an `OSError`.
         """
         path = self._path(number)
+        if number in self._damaged and not path.exists():
+            raise self._damaged[number]
         path.stat()                                # that there is none, or none for us to read, is no damage
         try:
             return _arrays(path, names)
         except PermissionError:
             raise
         except Exception as error:                 # a changed byte of the header may mean anything
+            self._damaged[number] = OSError(f"{path}: damaged ({error}); run the command again, which makes this block anew")
             path.unlink(missing_ok=True)
-            raise OSError(f"{path}: damaged ({error}); run the command again, which makes this block anew") from error
+            raise self._damaged[number] from error
 
     def drop_from(self, number: int) -> None:
         """Throw away block `number` and all after it: each goes on from the one before."""
         for later in range(number, len(self)):
-            self._path(later).unlink()
+            self._path(later).unlink(missing_ok=True)
 
     def blocks(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
         """These arrays of every finished block, in order."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MAP_PX = 1400               # longer side of the slide's picture
 MOST_OVERLAP = 1.5          # area of all patches over the area they cover: beyond it the map outlines that: squares would hide the tissue
-MOST_SQUARES = 20_000       # beyond it too: squares would be smaller than a dot and slow to draw
+MOST_SQUARES = 20_000       # beyond it too: squares would be smaller than a dot and slow to draw; so would be dots at the centres
 SHEET_COLUMNS, SHEET_PATCHES, SHEET_PATCH_PX = 12, 48, 128
 VIEWPORT = '<meta name="viewport" content="width=device-width,initial-scale=1">'
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222;overflow-wrap:anywhere}
@@ -97,7 +97,7 @@ def _draw_map(axes, quality: PatchQuality) -> None:
         if len(centres) <= MOST_SQUARES and len(centres) * quality.side_px ** 2 <= MOST_OVERLAP * covered.mean() * width * height:
             _draw_squares(axes, quality, centres, colour, label)
         else:
-            _draw_outline(axes, quality, covered, colour, label)
+            _draw_outline(axes, quality, centres, covered, colour, label)
     margin = quality.side_px
     axes.set(xlim=(-margin, width + margin), ylim=(height + margin, -margin), xlabel="x, level-0 px", ylabel="y, level-0 px")
     axes.set_title(quality.title)
@@ -113,8 +113,8 @@ def _draw_squares(axes, quality: PatchQuality, centres: np.ndarray, colour: str,
     axes.add_collection(PolyCollection(squares, facecolors="none", edgecolors=colour, linewidths=0.9, label=label))
 
 
-def _draw_outline(axes, quality: PatchQuality, covered: np.ndarray, colour: str, label: str) -> None:
-    """The area that patches cover, tinted and outlined: work and file size do not grow with their number."""
+def _draw_outline(axes, quality: PatchQuality, centres: np.ndarray, covered: np.ndarray, colour: str, label: str) -> None:
+    """The area that patches cover, tinted and outlined, and a dot at the centre of each where there is room for them."""
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
 
@@ -122,6 +122,8 @@ def _draw_outline(axes, quality: PatchQuality, covered: np.ndarray, colour: str,
     x, y = (np.arange(width) + 0.5) * quality.slide_px[0] / width, (np.arange(height) + 0.5) * quality.slide_px[1] / height
     axes.contourf(x, y, covered, levels=[0.5, 1.5], colors=[colour], alpha=0.13)
     axes.contour(x, y, covered, levels=[0.5], colors=[colour], linewidths=1.1)
+    if len(centres) <= MOST_SQUARES:
+        axes.plot(*centres.T, linestyle="none", marker=",", color=colour)
     axes.add_patch(Rectangle((0, 0), 0, 0, facecolor=to_rgba(colour, 0.13), edgecolor=colour, label=label))      # for the legend
 
 

@@ -151,7 +151,7 @@ def _read_image(path: Path) -> np.ndarray:
 
 def _count_notices(in_tissue: np.ndarray, n_counted: int) -> list[str]:
     unread, outside = int(np.count_nonzero(in_tissue[n_counted:])), int(np.count_nonzero(~in_tissue[:n_counted]))
-    notices = [f"{unread:,} of {int(in_tissue.sum()):,} positions in tissue have no counts: zero rows"] if unread else []
+    notices = [f"{unread:,} of {int(in_tissue.sum()):,} positions in tissue are not in the matrix: rows of zeros"] if unread else []
     return notices + ([f"{outside:,} of {n_counted:,} barcodes with counts are outside tissue"] if outside else [])
 
 

@@ -11,6 +11,15 @@ from pathlib import Path
 import pytest
 from tiny_samples import tiny_sample
 
+LONGEST_FIRST = ("test_walks.py", "test_workflow.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, then those with slow tests: one that began last would leave the other cores idle."""
+    slow = {item.path.name for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.name not in LONGEST_FIRST, item.path.name not in slow))
+
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

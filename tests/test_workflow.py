@@ -98,6 +98,7 @@ def finished(tmp_path):
     folder = tmp_path / "out" / "A"
     (folder / "patches").mkdir(parents=True)
     (folder / "patches" / "metadata.jsonl").write_text('{"file_name": "patch_0.png"}\n')
+    (folder / "patches" / "patch_0.png").write_bytes(b"pixels")
     for name in ("gex.h5ad", "imgs.h5", "gex_filt.h5ad"):
         (folder / name).write_bytes(name.encode() * 9)
         write_done(folder / name, config={}, inputs={})
@@ -124,6 +125,7 @@ def overwrite(path):
     ("gex_filt.h5ad", truncate, ["extract", "extracted"]), ("gex_filt.h5ad", overwrite, ["extract", "extracted"]),
     ("gex.h5ad", truncate, ["genes"]), ("imgs.h5", overwrite, ["genes"]), ("imgs.h5", Path.unlink, ["genes"]),
     ("patches/metadata.jsonl", overwrite, ["genes"]), ("patches/metadata.jsonl", Path.unlink, ["genes"]),
+    ("patches/patch_0.png", truncate, ["genes"]), ("patches/patch_0.png", Path.unlink, ["genes"]),
     ("steps/genes.txt", lambda path: path.write_text("failed 3\n"), ["extract", "extracted"]),
     ("gex.h5ad", lambda path: path.touch(), ["extract", "extracted", "genes"]),
 ], ids=lambda value: value if isinstance(value, str) else None)
@@ -247,6 +249,9 @@ def test_one_bad_slide_stops_nobody_and_joins_once_mended(tmp_path, cohort):
 
     damaged, content = tmp_path / "out" / "VIS" / "gex_filt.h5ad", (tmp_path / "out" / "VIS" / "gex_filt.h5ad").read_bytes()
     truncate(damaged)
+    before = times(tmp_path)
+    code, said = snakemake(tmp_path, "--cores", 2, "--dry-run", **settings)
+    assert code == 0 and times(tmp_path) == before, said                # a dry run changes nothing
     code, said = snakemake(tmp_path, "--cores", 2, **settings)
     assert code == 0 and said.count("rule genes:") == 1 and "rule extract:" not in said and len(damaged.read_bytes()) == len(content)
 

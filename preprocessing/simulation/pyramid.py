@@ -84,8 +84,8 @@ def _painted_rows(painter: Painter, half: _Level, pool: ThreadPoolExecutor, rows
         height = min(TILE_PX, painter.height_px - y)
         row = np.concatenate(list(pool.map(painter.paint, left, repeat(y), widths, repeat(height))), axis=1)
         half.append(_halved(row))
+        rows_done(height)           # before it is handed on: nobody asks for more after the last row
         yield row
-        rows_done(height)
 
 
 def _halved(large: np.ndarray) -> np.ndarray:

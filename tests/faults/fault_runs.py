@@ -1,4 +1,4 @@
-"""What the fault tests share: a server of commands, tiny inputs, and the contents of an output folder."""
+"""What the fault tests share: a server of commands, run as a user would."""
 from __future__ import annotations
 
 import json
@@ -8,10 +8,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-import h5py
-import numpy as np
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60                                     # no run of a test takes longer
@@ -104,34 +100,3 @@ class CommandServer:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait(timeout=SECONDS)
-
-
-def contents(folder: Path) -> dict:
-    """Everything in the files of an output folder but times: every dataset, every pixel, every line. Nothing that is hidden."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = str(path.relative_to(folder))
-        if any(part.startswith(".") for part in Path(name).parts):
-            continue
-        if path.suffix in (".h5", ".h5ad"):
-            with h5py.File(path) as file:
-                file.visititems(lambda key, item, name=name: found.update({f"{name}:{key}": repr(
-                    np.asarray(item[()]).tolist() if isinstance(item, h5py.Dataset) and item.shape is not None else sorted(item.attrs))}))
-        elif path.suffix == ".png":
-            found[name] = np.asarray(Image.open(path)).tobytes()
-        elif path.name.endswith(".done.json"):
-            found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key in ("rows", "config", "barcode_sha256")}
-        else:
-            found[name] = path.read_bytes()
-    return found
-
-
-def differences(one: dict, other: dict) -> list[str]:
-    """Names of what is in one alone, or not the same in both."""
-    return sorted(name for name in one | other if one.get(name) != other.get(name))
-
-
-def leftovers(folder: Path) -> list[str]:
-    """What no finished run leaves: temporaries, working folders, blocks. Locks may stay."""
-    return sorted(path.name for path in folder.rglob("*") if ".tmp." in path.name or ".old." in path.name or (
-        path.name.startswith(".") and not path.name.endswith(".lock")))

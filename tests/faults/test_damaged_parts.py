@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fault_runs import contents, differences, leftovers
+from output_contents import contents, differences, leftovers
 
 from preprocessing.parts import Parts
 

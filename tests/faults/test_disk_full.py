@@ -3,7 +3,8 @@ import os
 
 import anndata as ad
 import pytest
-from fault_runs import CommandServer, contents, differences, leftovers
+from fault_runs import CommandServer
+from output_contents import contents, differences, leftovers
 
 from preprocessing.expression import write_vocabulary
 

@@ -7,7 +7,8 @@ import sys
 import time
 
 import pytest
-from fault_runs import ROOT, SECONDS, contents, differences, leftovers
+from fault_runs import ROOT, SECONDS
+from output_contents import contents, differences, leftovers
 
 from preprocessing.outputs import locked
 

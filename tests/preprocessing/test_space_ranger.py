@@ -101,7 +101,7 @@ def test_positions_without_counts_are_zero_rows_and_counted(tmp_path):
     sample = read_sample(write_visium(tmp_path, n_counted=18))
     unread = visium_positions()["barcode"][18:20]
     assert sample.counts[np.isin(sample.barcodes, unread)].nnz == 0 and len(sample.barcodes) == 24 and sample.in_tissue.sum() == 20
-    assert "2 of 20 positions in tissue have no counts: zero rows" in sample.notices
+    assert "2 of 20 positions in tissue are not in the matrix: rows of zeros" in sample.notices
 
 
 def test_duplicate_symbols_become_unique_and_ids_are_kept(tmp_path):
