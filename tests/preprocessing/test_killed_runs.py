@@ -1,6 +1,7 @@
 """Killed at any moment and run again, a command ends with the contents of a run that nobody disturbed."""
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -72,7 +73,8 @@ def survives(command, arguments_into, tmp_path, seed) -> None:
             if killed(command, arguments_into(disturbed), moments.uniform(0.05, 0.9) * duration):
                 n_killed += 1
             else:
-                duration *= 0.8                                     # it had ended: come earlier
+                duration *= 0.8                                     # it had ended: come earlier, to something still to be done
+                shutil.rmtree(disturbed)
         succeeds(command, arguments_into(disturbed))
         assert differences(expected, contents(disturbed)) == []
         assert leftovers(disturbed) == []
@@ -166,7 +168,7 @@ def test_a_run_killed_when_the_patch_folder_had_just_got_its_name_repeats_no_blo
     arguments = ["--space-ranger-dir", hd_sample.space_ranger_dir, "--wsi-file", hd_sample.slide, "--patch-sz-px", 32, "--out-dir",
                  tmp_path / "out", "--dump-dir", tmp_path / "out" / "patches"]
     with monkeypatch.context() as patched:
-        patched.setattr(extract_patches, "write_done",
+        patched.setattr("preprocessing.extraction_products.write_done",
                         lambda path, **facts: write_done(path, **facts) if path.name == "patches" else killed_now())
         assert CliRunner().invoke(extract_patches.main, [str(argument) for argument in arguments]).exit_code == 130
     assert (tmp_path / "out" / "patches").is_dir()
