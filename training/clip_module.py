@@ -101,7 +101,8 @@ class ClipModule(pl.LightningModule):
         groups = [{"params": [p for name, p in trained if name != "log_temperature"], "weight_decay": config.weight_decay},
                   {"params": [p for name, p in trained if name == "log_temperature"], "weight_decay": 0.0}]
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}[config.name]
-        optimizer = kind([group for group in groups if group["params"]], lr=config.lr)
+        fused = {"fused": True} if config.name in ("adamw", "adam") and self.trainer.precision != "16-mixed" else {}   # a scaler unscales
+        optimizer = kind([group for group in groups if group["params"]], lr=config.lr, **fused)
         if config.schedule == "constant":
             return optimizer
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=self.total_steps + 1, pct_start=0.1,
