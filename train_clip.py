@@ -29,7 +29,7 @@ from preprocessing.errors import OptionError, one_line_errors
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 PATHS = re.compile(r"^(\+{0,2}(?:data\.(?:train|val)_(?:gex|image_dir)|data\.samples|run_dir|out_dir|ckpt_path"
-                   r"|(?:data|image)\.cache_dir|model\.image_encoder_weights))=([^\[\"'].*)$")
+                   r"|(?:data|image)\.cache_dir|model\.(?:image_encoder_weights|pathways_file)))=([^\[\"'].*)$")
 
 
 def quote_paths(arguments: list[str]) -> list[str]:

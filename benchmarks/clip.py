@@ -39,6 +39,8 @@ WAYS = {way.name: way for way in (
     Way(PUBLISHED_CACHED),
     Way("published, cached, AdamW unfused", fused=False),
     Way("bottleneck 256", {"gene_encoder": "bottleneck"}),
+    Way("gene_tokens, 256 of 128", {"gene_encoder": "gene_tokens"}),
+    Way("pathways, 1,000 of 50 genes", {"gene_encoder": "pathways", "pathways_file": "made on the spot"}),
     Way("clip_small", SMALL, feature_width=SMALL_WIDTH),
 )}
 
@@ -83,12 +85,16 @@ def time_way(name: str, device: str, batch_size: int, steps: int) -> Timing:
 
 def build_model(way: Way):
     """A networks.clip.CLIP with random weights; its tower only where it sees patches."""
+    import numpy as np
+
     from networks.clip import CLIP, ClipModelConfig
     from networks.histo_models import ENCODERS, Encoder, build_body
 
+    genes, config, rng = [f"gene{number}" for number in range(GENES)], ClipModelConfig(**way.model), np.random.default_rng(0)
+    chosen = [rng.choice(GENES, 50, replace=False) for _ in range(1000)] if config.pathways_file else []
     tower = Encoder("uni", build_body("uni", ENCODERS["uni"]), ENCODERS["uni"], "random") if way.online else None
-    return CLIP(ClipModelConfig(**way.model), [f"gene{number}" for number in range(GENES)], image_encoder=tower,
-                feature_width=way.feature_width)
+    return CLIP(config, genes, image_encoder=tower, feature_width=way.feature_width,
+                gene_sets={f"pathway{number}": [genes[gene] for gene in members] for number, members in enumerate(chosen)})
 
 
 def batches_of(way: Way) -> Callable:

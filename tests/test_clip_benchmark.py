@@ -20,8 +20,9 @@ sys.meta_path.insert(0, Absent())
 def test_the_clip_benchmark_needs_neither_data_nor_the_packages_of_preprocessing(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BLOCKER)
     ways = "bottleneck 256;clip_small"
-    done = subprocess.run([sys.executable, "-m", "benchmarks.clip", "--batch-size", "4", "--steps", "1", "--ways", ways], cwd=ROOT, text=True,
-                          capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "benchmarks.clip", "--batch-size", "4", "--steps", "1", "--ways", ways]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path),
+                               "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     rows = {line[:34].strip(): line[34:].split() for line in done.stdout.splitlines()[2:]}
-    assert set(rows) == set(ways.split(";")) and all(float(row[4]) > 0.1 for row in rows.values())   # images/s, then GiB
+    assert set(rows) == set(ways.split(";")) and all(float(row[3]) > 0 for row in rows.values())   # images a second

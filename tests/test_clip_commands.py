@@ -114,6 +114,28 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_equals_one_that_never_stopped(s
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+GENE_SETS = "colour\tof the patch\tg0\tg1\tg2\nothers\t\tg4\tg7\tunheard of\n"
+STRUCTURED = {"gene tokens": {"gene_encoder": "gene_tokens", "gene_tokens": 6, "gene_token_width": 8, "gene_token_heads": 2},
+              "pathways": {"gene_encoder": "pathways", "pathways_file": "sets.gmt"}}
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_an_encoder_with_structure_trains_resumes_and_embeds(samples, tmp_path, name, capsys):
+    (samples / "sets.gmt").write_text(GENE_SETS)
+    options = {"model": STRUCTURED[name], "trainer": {"select": "last"}, "image": {"cache_features": 2}}
+    straight = train(config(run_dir=str(tmp_path / "straight"), **options), samples)
+    middle = next((straight / "checkpoints").glob("step000003*.ckpt"))
+    resumed = train(config(run_dir=str(tmp_path / "resumed"), ckpt_path=str(middle), **options), samples)
+    first, second = (CLIP.from_pretrained(folder / "clip").weights() for folder in (straight, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    said = "sets.gmt: 2 of 2 gene sets with 5 of 12 genes; unknown genes left out: 1 (unheard of)"
+    assert (said in capsys.readouterr().out) == (name == "pathways")
+    (samples / "sets.gmt").write_text("")   # the weights do not need it
+    done = embed("--network", straight / "clip", "--gex", samples / "C" / "gex_filt.h5ad", "--out-dir", tmp_path, "--null")
+    assert done.exit_code == 0, done.output
+    assert np.isfinite(np.load(tmp_path / "gene_clip_emb.npy")).all() and np.isfinite(np.load(tmp_path / "null_clip_emb.npy")).all()
+
+
 @pytest.fixture
 def broken_loss(monkeypatch):
     """Make the training loss of chosen steps infinite or not a number."""

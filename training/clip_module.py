@@ -118,7 +118,8 @@ class ClipModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         trained = json.loads(checkpoint.get("clip", "{}"))
         ours = self.clip.description()
-        different = [name for name in ("model", "vocab_sha256", "image_encoder_sha256", "target_sum") if trained.get(name) != ours[name]]
+        different = [name for name in ("model", "vocab_sha256", "gene_sets", "image_encoder_sha256", "target_sum")
+                     if trained.get(name) != ours[name]]
         if different:
             raise WeightsError("ckpt_path", "checkpoint", "the model, genes and encoder of this run", f"another {', '.join(different)}")
         name, trained_with = self.optimizer_config.name, checkpoint.get("optimizer")

@@ -10,6 +10,7 @@ from lightning_fabric.utilities.rank_zero import rank_zero_only
 
 from networks.clip import CLIP
 from networks.histo_models import Encoder, build_encoder
+from preprocessing.gene_sets import gene_sets_within
 from preprocessing.outputs import program_versions, write_json
 from training.clip_checkpoints import require_checkpoint
 from training.clip_config import ClipConfig
@@ -34,6 +35,7 @@ def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
                           config.model.image_encoder_px)   # fails early: before data is read
     ckpt_path = _checkpoint(config, resolve)
     data = load_clip_data(config, resolve)
+    gene_sets = _gene_sets(config, resolve, data.gene_names)
     with all_ranks(ranks):
         run_dir = ranks.broadcast(_open_run(config, data, tower, resolve) if ranks.is_global_zero else None)
         tower.to(ranks.device)
@@ -41,7 +43,7 @@ def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
             use_features(data, tower, config, resolve, ranks.device)
         torch.manual_seed(config.seed)
         clip = CLIP(config.model, data.gene_names, target_sum=config.data.target_sum, image_encoder=tower,
-                    training={**data.record, "seed": config.seed})
+                    training={**data.record, "seed": config.seed}, gene_sets=gene_sets)
         if clip.needs_fitting:
             clip.fit_inputs(*fitting_rows(data, tower, ranks.device))
         clip = fit_clip(clip, data, config, run_dir, ckpt_path)
@@ -51,6 +53,16 @@ def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
         if data.val is not None:
             _write_retrieval(clip, data.val, run_dir)
     return run_dir
+
+
+def _gene_sets(config: ClipConfig, resolve: Callable[[str], Path], gene_names: list[str]) -> dict[str, list[str]]:
+    """Of the pathways encoder; none for the others. What was left out is said."""
+    if config.model.pathways_file is None:
+        return {}
+    gene_sets, said = gene_sets_within(resolve(config.model.pathways_file), gene_names)
+    if not rank_zero_only.rank:
+        print(said, flush=True)
+    return gene_sets
 
 
 def _open_run(config: ClipConfig, data: ClipData, tower: Encoder, resolve: Callable[[str], Path]) -> Path:
