@@ -52,7 +52,7 @@ class TokenLayer(nn.Module):
         super().__init__()
         self.n_heads = n_heads
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query_key_value, self.merge = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.query_key_value, self.merge = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)   # a key's bias does nothing
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.dropout = nn.Dropout(dropout)
 

@@ -79,7 +79,9 @@ def test_a_run_ends_with_weights_logs_checkpoints_and_its_configuration(run, sam
     assert list((run / "tensorboard").glob("events.*"))
     assert len(list((run / "checkpoints").glob("step*.ckpt"))) == 5 and (run / "checkpoints" / "last.ckpt").is_file()
     assert json.loads((run / "config.json").read_text())["optimizer"]["lr"] == 1e-2
-    assert json.loads((run / "retrieval.json").read_text())["n_spots"] == 32
+    retrieval = json.loads((run / "retrieval.json").read_text())
+    assert retrieval["n_spots"] == retrieval["samples"]["C"]["n_spots"] == 32
+    assert retrieval["gene_to_image_r10"] == retrieval["joint"]["gene_to_image"]["r10"]
 
 
 def test_the_weights_are_those_of_the_best_validation_loss(run):
@@ -191,12 +193,15 @@ def test_another_model_cannot_continue_a_checkpoint(run, samples, tmp_path):
 @pytest.mark.parametrize("options, error, said", [
     ({"trainer": {"batch_size": 65}}, OptionError, "trainer.batch_size: expected at most the 64 training spots"),
     ({"data": {"train_gex": None}}, OptionError, "data.train_gex and data.train_image_dir"),
+    ({"data": {"train_gex": "A/gex_filt.h5ad", "train_image_dir": "A/patches"}, "trainer": {"batch_mmd": 1.0}}, OptionError,
+     "trainer.batch_mmd: expected several training samples.*found A"),
     ({"data": {"val_gex": None}}, OptionError, "both data.val_gex and data.val_image_dir"),
     ({"data": {"train_gex": "A/gex_filt.h5ad"}}, OptionError, "two comma-separated lists of equal length"),
     ({"data": {"train_gex": "A/gex_filt.h5ad,no/gex_filt.h5ad"}}, InputError, "nothing there"),
     ({"model": {"image_encoder": "uni"}}, InputError, "MahmoodLab/UNI"),
     ({"ckpt_path": "absent.ckpt"}, InputError, "a file to resume from"),
-], ids=["N < batch", "no data", "half a validation sample", "unequal lists", "missing file", "gated weights", "no checkpoint"])
+], ids=["N < batch", "no data", "one sample", "half a validation sample", "unequal lists", "missing file", "gated weights",
+        "no checkpoint"])
 def test_what_cannot_be_trained_on_is_refused_before_training(samples, tmp_path, monkeypatch, options, error, said):
     monkeypatch.delenv("UNI_STATE_DICT_PATH", raising=False)
     with pytest.raises(error, match=said):

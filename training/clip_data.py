@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -27,32 +28,44 @@ from training.patch_cache import PatchRows
 FIT_PATCHES = 1000   # patches from which the scaling of image features is fitted when none are cached
 
 
+class Batch(NamedTuple):
+    """What one step sees; row i of everything is one spot."""
+
+    seen: Tensor         # images (n, 3, H, W) in [-1, 1] | cached features (n, F) | all cached views (n, K, F)
+    expression: Tensor   # (n, G)
+    samples: Tensor      # int64 (n,): number of the sample
+
+
 @dataclass
 class Pairs(Dataset):
     """Paired rows: `images` (in memory or mapped) or cached `features`, whichever training reads."""
 
     expression: sp.csr_matrix          # (N, G) float32, normalised
     barcodes: np.ndarray               # (N,) "sample__barcode"
+    sample_ids: np.ndarray             # (N,) str
     images: Tensor | PatchRows | None  # uint8 (N, 3, H, W)
     features: Tensor | None = None     # float32 (N, K, F)
     augment: AugmentConfig | None = None   # None: the plain view, for validation
     seed: int = 0
 
+    def __post_init__(self):
+        self.sample_numbers = torch.from_numpy(np.unique(self.sample_ids, return_inverse=True)[1])   # int64 (N,)
+
     def __len__(self) -> int:
         return len(self.barcodes)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """A batch of (step, row) keys -> (images [-1, 1] | features (n, F) | all views (n, K, F), expression (n, G))."""
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
+        """A batch of (step, row) keys."""
         rows = torch.tensor([row for _, row in keys])
-        expression = torch.from_numpy(self.expression[rows.numpy()].toarray())
+        return Batch(self._seen(rows, keys), torch.from_numpy(self.expression[rows.numpy()].toarray()), self.sample_numbers[rows])
+
+    def _seen(self, rows: Tensor, keys: list[tuple[int, int]]) -> Tensor:
         if self.features is not None:
-            if self.augment is None:
-                return self.features[rows], expression
-            return self.features[rows, self._views_of(keys)], expression
+            return self.features[rows] if self.augment is None else self.features[rows, self._views_of(keys)]
         if self.augment is None:
-            return apply_views(self.images[rows], plain_views(len(rows))), expression
+            return apply_views(self.images[rows], plain_views(len(rows)))
         uniform = torch.cat([torch.rand(1, N_DRAWS, generator=self._generator(key)) for key in keys])
-        return apply_views(self.images[rows], views_from(uniform, self.augment)), expression
+        return apply_views(self.images[rows], views_from(uniform, self.augment))
 
     def _views_of(self, keys: list[tuple[int, int]]) -> Tensor:
         n_views = self.features.shape[1]
@@ -117,7 +130,10 @@ def load_clip_data(config: ClipConfig, resolve: Callable[[str], Path]) -> ClipDa
         split = {"buffer_px": buffer_px, "train": dataset.barcodes[rows].tolist(), "val": dataset.barcodes[held].tolist()}
         train, val = _subset(train, rows), _subset(train, held, training=False)
     _require_enough(train, val, config)
-    record = {"samples": sorted({str(name) for name in dataset.sample_ids}), "n_spots": len(train), "n_val_spots": len(val) if val else 0,
+    names = sorted({str(name) for name in dataset.sample_ids})
+    if len(names) == 1 and (config.trainer.contrast == "within_sample" or config.trainer.batch_mmd):
+        raise OptionError("trainer.contrast, trainer.batch_mmd", "several training samples, or contrast=all and batch_mmd=0", names[0])
+    record = {"samples": names, "n_spots": len(train), "n_val_spots": len(val) if val else 0,
               "patch_px": config.data.patch_px}
     return ClipData(train, val, dataset.gene_names, record, split)
 
@@ -148,11 +164,12 @@ def fitting_rows(data: ClipData, tower: Encoder, device: torch.device | str) -> 
 
 def _pairs(dataset: ImageGeneDataset, config: ClipConfig, cache_dir: Path | str | None, training: bool = True) -> Pairs:
     images = dataset.open_patches(progress=config.trainer.progress_bar, cache_dir=cache_dir) if len(dataset) else None
-    return Pairs(dataset.expression, dataset.barcodes, images, augment=config.image.augment if training else None, seed=config.seed)
+    return Pairs(dataset.expression, dataset.barcodes, dataset.sample_ids, images, augment=config.image.augment if training else None,
+                 seed=config.seed)
 
 
 def _subset(pairs: Pairs, rows: np.ndarray, training: bool = True) -> Pairs:
-    return Pairs(pairs.expression[rows], pairs.barcodes[rows], pairs.images.subset(rows),
+    return Pairs(pairs.expression[rows], pairs.barcodes[rows], pairs.sample_ids[rows], pairs.images.subset(rows),
                  augment=pairs.augment if training else None, seed=pairs.seed)
 
 

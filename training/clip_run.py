@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 
+from evaluation.retrieval import retrieval_by_sample
 from networks.clip import CLIP
 from networks.histo_models import Encoder, build_encoder
 from preprocessing.gene_sets import gene_sets_within
 from preprocessing.outputs import program_versions, write_json
 from training.clip_checkpoints import require_checkpoint
 from training.clip_config import ClipConfig
-from training.clip_data import ClipData, fitting_rows, load_clip_data, use_features
-from training.clip_module import fit_clip, retrieval_both_ways
+from training.clip_data import ClipData, Pairs, fitting_rows, load_clip_data, use_features
+from training.clip_module import fit_clip, flat_metrics
 from training.clip_ranks import all_ranks, find_devices
 
 
@@ -79,17 +80,17 @@ def _open_run(config: ClipConfig, data: ClipData, tower: Encoder, resolve: Calla
     return run_dir
 
 
-def _write_retrieval(clip: CLIP, val, run_dir: Path) -> None:
+def _write_retrieval(clip: CLIP, val: Pairs, run_dir: Path) -> None:
     """Retrieval of the weights that were saved, on the validation spots: retrieval.json."""
     keys = [(0, row) for row in range(len(val))]
     genes, images = [], []
     with torch.no_grad():
         for start in range(0, len(keys), 256):
-            seen, expression = val.__getitems__(keys[start:start + 256])
+            seen, expression, _ = val.__getitems__(keys[start:start + 256])
             genes.append(clip.encode_genes(expression))
             images.append(clip.encode_images(seen) if seen.dim() == 4 else clip.project_views(seen))
-    metrics = {name.removeprefix("val/"): value for name, value in retrieval_both_ways(torch.cat(genes), torch.cat(images)).items()}
-    write_json(run_dir / "retrieval.json", {"n_spots": len(val), **metrics})
+    found = retrieval_by_sample(torch.cat(genes).numpy(), torch.cat(images).numpy(), val.sample_ids)
+    write_json(run_dir / "retrieval.json", {"n_spots": len(val), **flat_metrics(found["joint"]), **found})
 
 
 def _checkpoint(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
