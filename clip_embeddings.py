@@ -1,6 +1,7 @@
 """Embed a sample with trained CLIP weights: gene_clip_emb.npy and image_clip_emb.npy, unit rows in h5ad order.
 
-Either expression or patches alone is enough; with both, patches are paired by barcode. embeddings.json says what was embedded.
+Either expression or patches alone is enough; with both, patches are paired by barcode and retrieval.json says how well each
+finds the other. embeddings.json says what was embedded.
 """
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def main(**options) -> None:
     """
     from training.clip_embed import EmbedConfig, write_embeddings
 
-    written = write_embeddings(EmbedConfig(**options))
+    written, found = write_embeddings(EmbedConfig(**options))
+    if found:
+        click.echo(found)
     click.echo(f"wrote {', '.join(str(path) for path in written)}")
 
 

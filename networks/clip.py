@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from networks.clip_model_config import ClipModelConfig
 from networks.gene_encoders import InputScaling, ProjectionHead, gene_encoder
 from networks.histo_models import Encoder, build_encoder
+from networks.model_card import model_card
 from networks.weights import load_into, load_weights_folder, read_plain_file, save_weights_folder, weights_sha256
 from preprocessing.errors import WeightsError
 from preprocessing.outputs import file_sha256, finished_file, program_versions, strings_sha256
@@ -133,8 +134,8 @@ class CLIP(nn.Module):
                 "training": self.training_record, "gene_sets": self.gene_sets, "gene_names": self.gene_names}
 
     def save_pretrained(self, folder: Path | str) -> Path:
-        """Write a weights folder."""
-        return save_weights_folder(folder, self.weights(), self.description())
+        """Write a weights folder, with its model card."""
+        return save_weights_folder(folder, self.weights(), self.description(), model_card(self.description()))
 
     @classmethod
     def from_pretrained(cls, path: Path | str, *, image_encoder: bool = True, image_encoder_weights: Path | str | None = None) -> CLIP:

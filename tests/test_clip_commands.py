@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from omegaconf import OmegaConf
 
 from clip_embeddings import main as clip_embeddings
+from evaluation.retrieval import retrieval_metrics
 from networks.clip import CLIP
 from networks.weights import read_plain_file
 from preprocessing.errors import InputError, OptionError, WeightsError
@@ -81,6 +82,8 @@ def test_a_run_ends_with_weights_logs_checkpoints_and_its_configuration(run, sam
     assert json.loads((run / "config.json").read_text())["optimizer"]["lr"] == 1e-2
     retrieval = json.loads((run / "retrieval.json").read_text())
     assert retrieval["n_spots"] == retrieval["samples"]["C"]["n_spots"] == 32
+    card = (run / "clip" / "README.md").read_text()
+    assert "64 spots of 2 samples: A, B" in card and "among 32 validation spots of C" in card and str(samples) not in card
     assert retrieval["gene_to_image_r10"] == retrieval["joint"]["gene_to_image"]["r10"]
 
 
@@ -274,8 +277,12 @@ def test_embeddings_are_unit_rows_in_h5ad_order(run, samples, tmp_path):
     genes, images = np.load(tmp_path / "gene_clip_emb.npy"), np.load(tmp_path / "image_clip_emb.npy")
     assert genes.dtype == np.float32 and np.allclose(np.linalg.norm(genes, axis=1), 1, atol=1e-5)
     assert np.load(tmp_path / "null_clip_emb.npy").shape == (1, 8)
+    found = json.loads((tmp_path / "retrieval.json").read_text())
+    assert found["joint"]["gene_to_image"] == found["samples"]["C"]["gene_to_image"] == retrieval_metrics(genes, images)
+    assert f"gene to image R@10 {found['joint']['gene_to_image']['r10']:.3f}" in result.output and "retrieval.json" in result.output
     straight = tmp_path / "straight"
     assert embed("--network", run / "clip", "--gex", samples / "C" / "gex_filt.h5ad", "--out-dir", straight).exit_code == 0
+    assert not (straight / "retrieval.json").exists()
     assert np.allclose(np.load(straight / "gene_clip_emb.npy"), genes[::-1], atol=1e-5) and not (straight / "image_clip_emb.npy").exists()
     alone = tmp_path / "alone"
     assert embed("--network", run / "clip", "--images", samples / "C" / "patches", "--out-dir", alone).exit_code == 0

@@ -53,7 +53,8 @@ def weights_of(samples, name):
 
 def assert_same_weights(first, second):
     assert first.keys() == second.keys()
-    assert max(float((first[name].float() - second[name].float()).abs().max()) for name in first) < 1e-5
+    apart = {name: float((first[name].float() - second[name].float()).abs().max()) for name in first}
+    assert max(apart.values()) < 1e-5, apart
 
 
 def test_one_process_holds_every_row():

@@ -50,9 +50,9 @@ def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
         clip = fit_clip(clip, data, config, run_dir, ckpt_path)
         if not ranks.is_global_zero:
             return None
-        clip.save_pretrained(run_dir / "clip")
         if data.val is not None:
-            _write_retrieval(clip, data.val, run_dir)
+            clip.training_record["retrieval"] = _write_retrieval(clip, data.val, run_dir)
+        clip.save_pretrained(run_dir / "clip")
     return run_dir
 
 
@@ -80,8 +80,8 @@ def _open_run(config: ClipConfig, data: ClipData, tower: Encoder, resolve: Calla
     return run_dir
 
 
-def _write_retrieval(clip: CLIP, val: Pairs, run_dir: Path) -> None:
-    """Retrieval of the weights that were saved, on the validation spots: retrieval.json."""
+def _write_retrieval(clip: CLIP, val: Pairs, run_dir: Path) -> dict:
+    """Retrieval of the final weights on the validation spots: retrieval.json. Returns the joint numbers with the samples' names."""
     keys = [(0, row) for row in range(len(val))]
     genes, images = [], []
     with torch.no_grad():
@@ -91,6 +91,7 @@ def _write_retrieval(clip: CLIP, val: Pairs, run_dir: Path) -> None:
             images.append(clip.encode_images(seen) if seen.dim() == 4 else clip.project_views(seen))
     found = retrieval_by_sample(torch.cat(genes).numpy(), torch.cat(images).numpy(), val.sample_ids)
     write_json(run_dir / "retrieval.json", {"n_spots": len(val), **flat_metrics(found["joint"]), **found})
+    return {"samples": list(found["samples"]), **found["joint"]}
 
 
 def _checkpoint(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:

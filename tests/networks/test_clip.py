@@ -8,6 +8,7 @@ import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 
+from evaluation.retrieval import both_ways
 from networks.clip import CLIP, ClipModelConfig, clip_weights_sha256
 from networks.gene_encoders import InputScaling, ProjectionHead
 from networks.histo_models import build_encoder
@@ -148,9 +149,22 @@ def test_what_is_pushed_to_the_hub_is_a_weights_folder_that_comes_back(tmp_path,
     assert asked == [("token", "secret"), ("me/clip", True, True)]
     downloaded = tmp_path / "me" / "clip"
     assert torch.equal(CLIP.from_pretrained(downloaded).encode_genes(expression), clip.encode_genes(expression))
-    assert sorted(path.name for path in downloaded.iterdir()) == ["SHA256SUMS", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in downloaded.iterdir()) == ["README.md", "SHA256SUMS", "config.json", "model.safetensors"]
     assert not any("image_encoder" in name or "secret" in name for name in load_weights_folder(downloaded)[0])
-    assert "secret" not in (downloaded / "config.json").read_text()
+    assert "secret" not in (downloaded / "config.json").read_text() + (downloaded / "README.md").read_text()
+
+
+def test_the_model_card_says_what_the_weights_are_and_names_no_path(tmp_path):
+    clip = tiny(image_encoder_weights="/home/someone/uni.bin", temperature=0.2)
+    clip.training_record = {"samples": ["S1", "S2"], "n_spots": 1234, "patch_px": 128, "chosen": "last, at step 7"}
+    before = (clip.save_pretrained(tmp_path / "clip") / "README.md").read_text()
+    assert "Retrieval was not measured" in before and "someone" not in before
+    clip.training_record["retrieval"] = {"samples": ["S3"], "n_spots": 40, **both_ways(np.eye(40), np.eye(40))}
+    card = (clip.save_pretrained(tmp_path / "clip") / "README.md").read_text()
+    for said in ("gene encoder | bottleneck |", "random_tiny, frozen, 32 features; its licence: ours", "1,234 spots of 2 samples: S1, S2",
+                 "5 genes, library size median", "last, at step 7", "| gene to image | 1.000 | 1.000 | 1.000 (1.000-1.000) | 1 |",
+                 "among 40 validation spots of S3 (chance R@10 0.250)", "CLIP.from_pretrained", "not for diagnosis"):
+        assert said in card, said
 
 
 def edited(folder, change):
