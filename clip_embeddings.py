@@ -22,7 +22,8 @@ from preprocessing.errors import Command
 @click.option("--encoder-weights", type=click.Path(path_type=Path), help="The image tower's weight file, if it moved since training.")
 @click.option("--already-normalised", is_flag=True, help="The expression file holds log-normalised values, not counts.")
 @click.option("--add-to-h5ad", is_flag=True, help="Also write obsm['X_clip_gene'] and obsm['X_clip_image'] into --gex.")
-@click.option("--null", is_flag=True, help="Also write null_clip_emb.npy: the embedding of all-zero expression, the null prompt.")
+@click.option("--null", is_flag=True, help="Also write null_clip_emb.npy, the null prompt: the embedding of all-zero "
+              "expression (of the average spot, with a CLIP of model.gene_sample_scaling).")
 def main(**options) -> None:
     """Embed expression and patches with a trained CLIP.
 

@@ -164,7 +164,7 @@ def score_faithfulness(section: Section, generated: Generated, judge: CLIP, bank
 
     Floor: the same with each spot's genes exchanged for another spot's. Ceiling: the real patches of the same spots.
     """
-    genes = judge.embed_expression(section.judge_expression[generated.rows]).numpy()
+    genes = judge.embed_expression(section.judge_expression).numpy()[generated.rows]
     images = bank.embeddings(f"{section.sample_id}, generated", generated.flat, judge)
     pools = images.reshape(*generated.images.shape[:2], -1).swapaxes(0, 1)                              # (k, n, D)
     real = bank.embeddings(f"{section.sample_id}, real at {generated.px}", resize_by_area(section.images, generated.px), judge)

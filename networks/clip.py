@@ -22,6 +22,7 @@ from networks.clip_model_config import ClipModelConfig
 from networks.gene_encoders import InputScaling, ProjectionHead, gene_encoder
 from networks.histo_models import Encoder, build_encoder
 from networks.model_card import model_card
+from networks.sample_scaling import fit_sample_scaling
 from networks.weights import load_into, load_weights_folder, read_plain_file, save_weights_folder, weights_sha256
 from preprocessing.errors import WeightsError
 from preprocessing.outputs import file_sha256, finished_file, program_versions, strings_sha256
@@ -75,7 +76,7 @@ class CLIP(nn.Module):
         return self.gene_scaling.is_active or self.feature_scaling.is_active
 
     def encode_genes(self, expression: Tensor) -> Tensor:
-        """Normalised expression (N, G) -> (N, D) unit rows."""
+        """Normalised expression (N, G) -> (N, D) unit rows; with `gene_sample_scaling`, rows scaled by `SampleScaling` already."""
         rows = F.dropout(self.gene_scaling(expression), self.config.gene_dropout, self.training)
         return F.normalize(self.gene_head(self.gene_encoder(rows)), dim=-1)
 
@@ -103,12 +104,22 @@ class CLIP(nn.Module):
         return F.normalize(self.project_image_features(features.flatten(0, 1)).unflatten(0, features.shape[:2]).mean(1), dim=-1)
 
     @torch.no_grad()
-    def embed_expression(self, expression: sp.csr_matrix, batch_size: int = 256) -> Tensor:
-        """Normalised expression, sparse (N, G) -> float32 (N, D) on the CPU. Streams; leaves the module's mode as it was."""
+    def embed_expression(self, expression: sp.csr_matrix, batch_size: int = 256, *, sample_ids: Sequence[str] | None = None) -> Tensor:
+        """Normalised expression, sparse (N, G) -> float32 (N, D) on the CPU. Streams; leaves the module's mode as it was.
+
+        With `gene_sample_scaling`, `sample_ids` (N,) say which rows are scaled together (none: all are one sample), and all spots
+        of a sample must be there.
+        """
+        samples = np.zeros(expression.shape[0], int) if sample_ids is None else np.unique(sample_ids, return_inverse=True)[1]
+        scaling = fit_sample_scaling(expression, samples, self.config.gene_sample_scaling)
         was_training, device = self.training, self.log_temperature.device
         self.eval()
-        blocks = [self.encode_genes(torch.from_numpy(expression[start:start + batch_size].toarray().astype(np.float32)).to(device)).cpu()
-                  for start in range(0, expression.shape[0], batch_size)]
+        blocks = []
+        for start in range(0, expression.shape[0], batch_size):
+            part = slice(start, start + batch_size)
+            rows = torch.from_numpy(expression[part].toarray().astype(np.float32))
+            rows = rows if scaling is None else scaling(rows, torch.from_numpy(samples[part]))
+            blocks.append(self.encode_genes(rows.to(device)).cpu())
         self.train(was_training)
         return torch.cat(blocks) if blocks else torch.zeros(0, self.config.projection)
 

@@ -25,6 +25,7 @@ class ClipModelConfig:
     gene_token_heads: int = 4            # gene_tokens: attention heads of a layer
     gene_token_pooling: str = "attention"   # gene_tokens: attention (a learned token reads the genes) | mean over the tokens
     pathways_file: str | None = None     # pathways: gene sets, GMT; read in training alone, their genes travel in the weights
+    gene_sample_scaling: str = "none"    # none | centre | standardise: every sample by its own genes, wherever expression is embedded
     gene_scaling: str = "none"           # none | centre | standardise, fitted on the training spots
     gene_components: int = 0             # project expression on this many principal axes of the training spots; 0 = do not
     gene_min_share: float = 0.0          # ignore genes seen in a smaller share of training spots
@@ -48,8 +49,8 @@ class ClipModelConfig:
     def __post_init__(self):
         if self.temperature is None:
             self.temperature = LEARNED_FROM if self.learn_temperature else PUBLISHED_TEMPERATURE
-        for name, choices in (("gene_encoder", GENE_ENCODERS), ("gene_scaling", SCALINGS), ("feature_scaling", SCALINGS),
-                              ("gene_token_pooling", POOLINGS), ("image_views", (1, 8))):
+        for name, choices in (("gene_encoder", GENE_ENCODERS), ("gene_sample_scaling", SCALINGS), ("gene_scaling", SCALINGS),
+                              ("feature_scaling", SCALINGS), ("gene_token_pooling", POOLINGS), ("image_views", (1, 8))):
             if getattr(self, name) not in choices:
                 raise OptionError(f"model.{name}", f"one of {', '.join(map(str, choices))}", str(getattr(self, name)))
         for name in ("gene_dropout", "dropout", "image_dropout", "feature_dropout", "gene_min_share"):
@@ -63,6 +64,9 @@ class ClipModelConfig:
         self._check_gene_encoder()
 
     def _check_gene_encoder(self) -> None:
+        if self.gene_sample_scaling != "none" and self.gene_min_share:
+            raise OptionError("model.gene_min_share", "0 with model.gene_sample_scaling, after which no value is zero",
+                              str(self.gene_min_share))
         if self.gene_encoder in OF_GENES and self.gene_components:
             raise OptionError("model.gene_components", f"0: {self.gene_encoder} reads genes, not principal axes", str(self.gene_components))
         if self.gene_token_width % self.gene_token_heads:

@@ -141,6 +141,17 @@ def test_an_encoder_with_structure_trains_resumes_and_embeds(samples, tmp_path, 
     assert np.isfinite(np.load(tmp_path / "gene_clip_emb.npy")).all() and np.isfinite(np.load(tmp_path / "null_clip_emb.npy")).all()
 
 
+def test_training_and_embedding_scale_a_sample_alike(samples, tmp_path):
+    run = train(config(run_dir=str(tmp_path / "run"), model={"gene_sample_scaling": "standardise", "gene_scaling": "centre"}), samples)
+    done = embed("--network", run / "clip", "--gex", samples / "C" / "gex_filt.h5ad", "--images", samples / "C" / "patches",
+                 "--out-dir", tmp_path, "--null")
+    assert done.exit_code == 0, done.output
+    embedded, trained = (json.loads((folder / "retrieval.json").read_text())["joint"] for folder in (tmp_path, run))
+    assert embedded == trained
+    clip = CLIP.from_pretrained(run / "clip", image_encoder=False)
+    assert np.allclose(np.load(tmp_path / "null_clip_emb.npy"), clip.encode_genes(torch.zeros(1, 12)).detach(), atol=1e-6)
+
+
 @pytest.fixture
 def broken_loss(monkeypatch):
     """Make the training loss of chosen steps infinite or not a number."""

@@ -36,7 +36,7 @@ class EmbedConfig:
     encoder_weights: Path | None = None    # of the image tower, if the file moved since training
     already_normalised: bool = False
     add_to_h5ad: bool = False              # obsm of `gex`
-    null: bool = False                     # the embedding of all-zero expression
+    null: bool = False                     # the embedding of all-zero expression; of the average spot, if samples are scaled
 
     def __post_init__(self):
         if not (self.gex or self.images or self.null):
@@ -105,7 +105,7 @@ def embed_sample(clip: CLIP, config: EmbedConfig, device: str) -> tuple[dict[str
         clip.require_genes(table.gene_names, config.gex)
         barcodes = [str(barcode).split("__", 1)[-1] for barcode in table.barcodes]
         sample_ids = table.sample_ids
-        arrays["gene"] = clip.embed_expression(table.expression, config.batch_size).numpy()
+        arrays["gene"] = clip.embed_expression(table.expression, config.batch_size, sample_ids=sample_ids).numpy()
     if config.images:
         if dataset is not None:
             count, patches = len(dataset), (dataset.read_image(row, dataset.image_px) for row in range(len(dataset)))

@@ -69,6 +69,20 @@ def test_embedding_sparse_expression_streams_to_the_same_rows(expression):
     assert torch.allclose(embedded, clip.eval().encode_genes(expression), atol=1e-6) and embedded.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", ["centre", "standardise"])
+def test_samples_are_scaled_by_their_own_genes_so_that_shift_and_factor_vanish(expression, kind):
+    clip, samples = tiny(gene_sample_scaling=kind), np.array(list("ABABAAB"))
+    rows = expression.numpy()
+    embedded = clip.embed_expression(sp.csr_matrix(rows), batch_size=2, sample_ids=samples)
+    shifted = rows + (samples == "B")[:, None] * np.arange(1, 6, dtype=np.float32)   # a batch effect of sample B
+    assert torch.allclose(clip.embed_expression(sp.csr_matrix(shifted), sample_ids=samples), embedded, atol=1e-4)
+    only_b = samples == "B"
+    alone = clip.embed_expression(sp.csr_matrix(rows[only_b]))
+    assert torch.allclose(alone, embedded[only_b], atol=1e-6)   # a sample does not depend on who is embedded beside it
+    scaled = (rows[only_b] - rows[only_b].mean(0)) / (rows[only_b].std(0) + 0.2 if kind == "standardise" else 1)
+    assert torch.allclose(alone, clip.encode_genes(torch.from_numpy(scaled)), atol=1e-5)
+
+
 def test_eight_views_make_the_embedding_independent_of_how_the_patch_lies(images):
     clip, one = tiny(image_views=8), tiny()
     turned = torch.rot90(images, 1, (-2, -1)).flip(-1)

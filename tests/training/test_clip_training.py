@@ -151,7 +151,8 @@ def test_ranks_share_one_global_batch():
 
 def test_a_spots_view_depends_on_step_and_row_and_not_on_its_batch(patches):
     expression = sp.csr_matrix(np.eye(5, dtype=np.float32))
-    pairs = Pairs(expression, np.arange(5).astype(str), np.array(list("ABABA")), patches, augment=AugmentConfig(rotate=True), seed=4)
+    pairs = Pairs(expression, np.arange(5).astype(str), np.array(list("ABABA")), patches, np.array([0, 1, 0, 1, 0]),
+                  augment=AugmentConfig(rotate=True), seed=4)
     together, rows, samples = pairs.__getitems__([(7, 3), (7, 1)])
     alone, *_ = pairs.__getitems__([(7, 1)])
     later, *_ = pairs.__getitems__([(8, 1)])
