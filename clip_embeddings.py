@@ -1,6 +1,7 @@
 """Embed a sample with trained CLIP weights: gene_clip_emb.npy and image_clip_emb.npy, unit rows in h5ad order.
 
-Either expression or patches alone is enough; with both, patches are paired by barcode. embeddings.json says what was embedded.
+Either expression or patches alone is enough; with both, patches are paired by barcode and retrieval.json says how well each
+finds the other. embeddings.json says what was embedded.
 """
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from preprocessing.errors import Command
 @click.option("--encoder-weights", type=click.Path(path_type=Path), help="The image tower's weight file, if it moved since training.")
 @click.option("--already-normalised", is_flag=True, help="The expression file holds log-normalised values, not counts.")
 @click.option("--add-to-h5ad", is_flag=True, help="Also write obsm['X_clip_gene'] and obsm['X_clip_image'] into --gex.")
-@click.option("--null", is_flag=True, help="Also write null_clip_emb.npy: the embedding of all-zero expression, the null prompt.")
+@click.option("--null", is_flag=True, help="Also write null_clip_emb.npy, the null prompt: the embedding of all-zero "
+              "expression (of the average spot, with a CLIP of model.gene_sample_scaling).")
 def main(**options) -> None:
     """Embed expression and patches with a trained CLIP.
 
@@ -29,7 +31,9 @@ def main(**options) -> None:
     """
     from training.clip_embed import EmbedConfig, write_embeddings
 
-    written = write_embeddings(EmbedConfig(**options))
+    written, found = write_embeddings(EmbedConfig(**options))
+    if found:
+        click.echo(found)
     click.echo(f"wrote {', '.join(str(path) for path in written)}")
 
 

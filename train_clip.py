@@ -8,6 +8,10 @@ CPU), clip_demo.yaml; choose with --config-name clip_small. Several samples: dat
 the folder the command is started in. SIGTERM and Ctrl-C finish the step and save; continue such a run, or any, with
 run_dir=runs/00000-clip ckpt_path=last. --debug shows tracebacks.
 
+Gene encoders: model.gene_encoder=linear_block (published), bottleneck, hidden, identity, gene_tokens, or pathways with
+model.pathways_file=sets.gmt. Batch effects between samples: trainer.contrast=within_sample, trainer.batch_mmd=0.1,
+model.gene_sample_scaling=standardise. Frozen features once: image.cache_features=8.
+
 Several devices: trainer.devices=4, or auto for all; trainer.batch_size is that of all together, a multiple of their number, and
 every spot is contrasted with the whole of it. Several machines that share a file system: the same command on each, with
 trainer.num_nodes=2 trainer.devices=4, started by one of
@@ -29,7 +33,7 @@ from preprocessing.errors import OptionError, one_line_errors
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 PATHS = re.compile(r"^(\+{0,2}(?:data\.(?:train|val)_(?:gex|image_dir)|data\.samples|run_dir|out_dir|ckpt_path"
-                   r"|(?:data|image)\.cache_dir|model\.image_encoder_weights))=([^\[\"'].*)$")
+                   r"|(?:data|image)\.cache_dir|model\.(?:image_encoder_weights|pathways_file)))=([^\[\"'].*)$")
 
 
 def quote_paths(arguments: list[str]) -> list[str]:
@@ -80,6 +84,7 @@ def main() -> None:
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     debug = "--debug" in sys.argv
     launch_folder = Path.cwd()
@@ -102,6 +107,8 @@ def main() -> None:
         except (HydraException, OmegaConfBaseException) as error:
             reason = " ".join(str(error).split())
             raise OptionError("command line", "keys of the configuration (--cfg job shows them)", reason) from error
+        except YAMLError as error:   # a tag that would build an object, too
+            raise OptionError("configuration", "YAML of plain values", " ".join(str(error).split())) from error
 
 
 if __name__ == "__main__":

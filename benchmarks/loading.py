@@ -64,7 +64,7 @@ def rate(batches: Iterator, seconds: float) -> float:
     """Patches a second, after a first batch that starts the workers."""
     next(batches)
     started, seen = time.perf_counter(), 0
-    for images, _ in batches:
+    for images, *_ in batches:
         seen += len(images)
         if time.perf_counter() - started > seconds:
             break
@@ -113,7 +113,7 @@ def measure(images: Path, gex: Path, cache: Path, batch: int, seconds: float, ro
     dataset.open_patches(progress=False, cache_dir=cache)
     print_row("cache: built", f"{built:.2f} s", f"{len(patches) / built:,.0f} patches/s, {patches.array.nbytes / 1e6:,.0f} MB, once")
     print_row("cache: found again and checked", f"{time.perf_counter() - started:.2f} s")
-    pairs = Pairs(matrix, dataset.barcodes, patches, augment=AugmentConfig())
+    pairs = Pairs(matrix, dataset.barcodes, dataset.sample_ids, patches, np.zeros(len(dataset), int), augment=AugmentConfig())
     ways = {"image by image, this process": lambda: one_by_one(dataset, batch, 0),
             "image by image, 2 worker processes": lambda: one_by_one(dataset, batch, 2),
             "packed cache, this process": lambda: ours(pairs, batch, 0, "processes")}

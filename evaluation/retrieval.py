@@ -15,11 +15,32 @@ QUERIES_A_BLOCK = 1024
 
 def retrieval_metrics(queries: np.ndarray, pool: np.ndarray, *, ks: Sequence[int] = (1, 5, 10),
                       n_bootstrap: int = 1000, seed: int = 0) -> dict[str, float | list[float]]:
-    """Queries and pool (N, D), paired by row. Returns `r1, r5, r10, median_rank, r10_ci95, chance_r10` for ks 1, 5, 10.
+    """Queries and pool (N, D), paired by row. Returns `r1, r5, r10, median_rank`, each with `..._ci95` and `chance_...`, for ks 1, 5, 10.
 
-    The 95 % interval is a bootstrap over queries of the largest k; chance is that k over N.
+    The 95 % intervals are a bootstrap over queries; chance of R@k is k over N.
     """
     return summarise_places([places(queries, pool)], ks=ks, n_bootstrap=n_bootstrap, seed=seed)
+
+
+def both_ways(genes: np.ndarray, images: np.ndarray, *, n_bootstrap: int = 1000, seed: int = 0) -> dict[str, dict]:
+    """`retrieval_metrics` from genes to images and back; (N, D) each."""
+    return {"gene_to_image": retrieval_metrics(genes, images, n_bootstrap=n_bootstrap, seed=seed),
+            "image_to_gene": retrieval_metrics(images, genes, n_bootstrap=n_bootstrap, seed=seed)}
+
+
+def retrieval_by_sample(genes: np.ndarray, images: np.ndarray, sample_ids: Sequence[str], *, n_bootstrap: int = 1000,
+                        seed: int = 0) -> dict[str, dict]:
+    """Both ways, (N, D) each: `joint` among the spots of all samples, and by name in `samples` among those of each sample alone.
+
+    A pool of many spots is harder than one of few: compare each with its own chance. How two models differ: `r10_difference`.
+    """
+    sample_ids = np.asarray(sample_ids).astype(str)
+    groups = {name: np.flatnonzero(sample_ids == name) for name in np.unique(sample_ids)}
+
+    def score(rows: np.ndarray) -> dict:
+        return {"n_spots": len(rows), **both_ways(genes[rows], images[rows], n_bootstrap=n_bootstrap, seed=seed)}
+
+    return {"joint": score(np.arange(len(genes))), "samples": {str(name): score(rows) for name, rows in groups.items()}}
 
 
 def places(queries: np.ndarray, pool: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -46,17 +67,17 @@ def summarise_places(runs: Sequence[tuple[np.ndarray, np.ndarray]], *, ks: Seque
                      n_bootstrap: int = 1000, seed: int = 0) -> dict[str, float | list[float]]:
     """Metrics of one or more `places` of the same N queries (one per seed of a generator), averaged over the runs."""
     n = len(runs[0][0])
-    hits = {k: np.mean([np.clip((k - above) / (level + 1), 0, 1) for above, level in runs], axis=0) for k in ks}   # (N,) each
-    ranks = np.concatenate([1 + above + level / 2 for above, level in runs])
-    widest = max(ks)
+    hits = np.stack([np.mean([np.clip((k - above) / (level + 1), 0, 1) for above, level in runs], axis=0) for k in ks])   # (ks, N)
+    ranks = np.stack([1 + above + level / 2 for above, level in runs])                                                   # (runs, N)
     rng = np.random.default_rng(seed)
-    means = np.array([hits[widest][rng.integers(n, size=n)].mean() for _ in range(n_bootstrap)])
-    low, high = np.quantile(means, [0.025, 0.975])
+    draws = (rng.integers(n, size=n) for _ in range(n_bootstrap))
+    spread = np.array([[*hits[:, rows].mean(axis=1), np.median(ranks[:, rows])] for rows in draws])                       # (draws, ks + 1)
+    names, low_high = [*(f"r{k}" for k in ks), "median_rank"], np.quantile(spread, [0.025, 0.975], axis=0)
     return {
-        **{f"r{k}": float(hits[k].mean()) for k in ks},
-        "median_rank": float(np.median(ranks)),
-        f"r{widest}_ci95": [float(low), float(high)],
-        f"chance_r{widest}": min(widest / n, 1.0),
+        **dict(zip(names, [*map(float, hits.mean(axis=1)), float(np.median(ranks))], strict=True)),
+        **{f"{name}_ci95": interval for name, interval in zip(names, low_high.T.tolist(), strict=True)},
+        **{f"chance_r{k}": min(k / n, 1.0) for k in ks},
+        "chance_median_rank": (n + 1) / 2,
     }
 
 

@@ -18,7 +18,7 @@ from evaluation.distances import distances_to_halves, frechet_distance, full_ker
 from evaluation.diversity import mean_group_deviation, within_prompt_diversity
 from evaluation.features import image_features, read_samples_csv, resize_by_area
 from evaluation.linear_baseline import LinearBaseline
-from evaluation.retrieval import places, r10_difference, retrieval_metrics, summarise_places
+from evaluation.retrieval import both_ways, places, r10_difference, retrieval_metrics, summarise_places
 from networks.clip import CLIP
 from preprocessing.errors import InputError, first_few
 from preprocessing.patches import read_patch
@@ -126,11 +126,6 @@ class EncodeImages(nn.Module):
         return self.clip.encode_images(images)
 
 
-def both_ways(genes: np.ndarray, images: np.ndarray, seed: int) -> dict[str, dict]:
-    """Retrieval from genes to images and back; (N, D) each."""
-    return {"gene_to_image": retrieval_metrics(genes, images, seed=seed), "image_to_gene": retrieval_metrics(images, genes, seed=seed)}
-
-
 def score_retrieval(section: Section, clip: CLIP, baseline: LinearBaseline, tower: nn.Module, bank: FeatureBank,
                     seed: int = 0) -> dict[str, object]:
     """The CLIP and the linear baseline on one section: `retrieval`, `baseline_linear`, and how far apart they are on these spots.
@@ -142,7 +137,7 @@ def score_retrieval(section: Section, clip: CLIP, baseline: LinearBaseline, towe
     predicted, projected = baseline.predict(section.expression), baseline.project(bank.features(name, section.images, tower))
     difference = {way: r10_difference(*pairs, seed=seed) for way, pairs in (
         ("gene_to_image", ((genes, images), (predicted, projected))), ("image_to_gene", ((images, genes), (projected, predicted))))}
-    return {"retrieval": both_ways(genes, images, seed), "baseline_linear": both_ways(predicted, projected, seed),
+    return {"retrieval": both_ways(genes, images, seed=seed), "baseline_linear": both_ways(predicted, projected, seed=seed),
             "r10_above_baseline": difference}
 
 
@@ -169,7 +164,7 @@ def score_faithfulness(section: Section, generated: Generated, judge: CLIP, bank
 
     Floor: the same with each spot's genes exchanged for another spot's. Ceiling: the real patches of the same spots.
     """
-    genes = judge.embed_expression(section.judge_expression[generated.rows]).numpy()
+    genes = judge.embed_expression(section.judge_expression).numpy()[generated.rows]
     images = bank.embeddings(f"{section.sample_id}, generated", generated.flat, judge)
     pools = images.reshape(*generated.images.shape[:2], -1).swapaxes(0, 1)                              # (k, n, D)
     real = bank.embeddings(f"{section.sample_id}, real at {generated.px}", resize_by_area(section.images, generated.px), judge)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from itertools import zip_longest
 from pathlib import Path
 
@@ -18,58 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.gene_encoders import GENE_ENCODERS, SCALINGS, InputScaling, ProjectionHead, gene_encoder
+from networks.clip_model_config import ClipModelConfig
+from networks.gene_encoders import InputScaling, ProjectionHead, gene_encoder
 from networks.histo_models import Encoder, build_encoder
+from networks.model_card import model_card
+from networks.sample_scaling import fit_sample_scaling
 from networks.weights import load_into, load_weights_folder, read_plain_file, save_weights_folder, weights_sha256
-from preprocessing.errors import OptionError, WeightsError
+from preprocessing.errors import WeightsError
 from preprocessing.outputs import file_sha256, finished_file, program_versions, strings_sha256
 
-PUBLISHED_TEMPERATURE, LEARNED_FROM = 1.0, 0.07   # a fixed temperature; the start value of a learned one
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1.0   # bounds of a learned temperature
-
-
-@dataclass
-class ClipModelConfig:
-    """The published values are the defaults."""
-
-    gene_encoder: str = "linear_block"   # linear_block (published) | bottleneck | hidden | identity
-    gene_hidden: int = 256               # hidden width of bottleneck and hidden
-    gene_width: int = 1024               # width out of linear_block and bottleneck
-    gene_scaling: str = "none"           # none | centre | standardise, fitted on the training spots
-    gene_components: int = 0             # project expression on this many principal axes of the training spots; 0 = do not
-    gene_min_share: float = 0.0          # ignore genes seen in a smaller share of training spots
-    gene_dropout: float = 0.0            # share of inputs set to zero in training
-    dropout: float = 0.8                 # of gene encoder and gene head
-    image_dropout: float = 0.8           # of the image head
-    feature_dropout: float = 0.0         # share of image features set to zero in training
-    feature_scaling: str = "none"        # none | centre | standardise, fitted on the training patches
-    feature_components: int = 0          # project image features on this many principal axes; 0 = do not
-    projection: int = 512                # D
-    residual: bool = True
-    layer_norm: bool = False
-    linear_heads: bool = False           # one linear layer in place of both projection heads
-    image_views: int = 1                 # flips and turns averaged when a patch is embedded after training: 1 or 8
-    temperature: float | None = None     # none = 1.0, as published; 0.07 as the start value when it is learned
-    learn_temperature: bool = False
-    image_encoder: str = "uni"           # a name of networks.histo_models, or timm:<model>
-    image_encoder_weights: str | None = None   # local weight file; uni: else UNI_STATE_DICT_PATH
-    image_encoder_px: int | None = None   # side at which a convolutional tower sees patches; none = its own
-
-    def __post_init__(self):
-        if self.temperature is None:
-            self.temperature = LEARNED_FROM if self.learn_temperature else PUBLISHED_TEMPERATURE
-        for name, choices in (("gene_encoder", GENE_ENCODERS), ("gene_scaling", SCALINGS), ("feature_scaling", SCALINGS),
-                              ("image_views", (1, 8))):
-            if getattr(self, name) not in choices:
-                raise OptionError(f"model.{name}", f"one of {', '.join(map(str, choices))}", str(getattr(self, name)))
-        for name in ("gene_dropout", "dropout", "image_dropout", "feature_dropout", "gene_min_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise OptionError(f"model.{name}", "0 up to 1", str(getattr(self, name)))
-        for name in ("gene_hidden", "gene_width", "projection"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"model.{name}", "at least 1", str(getattr(self, name)))
-        if not self.temperature > 0:
-            raise OptionError("model.temperature", "above 0", str(self.temperature))
 
 
 class CLIP(nn.Module):
@@ -77,16 +35,16 @@ class CLIP(nn.Module):
 
     def __init__(self, config: ClipModelConfig, gene_names: Sequence[str], *, target_sum: float | str = "median",
                  image_encoder: Encoder | None = None, feature_width: int | None = None, image_encoder_sha256: str = "",
-                 training: Mapping | None = None):
+                 training: Mapping | None = None, gene_sets: Mapping[str, Sequence[str]] | None = None):
         super().__init__()
         self.config, self.gene_names, self.target_sum = config, list(gene_names), target_sum
+        self.gene_sets = dict(gene_sets or {})   # of the pathways encoder: known genes by set
         self.training_record = dict(training or {})   # what it was trained on: kept in the weights' config
         self.feature_width = image_encoder.width if image_encoder else feature_width
         self.image_encoder_sha256 = image_encoder.source if image_encoder else image_encoder_sha256
         self.image_encoder = image_encoder
         self.gene_scaling = InputScaling(len(self.gene_names), config.gene_scaling, config.gene_components, config.gene_min_share)
-        self.gene_encoder, width = gene_encoder(config.gene_encoder, self.gene_scaling.width, config.gene_hidden, config.gene_width,
-                                                config.dropout)
+        self.gene_encoder, width = gene_encoder(config, self.gene_scaling.width, self.gene_names, self.gene_sets)
         self.feature_scaling = InputScaling(self.feature_width, config.feature_scaling, config.feature_components)
         self.gene_head = self._head(width, config.dropout)
         self.image_head = self._head(self.feature_scaling.width, config.image_dropout)
@@ -118,7 +76,7 @@ class CLIP(nn.Module):
         return self.gene_scaling.is_active or self.feature_scaling.is_active
 
     def encode_genes(self, expression: Tensor) -> Tensor:
-        """Normalised expression (N, G) -> (N, D) unit rows."""
+        """Normalised expression (N, G) -> (N, D) unit rows; with `gene_sample_scaling`, rows scaled by `SampleScaling` already."""
         rows = F.dropout(self.gene_scaling(expression), self.config.gene_dropout, self.training)
         return F.normalize(self.gene_head(self.gene_encoder(rows)), dim=-1)
 
@@ -146,12 +104,22 @@ class CLIP(nn.Module):
         return F.normalize(self.project_image_features(features.flatten(0, 1)).unflatten(0, features.shape[:2]).mean(1), dim=-1)
 
     @torch.no_grad()
-    def embed_expression(self, expression: sp.csr_matrix, batch_size: int = 256) -> Tensor:
-        """Normalised expression, sparse (N, G) -> float32 (N, D) on the CPU. Streams; leaves the module's mode as it was."""
+    def embed_expression(self, expression: sp.csr_matrix, batch_size: int = 256, *, sample_ids: Sequence[str] | None = None) -> Tensor:
+        """Normalised expression, sparse (N, G) -> float32 (N, D) on the CPU. Streams; leaves the module's mode as it was.
+
+        With `gene_sample_scaling`, `sample_ids` (N,) say which rows are scaled together (none: all are one sample), and all spots
+        of a sample must be there.
+        """
+        samples = np.zeros(expression.shape[0], int) if sample_ids is None else np.unique(sample_ids, return_inverse=True)[1]
+        scaling = fit_sample_scaling(expression, samples, self.config.gene_sample_scaling)
         was_training, device = self.training, self.log_temperature.device
         self.eval()
-        blocks = [self.encode_genes(torch.from_numpy(expression[start:start + batch_size].toarray().astype(np.float32)).to(device)).cpu()
-                  for start in range(0, expression.shape[0], batch_size)]
+        blocks = []
+        for start in range(0, expression.shape[0], batch_size):
+            part = slice(start, start + batch_size)
+            rows = torch.from_numpy(expression[part].toarray().astype(np.float32))
+            rows = rows if scaling is None else scaling(rows, torch.from_numpy(samples[part]))
+            blocks.append(self.encode_genes(rows.to(device)).cpu())
         self.train(was_training)
         return torch.cat(blocks) if blocks else torch.zeros(0, self.config.projection)
 
@@ -174,11 +142,11 @@ class CLIP(nn.Module):
         """The config of a weights folder, plain JSON."""
         return {"class": "CLIP", "model": asdict(self.config), "target_sum": self.target_sum, "feature_width": self.feature_width,
                 "image_encoder_sha256": self.image_encoder_sha256, "vocab_sha256": strings_sha256(self.gene_names),
-                "training": self.training_record, "gene_names": self.gene_names}
+                "training": self.training_record, "gene_sets": self.gene_sets, "gene_names": self.gene_names}
 
     def save_pretrained(self, folder: Path | str) -> Path:
-        """Write a weights folder."""
-        return save_weights_folder(folder, self.weights(), self.description())
+        """Write a weights folder, with its model card."""
+        return save_weights_folder(folder, self.weights(), self.description(), model_card(self.description()))
 
     @classmethod
     def from_pretrained(cls, path: Path | str, *, image_encoder: bool = True, image_encoder_weights: Path | str | None = None) -> CLIP:
@@ -271,7 +239,7 @@ def _build(description: dict, path: Path | str, image_encoder: bool, weights: Pa
                                f"{description.get('image_encoder_sha256')}, with which this CLIP was trained", encoder.source)
     return CLIP(config, description["gene_names"], target_sum=description.get("target_sum", "median"), image_encoder=encoder,
                 feature_width=description.get("feature_width"), image_encoder_sha256=description.get("image_encoder_sha256", ""),
-                training=description.get("training"))
+                training=description.get("training"), gene_sets=description.get("gene_sets"))
 
 
 def _require_same_model(config: Mapping | Path | str | None, model: Mapping, ckpt: Path | str) -> None:

@@ -1,13 +1,18 @@
-"""Encode normalised expression (N, G) into (N, width): the published wide block, and two that do not spend G x G weights.
+"""Encode normalised expression (N, G) into (N, width): the published wide block, and others that do not spend G x G weights.
 
 `InputScaling` holds what was fitted on the training spots (means, deviations, principal axes), so that it travels in the weights.
 """
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-SCALINGS = ("none", "centre", "standardise")
+from networks.clip_model_config import ClipModelConfig
+from networks.gene_tokens import GeneTokens
+
 MIN_DEVIATION = 0.2   # added to a gene's deviation: a gene seen in three spots must not shout
 
 
@@ -96,15 +101,45 @@ class ProjectionHead(nn.Module):
         return self.norm(first + second if self.residual else second)
 
 
-def gene_encoder(kind: str, n_genes: int, hidden: int, width: int, dropout: float) -> tuple[nn.Module, int]:
-    """(module, width out): `linear_block` (published), `bottleneck`, `hidden`, or `identity` (the scaled input itself)."""
+class MemberLinear(nn.Module):
+    """G -> P sums, each over the genes of one set: a weight outside its set is zero, gets no gradient, and stays zero."""
+
+    def __init__(self, gene_names: Sequence[str], gene_sets: Mapping[str, Sequence[str]]):
+        super().__init__()
+        place = {gene: column for column, gene in enumerate(gene_names)}
+        members = torch.zeros(len(gene_sets), len(gene_names), dtype=torch.bool)
+        for row, genes in enumerate(gene_sets.values()):
+            members[row, [place[gene] for gene in genes]] = True
+        self.register_buffer("members", members, persistent=False)   # the names of the genes travel in the config of the weights
+        bound = members.sum(1, keepdim=True).float().rsqrt()         # as nn.Linear, whose inputs are the members
+        self.weight = nn.Parameter((torch.rand(members.shape) * 2 - 1) * bound * members)
+        self.bias = nn.Parameter(torch.zeros(len(gene_sets)))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(N, G) -> (N, P)."""
+        return F.linear(rows, self.weight * self.members, self.bias)
+
+
+class Pathways(nn.Sequential):
+    """G -> one sum a gene set -> width."""
+
+    def __init__(self, gene_names: Sequence[str], gene_sets: Mapping[str, Sequence[str]], width: int, dropout: float):
+        super().__init__(MemberLinear(gene_names, gene_sets), nn.GELU(), nn.Dropout(dropout),
+                         nn.Linear(len(gene_sets), width), nn.GELU(), nn.Dropout(dropout))
+
+
+def gene_encoder(config: ClipModelConfig, width_in: int, gene_names: Sequence[str],
+                 gene_sets: Mapping[str, Sequence[str]]) -> tuple[nn.Module, int]:
+    """(module, width out) of `config.gene_encoder`. `width_in`: of the scaled input; `identity` is that input itself."""
+    kind, hidden, width, dropout = config.gene_encoder, config.gene_hidden, config.gene_width, config.dropout
     if kind == "linear_block":
-        return LinearBlock(n_genes, width, dropout), width
+        return LinearBlock(width_in, width, dropout), width
     if kind == "bottleneck":
-        return Bottleneck(n_genes, hidden, width, dropout), width
+        return Bottleneck(width_in, hidden, width, dropout), width
     if kind == "hidden":
-        return Hidden(n_genes, hidden, dropout), hidden
-    return nn.Identity(), n_genes
-
-
-GENE_ENCODERS = ("linear_block", "bottleneck", "hidden", "identity")
+        return Hidden(width_in, hidden, dropout), hidden
+    if kind == "gene_tokens":
+        return GeneTokens(width_in, config), width
+    if kind == "pathways":
+        return Pathways(gene_names, gene_sets, width, dropout), width
+    return nn.Identity(), width_in

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from preprocessing.errors import InputError, WeightsError, first_few
 from preprocessing.outputs import file_sha256, finished_folder, program_versions
 
-MODEL_FILE, CONFIG_FILE, SUMS_FILE = "model.safetensors", "config.json", "SHA256SUMS"
+MODEL_FILE, CONFIG_FILE, SUMS_FILE, CARD_FILE = "model.safetensors", "config.json", "SHA256SUMS", "README.md"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".torch", ".ckpt")
 WRAPPERS = ("state_dict", "model", "teacher")   # keys under which others' files keep their tensors
 
@@ -80,8 +80,8 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str
     module.load_state_dict(dict(tensors), strict=True)
 
 
-def save_weights_folder(folder: Path | str, tensors: Mapping[str, Tensor], config: Mapping) -> Path:
-    """Write a weights folder; it appears under its name only when whole. Returns the folder."""
+def save_weights_folder(folder: Path | str, tensors: Mapping[str, Tensor], config: Mapping, card: str = "") -> Path:
+    """Write a weights folder, with a model card if there is one; it appears under its name only when whole. Returns the folder."""
     folder = Path(folder)
     with finished_folder(folder, validate=load_weights_folder) as temporary:
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary / MODEL_FILE)
@@ -89,6 +89,8 @@ def save_weights_folder(folder: Path | str, tensors: Mapping[str, Tensor], confi
         (temporary / CONFIG_FILE).write_text(text + "\n")
         sums = "".join(f"{file_sha256(temporary / name)}  {name}\n" for name in (MODEL_FILE, CONFIG_FILE))
         (temporary / SUMS_FILE).write_text(sums)
+        if card:
+            (temporary / CARD_FILE).write_text(card)
     return folder
 
 

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from omegaconf import OmegaConf
 
 from clip_embeddings import main as clip_embeddings
+from evaluation.retrieval import retrieval_metrics
 from networks.clip import CLIP
 from networks.weights import read_plain_file
 from preprocessing.errors import InputError, OptionError, WeightsError
@@ -79,7 +80,11 @@ def test_a_run_ends_with_weights_logs_checkpoints_and_its_configuration(run, sam
     assert list((run / "tensorboard").glob("events.*"))
     assert len(list((run / "checkpoints").glob("step*.ckpt"))) == 5 and (run / "checkpoints" / "last.ckpt").is_file()
     assert json.loads((run / "config.json").read_text())["optimizer"]["lr"] == 1e-2
-    assert json.loads((run / "retrieval.json").read_text())["n_spots"] == 32
+    retrieval = json.loads((run / "retrieval.json").read_text())
+    assert retrieval["n_spots"] == retrieval["samples"]["C"]["n_spots"] == 32
+    card = (run / "clip" / "README.md").read_text()
+    assert "64 spots of 2 samples: A, B" in card and "among 32 validation spots of C" in card and str(samples) not in card
+    assert retrieval["gene_to_image_r10"] == retrieval["joint"]["gene_to_image"]["r10"]
 
 
 def test_the_weights_are_those_of_the_best_validation_loss(run):
@@ -112,6 +117,39 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_equals_one_that_never_stopped(s
     resumed = train(config(run_dir=str(tmp_path / "resumed"), ckpt_path=str(middle), **options), samples)
     first, second = (CLIP.from_pretrained(folder / "clip").weights() for folder in (straight, resumed))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+GENE_SETS = "colour\tof the patch\tg0\tg1\tg2\nothers\t\tg4\tg7\tunheard of\n"
+STRUCTURED = {"gene tokens": {"gene_encoder": "gene_tokens", "gene_tokens": 6, "gene_token_width": 8, "gene_token_heads": 2},
+              "pathways": {"gene_encoder": "pathways", "pathways_file": "sets.gmt"}}
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_an_encoder_with_structure_trains_resumes_and_embeds(samples, tmp_path, name, capsys):
+    (samples / "sets.gmt").write_text(GENE_SETS)
+    options = {"model": STRUCTURED[name], "trainer": {"select": "last"}, "image": {"cache_features": 2}}
+    straight = train(config(run_dir=str(tmp_path / "straight"), **options), samples)
+    middle = next((straight / "checkpoints").glob("step000003*.ckpt"))
+    resumed = train(config(run_dir=str(tmp_path / "resumed"), ckpt_path=str(middle), **options), samples)
+    first, second = (CLIP.from_pretrained(folder / "clip").weights() for folder in (straight, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    said = "sets.gmt: 2 of 2 gene sets with 5 of 12 genes; unknown genes left out: 1 (unheard of)"
+    assert (said in capsys.readouterr().out) == (name == "pathways")
+    (samples / "sets.gmt").write_text("")   # the weights do not need it
+    done = embed("--network", straight / "clip", "--gex", samples / "C" / "gex_filt.h5ad", "--out-dir", tmp_path, "--null")
+    assert done.exit_code == 0, done.output
+    assert np.isfinite(np.load(tmp_path / "gene_clip_emb.npy")).all() and np.isfinite(np.load(tmp_path / "null_clip_emb.npy")).all()
+
+
+def test_training_and_embedding_scale_a_sample_alike(samples, tmp_path):
+    run = train(config(run_dir=str(tmp_path / "run"), model={"gene_sample_scaling": "standardise", "gene_scaling": "centre"}), samples)
+    done = embed("--network", run / "clip", "--gex", samples / "C" / "gex_filt.h5ad", "--images", samples / "C" / "patches",
+                 "--out-dir", tmp_path, "--null")
+    assert done.exit_code == 0, done.output
+    embedded, trained = (json.loads((folder / "retrieval.json").read_text())["joint"] for folder in (tmp_path, run))
+    assert embedded == trained
+    clip = CLIP.from_pretrained(run / "clip", image_encoder=False)
+    assert np.allclose(np.load(tmp_path / "null_clip_emb.npy"), clip.encode_genes(torch.zeros(1, 12)).detach(), atol=1e-6)
 
 
 @pytest.fixture
@@ -169,12 +207,15 @@ def test_another_model_cannot_continue_a_checkpoint(run, samples, tmp_path):
 @pytest.mark.parametrize("options, error, said", [
     ({"trainer": {"batch_size": 65}}, OptionError, "trainer.batch_size: expected at most the 64 training spots"),
     ({"data": {"train_gex": None}}, OptionError, "data.train_gex and data.train_image_dir"),
+    ({"data": {"train_gex": "A/gex_filt.h5ad", "train_image_dir": "A/patches"}, "trainer": {"batch_mmd": 1.0}}, OptionError,
+     "trainer.batch_mmd: expected several training samples.*found A"),
     ({"data": {"val_gex": None}}, OptionError, "both data.val_gex and data.val_image_dir"),
     ({"data": {"train_gex": "A/gex_filt.h5ad"}}, OptionError, "two comma-separated lists of equal length"),
     ({"data": {"train_gex": "A/gex_filt.h5ad,no/gex_filt.h5ad"}}, InputError, "nothing there"),
     ({"model": {"image_encoder": "uni"}}, InputError, "MahmoodLab/UNI"),
     ({"ckpt_path": "absent.ckpt"}, InputError, "a file to resume from"),
-], ids=["N < batch", "no data", "half a validation sample", "unequal lists", "missing file", "gated weights", "no checkpoint"])
+], ids=["N < batch", "no data", "one sample", "half a validation sample", "unequal lists", "missing file", "gated weights",
+        "no checkpoint"])
 def test_what_cannot_be_trained_on_is_refused_before_training(samples, tmp_path, monkeypatch, options, error, said):
     monkeypatch.delenv("UNI_STATE_DICT_PATH", raising=False)
     with pytest.raises(error, match=said):
@@ -247,8 +288,12 @@ def test_embeddings_are_unit_rows_in_h5ad_order(run, samples, tmp_path):
     genes, images = np.load(tmp_path / "gene_clip_emb.npy"), np.load(tmp_path / "image_clip_emb.npy")
     assert genes.dtype == np.float32 and np.allclose(np.linalg.norm(genes, axis=1), 1, atol=1e-5)
     assert np.load(tmp_path / "null_clip_emb.npy").shape == (1, 8)
+    found = json.loads((tmp_path / "retrieval.json").read_text())
+    assert found["joint"]["gene_to_image"] == found["samples"]["C"]["gene_to_image"] == retrieval_metrics(genes, images)
+    assert f"gene to image R@10 {found['joint']['gene_to_image']['r10']:.3f}" in result.output and "retrieval.json" in result.output
     straight = tmp_path / "straight"
     assert embed("--network", run / "clip", "--gex", samples / "C" / "gex_filt.h5ad", "--out-dir", straight).exit_code == 0
+    assert not (straight / "retrieval.json").exists()
     assert np.allclose(np.load(straight / "gene_clip_emb.npy"), genes[::-1], atol=1e-5) and not (straight / "image_clip_emb.npy").exists()
     alone = tmp_path / "alone"
     assert embed("--network", run / "clip", "--images", samples / "C" / "patches", "--out-dir", alone).exit_code == 0

@@ -53,7 +53,8 @@ def weights_of(samples, name):
 
 def assert_same_weights(first, second):
     assert first.keys() == second.keys()
-    assert max(float((first[name].float() - second[name].float()).abs().max()) for name in first) < 1e-5
+    apart = {name: float((first[name].float() - second[name].float()).abs().max()) for name in first}
+    assert max(apart.values()) < 1e-5, apart
 
 
 def test_one_process_holds_every_row():
@@ -85,7 +86,10 @@ def test_a_device_that_is_not_there_is_a_usage_error():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["image.cache_features=3", "model.gene_scaling=centre", "model.feature_components=4",
-                                          "model.learn_temperature=true", "model.image_views=8"]], ids=["online", "cached features"])
+                                          "model.learn_temperature=true", "model.image_views=8"],
+                                     ["image.cache_features=2", "model.gene_encoder=gene_tokens", "model.gene_tokens=6",
+                                      "model.gene_token_width=8", "trainer.contrast=within_sample", "trainer.batch_mmd=0.5"]],
+                         ids=["online", "cached features", "gene tokens, samples told apart"])
 def test_two_ranks_train_the_weights_of_one_at_the_same_global_batch(samples, tmp_path, options):
     runs = {"one": ["trainer.devices=1"], "two": ["trainer.devices=2", f"image.cache_dir={tmp_path / 'cache'}"]}
     told = {}

@@ -13,7 +13,8 @@ from preprocessing.errors import InputError
 from preprocessing.png_folder import write_patch_folder
 
 N, G, PX, SEEDS = 40, 12, 32, 2
-RETRIEVAL = {"r1", "r5", "r10", "median_rank", "r10_ci95", "chance_r10"}
+RETRIEVAL = {f"{prefix}{name}{suffix}" for name in ("r1", "r5", "r10", "median_rank")
+             for prefix, suffix in (("", ""), ("", "_ci95"), ("chance_", ""))}
 
 
 def write_section(folder, name, rng):

@@ -115,6 +115,8 @@ class TrainerConfig:
     num_nodes: int = 1               # machines; each has `devices`
     timeout_minutes: float = 30.0    # a process that leaves the others waiting for so long ends the run
     precision: str | None = None     # none = bf16-mixed on a GPU, 32-true on a CPU
+    contrast: str = "all"            # candidates of a spot in its batch: all (published) | within_sample
+    batch_mmd: float = 0.0           # weight of the distance between the samples of a batch (sample_mmd); 0 = off
     val_every_steps: int = 10
     limit_val_batches: int = 50
     save_top: int = 5                # best checkpoints kept, beside the last
@@ -132,8 +134,11 @@ class TrainerConfig:
             raise OptionError("trainer.precision", f"one of {', '.join(PRECISIONS)}", self.precision)
         if not self.timeout_minutes > 0:
             raise OptionError("trainer.timeout_minutes", "above 0", str(self.timeout_minutes))
-        if self.select not in ("best", "last"):
-            raise OptionError("trainer.select", "one of best, last", self.select)
+        for name, choices in (("select", ("best", "last")), ("contrast", ("all", "within_sample"))):
+            if getattr(self, name) not in choices:
+                raise OptionError(f"trainer.{name}", f"one of {', '.join(choices)}", getattr(self, name))
+        if not self.batch_mmd >= 0:
+            raise OptionError("trainer.batch_mmd", "0 (off) or more", str(self.batch_mmd))
 
 
 @dataclass

@@ -5,8 +5,9 @@ A batch is a function of (seed, step) alone, so a resumed run sees exactly what 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from networks.histo_models import Encoder
+from networks.sample_scaling import SampleScaling, fit_sample_scaling
 from preprocessing.errors import InputError, OptionError
 from training.augment import N_DRAWS, AugmentConfig, apply_views, plain_views, turned_views, views_from
 from training.clip_config import ClipConfig
@@ -27,13 +29,24 @@ from training.patch_cache import PatchRows
 FIT_PATCHES = 1000   # patches from which the scaling of image features is fitted when none are cached
 
 
+class Batch(NamedTuple):
+    """What one step sees; row i of everything is one spot."""
+
+    seen: Tensor         # images (n, 3, H, W) in [-1, 1] | cached features (n, F) | all cached views (n, K, F)
+    expression: Tensor   # (n, G)
+    samples: Tensor      # int64 (n,): number of the sample
+
+
 @dataclass
 class Pairs(Dataset):
     """Paired rows: `images` (in memory or mapped) or cached `features`, whichever training reads."""
 
     expression: sp.csr_matrix          # (N, G) float32, normalised
     barcodes: np.ndarray               # (N,) "sample__barcode"
+    sample_ids: np.ndarray             # (N,) str
     images: Tensor | PatchRows | None  # uint8 (N, 3, H, W)
+    sample_numbers: np.ndarray         # int64 (N,)
+    scaling: SampleScaling | None = None   # of expression, by these numbers
     features: Tensor | None = None     # float32 (N, K, F)
     augment: AugmentConfig | None = None   # None: the plain view, for validation
     seed: int = 0
@@ -41,18 +54,23 @@ class Pairs(Dataset):
     def __len__(self) -> int:
         return len(self.barcodes)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """A batch of (step, row) keys -> (images [-1, 1] | features (n, F) | all views (n, K, F), expression (n, G))."""
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
+        """A batch of (step, row) keys."""
         rows = torch.tensor([row for _, row in keys])
-        expression = torch.from_numpy(self.expression[rows.numpy()].toarray())
+        return Batch(self._seen(rows, keys), self.dense_expression(rows.numpy()), torch.from_numpy(self.sample_numbers[rows.numpy()]))
+
+    def dense_expression(self, rows: np.ndarray) -> Tensor:
+        """float32 (n, G) of these rows, as the model takes it."""
+        dense = torch.from_numpy(self.expression[rows].toarray())
+        return dense if self.scaling is None else self.scaling(dense, torch.from_numpy(self.sample_numbers[rows]))
+
+    def _seen(self, rows: Tensor, keys: list[tuple[int, int]]) -> Tensor:
         if self.features is not None:
-            if self.augment is None:
-                return self.features[rows], expression
-            return self.features[rows, self._views_of(keys)], expression
+            return self.features[rows] if self.augment is None else self.features[rows, self._views_of(keys)]
         if self.augment is None:
-            return apply_views(self.images[rows], plain_views(len(rows))), expression
+            return apply_views(self.images[rows], plain_views(len(rows)))
         uniform = torch.cat([torch.rand(1, N_DRAWS, generator=self._generator(key)) for key in keys])
-        return apply_views(self.images[rows], views_from(uniform, self.augment)), expression
+        return apply_views(self.images[rows], views_from(uniform, self.augment))
 
     def _views_of(self, keys: list[tuple[int, int]]) -> Tensor:
         n_views = self.features.shape[1]
@@ -117,7 +135,10 @@ def load_clip_data(config: ClipConfig, resolve: Callable[[str], Path]) -> ClipDa
         split = {"buffer_px": buffer_px, "train": dataset.barcodes[rows].tolist(), "val": dataset.barcodes[held].tolist()}
         train, val = _subset(train, rows), _subset(train, held, training=False)
     _require_enough(train, val, config)
-    record = {"samples": sorted({str(name) for name in dataset.sample_ids}), "n_spots": len(train), "n_val_spots": len(val) if val else 0,
+    names = sorted({str(name) for name in dataset.sample_ids})
+    if len(names) == 1 and (config.trainer.contrast == "within_sample" or config.trainer.batch_mmd):
+        raise OptionError("trainer.contrast, trainer.batch_mmd", "several training samples, or contrast=all and batch_mmd=0", names[0])
+    record = {"samples": names, "n_spots": len(train), "n_val_spots": len(val) if val else 0,
               "patch_px": config.data.patch_px}
     return ClipData(train, val, dataset.gene_names, record, split)
 
@@ -138,7 +159,7 @@ def use_features(data: ClipData, tower: Encoder, config: ClipConfig, resolve: Ca
 
 def fitting_rows(data: ClipData, tower: Encoder, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Training rows from which the model's input scaling is fitted: expression (N, G) and features (M, F)."""
-    expression = torch.from_numpy(data.train.expression.toarray())
+    expression = data.train.dense_expression(np.arange(len(data.train)))
     if data.train.features is not None:
         return expression, data.train.features.flatten(0, 1)
     chosen = np.sort(np.random.default_rng(0).choice(len(data.train), min(len(data.train), FIT_PATCHES), replace=False))
@@ -148,12 +169,16 @@ def fitting_rows(data: ClipData, tower: Encoder, device: torch.device | str) -> 
 
 def _pairs(dataset: ImageGeneDataset, config: ClipConfig, cache_dir: Path | str | None, training: bool = True) -> Pairs:
     images = dataset.open_patches(progress=config.trainer.progress_bar, cache_dir=cache_dir) if len(dataset) else None
-    return Pairs(dataset.expression, dataset.barcodes, images, augment=config.image.augment if training else None, seed=config.seed)
+    numbers = np.unique(dataset.sample_ids, return_inverse=True)[1]
+    scaling = fit_sample_scaling(dataset.expression, numbers, config.model.gene_sample_scaling) if len(dataset) else None
+    return Pairs(dataset.expression, dataset.barcodes, dataset.sample_ids, images, numbers, scaling,
+                 augment=config.image.augment if training else None, seed=config.seed)
 
 
 def _subset(pairs: Pairs, rows: np.ndarray, training: bool = True) -> Pairs:
-    return Pairs(pairs.expression[rows], pairs.barcodes[rows], pairs.images.subset(rows),
-                 augment=pairs.augment if training else None, seed=pairs.seed)
+    """Some rows; expression stays scaled by the whole sample, as it will be wherever the sample is embedded."""
+    return replace(pairs, expression=pairs.expression[rows], barcodes=pairs.barcodes[rows], sample_ids=pairs.sample_ids[rows],
+                   images=pairs.images.subset(rows), sample_numbers=pairs.sample_numbers[rows], augment=pairs.augment if training else None)
 
 
 def _require_enough(train: Pairs, val: Pairs | None, config: ClipConfig) -> None:

@@ -4,6 +4,7 @@ A cached view equals what the online path computes for the same view: both go th
 """
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from networks.weights import load_weights_folder, save_weights_folder
-from preprocessing.outputs import config_sha256, strings_sha256
+from preprocessing.outputs import config_sha256
 from training.augment import AugmentConfig, apply_views, draw_views, plain_views, turned_views
 from training.clip_ranks import gather_rows, own_rows, rank_and_size
+from training.patch_cache import PatchRows
 
 IMAGES_A_BATCH = 64
 
@@ -32,7 +34,7 @@ def view_table(n_patches: int, n_views: int, augment: AugmentConfig, seed: int) 
 
 
 @torch.no_grad()
-def compute_features(images: Tensor, views: Tensor, tower: Callable[[Tensor], Tensor], *, device: torch.device | str = "cpu",
+def compute_features(images: Tensor | PatchRows, views: Tensor, tower: Callable[[Tensor], Tensor], *, device: torch.device | str = "cpu",
                      progress: bool = True) -> Tensor:
     """uint8 (N, 3, H, W) and (N, K, 7) -> float32 (N, K, F) on the CPU. Several ranks share the work; each gets the whole."""
     n_views = views.shape[1]
@@ -48,7 +50,7 @@ def compute_features(images: Tensor, views: Tensor, tower: Callable[[Tensor], Te
     return torch.cat(blocks).unflatten(0, (len(images), n_views))
 
 
-def cached_features(images: Tensor, views: Tensor, tower: Callable[[Tensor], Tensor], *, tower_key: str, cache_dir: Path | None,
+def cached_features(images: Tensor | PatchRows, views: Tensor, tower: Callable[[Tensor], Tensor], *, tower_key: str, cache_dir: Path | None,
                     device: torch.device | str = "cpu", progress: bool = True) -> Tensor:
     """`compute_features`, kept in `cache_dir` (if given) under the hash of the patches, the views and the tower
     (`tower_key`: its weights and input side)."""
@@ -64,10 +66,10 @@ def cached_features(images: Tensor, views: Tensor, tower: Callable[[Tensor], Ten
     return features
 
 
-def tensor_sha256(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, row by row."""
-    import hashlib
+def tensor_sha256(tensor: Tensor | PatchRows) -> str:
+    """SHA-256 of a tensor's rows: their bytes, type and shape."""
     digest = hashlib.sha256()
     for row in tensor:
+        digest.update(f"{row.dtype} {tuple(row.shape)}".encode())
         digest.update(row.contiguous().numpy().tobytes())
-    return strings_sha256([digest.hexdigest(), str(tensor.dtype)])
+    return digest.hexdigest()

@@ -17,14 +17,14 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from evaluation.retrieval import retrieval_metrics
+from evaluation.retrieval import both_ways
 from networks.clip import CLIP
 from networks.weights import read_plain_file
 from preprocessing.errors import InputError, OptionError, WeightsError
 from training.clip_checkpoints import StopOnSignal, SummedCheckpoints, same_signals_after
-from training.clip_config import ClipConfig, OptimizerConfig
-from training.clip_data import ClipData, StepBatches, whole_batch
-from training.clip_losses import clip_loss
+from training.clip_config import ClipConfig
+from training.clip_data import Batch, ClipData, StepBatches, whole_batch
+from training.clip_losses import clip_loss, sample_mmd
 from training.clip_ranks import gather_rows, own_rows
 from training.loading import BatchesAhead
 
@@ -38,26 +38,35 @@ class ClipModule(pl.LightningModule):
 
     strict_loading = False   # checkpoints hold no frozen tower
 
-    def __init__(self, clip: CLIP, optimizer: OptimizerConfig, total_steps: int, seed: int, val_sizes: Sequence[int] = ()):
+    def __init__(self, clip: CLIP, config: ClipConfig, total_steps: int, val_sizes: Sequence[int] = ()):
         super().__init__()
-        self.clip, self.optimizer_config, self.total_steps, self.seed = clip, optimizer, total_steps, seed
+        self.clip, self.total_steps, self.seed = clip, total_steps, config.seed
+        self.optimizer_config, self.options = config.optimizer, config.trainer
         self.val_sizes = val_sizes   # spots of each validation batch, over all ranks
         self.skipped_steps = self.skipped_in_a_row = 0
         self.val_metrics: dict[str, float] = {}
-        self._val_genes: list[Tensor] = []
-        self._val_images: list[Tensor] = []
+        self._val_embeds: list[tuple[Tensor, Tensor, Tensor]] = []   # images (n, D), genes (n, D), samples (n,) of each batch
 
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
         torch.manual_seed(self.seed * 1_000_003 + self.global_step * 1009 + self.global_rank)   # dropout of this step
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        seen, expression = batch
-        genes = gather_rows(self.clip.encode_genes(expression).float())
-        images = gather_rows(self._embed_images(seen).float())
-        loss = clip_loss(images, genes, self.clip.temperature)
-        self.log_dict({"train/loss": loss, "train/temperature": self.clip.temperature, "train/skipped_steps": float(self.skipped_steps)},
-                      prog_bar=True)
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, genes, samples = self._embed(batch)
+        loss = self._contrastive_loss(images, genes, samples)
+        logged = {"train/loss": loss, "train/temperature": self.clip.temperature, "train/skipped_steps": float(self.skipped_steps)}
+        if self.options.batch_mmd:
+            logged["train/mmd"] = sample_mmd(genes, samples) + sample_mmd(images, samples)
+            loss = loss + self.options.batch_mmd * logged["train/mmd"]
+        self.log_dict(logged, prog_bar=True)
         return loss
+
+    def _embed(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(images (N, D), genes (N, D), samples (N,)) of the batch of all ranks."""
+        genes = gather_rows(self.clip.encode_genes(batch.expression).float())
+        return gather_rows(self._embed_images(batch.seen).float()), genes, gather_rows(batch.samples)
+
+    def _contrastive_loss(self, images: Tensor, genes: Tensor, samples: Tensor) -> Tensor:
+        return clip_loss(images, genes, self.clip.temperature, samples if self.options.contrast == "within_sample" else None)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """A step without a finite gradient changes nothing. Gradients are the same on every rank, and so is what is decided here."""
@@ -78,19 +87,16 @@ class ClipModule(pl.LightningModule):
             return self.clip.encode_images(seen)
         return self.clip.project_image_features(seen) if seen.dim() == 2 else self.clip.project_views(seen)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        seen, expression = batch   # this rank's share
-        n_spots = self.val_sizes[batch_idx]
-        self._val_images.append(gather_rows(self._embed_images(seen).float())[:n_spots])
-        self._val_genes.append(gather_rows(self.clip.encode_genes(expression).float())[:n_spots])
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:   # this rank's share
+        self._val_embeds.append(tuple(part[:self.val_sizes[batch_idx]] for part in self._embed(batch)))
 
     def on_validation_epoch_end(self) -> None:
-        genes, images = torch.cat(self._val_genes), torch.cat(self._val_images)
-        size = len(self._val_genes[0])
-        losses = [clip_loss(i, g, self.clip.temperature) for g, i in zip(self._val_genes, self._val_images, strict=True) if len(g) == size]
-        self._val_genes.clear()
-        self._val_images.clear()
-        self.val_metrics = {MONITOR: float(torch.stack(losses).mean()), **retrieval_both_ways(genes, images, n_bootstrap=1)}
+        size = len(self._val_embeds[0][0])
+        losses = [self._contrastive_loss(*embeds) for embeds in self._val_embeds if len(embeds[0]) == size]
+        images, genes, _ = (torch.cat(parts) for parts in zip(*self._val_embeds, strict=True))
+        self._val_embeds.clear()
+        found = flat_metrics(both_ways(genes.cpu().numpy(), images.cpu().numpy(), n_bootstrap=1))
+        self.val_metrics = {MONITOR: float(torch.stack(losses).mean()), **{f"val/{name}": value for name, value in found.items()}}
         self.log_dict(self.val_metrics, sync_dist=True)   # to the last bit the same: all ranks keep the same checkpoints
         shown = "   ".join(f"{name.removeprefix('val/')} {self.val_metrics[name]:.3f}" for name in SHOWN)
         self.print(f"step {self.global_step:>6}   {shown}")   # rank 0 alone
@@ -101,7 +107,8 @@ class ClipModule(pl.LightningModule):
         groups = [{"params": [p for name, p in trained if name != "log_temperature"], "weight_decay": config.weight_decay},
                   {"params": [p for name, p in trained if name == "log_temperature"], "weight_decay": 0.0}]
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}[config.name]
-        optimizer = kind([group for group in groups if group["params"]], lr=config.lr)
+        fused = {"fused": True} if config.name in ("adamw", "adam") and self.trainer.precision != "16-mixed" else {}   # a scaler unscales
+        optimizer = kind([group for group in groups if group["params"]], lr=config.lr, **fused)
         if config.schedule == "constant":
             return optimizer
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=self.total_steps + 1, pct_start=0.1,
@@ -117,7 +124,8 @@ class ClipModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         trained = json.loads(checkpoint.get("clip", "{}"))
         ours = self.clip.description()
-        different = [name for name in ("model", "vocab_sha256", "image_encoder_sha256", "target_sum") if trained.get(name) != ours[name]]
+        different = [name for name in ("model", "vocab_sha256", "gene_sets", "image_encoder_sha256", "target_sum")
+                     if trained.get(name) != ours[name]]
         if different:
             raise WeightsError("ckpt_path", "checkpoint", "the model, genes and encoder of this run", f"another {', '.join(different)}")
         name, trained_with = self.optimizer_config.name, checkpoint.get("optimizer")
@@ -134,12 +142,9 @@ def _cycle(total_steps: list) -> str:
     return f"one_cycle over {total_steps[0] - 1} steps" if total_steps else "no one_cycle schedule"
 
 
-def retrieval_both_ways(genes: Tensor, images: Tensor, n_bootstrap: int = 1000) -> dict[str, float]:
-    """`val/gene_to_image_r10` and its like for logs; both (N, D), paired by row."""
-    genes, images = genes.cpu().numpy(), images.cpu().numpy()
-    named = {"gene_to_image": retrieval_metrics(genes, images, n_bootstrap=n_bootstrap),
-             "image_to_gene": retrieval_metrics(images, genes, n_bootstrap=n_bootstrap)}
-    return {f"val/{way}_{name}": float(metrics[name]) for way, metrics in named.items() for name in ("r1", "r5", "r10", "median_rank")}
+def flat_metrics(ways: dict[str, dict]) -> dict[str, float]:
+    """`gene_to_image_r10` and its like of `evaluation.retrieval.both_ways`."""
+    return {f"{way}_{name}": ways[way][name] for way in ("gene_to_image", "image_to_gene") for name in ("r1", "r5", "r10", "median_rank")}
 
 
 def fit_clip(clip: CLIP, data: ClipData, config: ClipConfig, run_dir: Path, ckpt_path: Path | None) -> CLIP:
@@ -155,7 +160,7 @@ def fit_clip(clip: CLIP, data: ClipData, config: ClipConfig, run_dir: Path, ckpt
     batches = StepBatches(len(data.train), options.batch_size, config.seed, lambda: trainer.global_step,
                           rank=trainer.global_rank, world_size=trainer.world_size)
     val_batches = _val_batches(data, config)
-    module = ClipModule(clip, config.optimizer, len(batches) * options.max_epochs, config.seed, [len(batch) for batch in val_batches])
+    module = ClipModule(clip, config, len(batches) * options.max_epochs, [len(batch) for batch in val_batches])
     loader = BatchesAhead(batches, data.train.__getitems__, _loader_threads(config))
     val_loader = None if data.val is None else DataLoader(
         data.val, batch_sampler=[[batch[place] for place in own_rows(len(batch))] for batch in val_batches], collate_fn=whole_batch)

@@ -8,13 +8,15 @@ from pathlib import Path
 import torch
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 
+from evaluation.retrieval import retrieval_by_sample
 from networks.clip import CLIP
 from networks.histo_models import Encoder, build_encoder
+from preprocessing.gene_sets import gene_sets_within
 from preprocessing.outputs import program_versions, write_json
 from training.clip_checkpoints import require_checkpoint
 from training.clip_config import ClipConfig
-from training.clip_data import ClipData, fitting_rows, load_clip_data, use_features
-from training.clip_module import fit_clip, retrieval_both_ways
+from training.clip_data import ClipData, Pairs, fitting_rows, load_clip_data, use_features
+from training.clip_module import fit_clip, flat_metrics
 from training.clip_ranks import all_ranks, find_devices
 
 
@@ -34,6 +36,7 @@ def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
                           config.model.image_encoder_px)   # fails early: before data is read
     ckpt_path = _checkpoint(config, resolve)
     data = load_clip_data(config, resolve)
+    gene_sets = _gene_sets(config, resolve, data.gene_names)
     with all_ranks(ranks):
         run_dir = ranks.broadcast(_open_run(config, data, tower, resolve) if ranks.is_global_zero else None)
         tower.to(ranks.device)
@@ -41,16 +44,26 @@ def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
             use_features(data, tower, config, resolve, ranks.device)
         torch.manual_seed(config.seed)
         clip = CLIP(config.model, data.gene_names, target_sum=config.data.target_sum, image_encoder=tower,
-                    training={**data.record, "seed": config.seed})
+                    training={**data.record, "seed": config.seed}, gene_sets=gene_sets)
         if clip.needs_fitting:
             clip.fit_inputs(*fitting_rows(data, tower, ranks.device))
         clip = fit_clip(clip, data, config, run_dir, ckpt_path)
         if not ranks.is_global_zero:
             return None
-        clip.save_pretrained(run_dir / "clip")
         if data.val is not None:
-            _write_retrieval(clip, data.val, run_dir)
+            clip.training_record["retrieval"] = _write_retrieval(clip, data.val, run_dir)
+        clip.save_pretrained(run_dir / "clip")
     return run_dir
+
+
+def _gene_sets(config: ClipConfig, resolve: Callable[[str], Path], gene_names: list[str]) -> dict[str, list[str]]:
+    """Of the pathways encoder; none for the others. What was left out is said."""
+    if config.model.pathways_file is None:
+        return {}
+    gene_sets, said = gene_sets_within(resolve(config.model.pathways_file), gene_names)
+    if not rank_zero_only.rank:
+        print(said, flush=True)
+    return gene_sets
 
 
 def _open_run(config: ClipConfig, data: ClipData, tower: Encoder, resolve: Callable[[str], Path]) -> Path:
@@ -67,17 +80,18 @@ def _open_run(config: ClipConfig, data: ClipData, tower: Encoder, resolve: Calla
     return run_dir
 
 
-def _write_retrieval(clip: CLIP, val, run_dir: Path) -> None:
-    """Retrieval of the weights that were saved, on the validation spots: retrieval.json."""
+def _write_retrieval(clip: CLIP, val: Pairs, run_dir: Path) -> dict:
+    """Retrieval of the final weights on the validation spots: retrieval.json. Returns the joint numbers with the samples' names."""
     keys = [(0, row) for row in range(len(val))]
     genes, images = [], []
     with torch.no_grad():
         for start in range(0, len(keys), 256):
-            seen, expression = val.__getitems__(keys[start:start + 256])
+            seen, expression, _ = val.__getitems__(keys[start:start + 256])
             genes.append(clip.encode_genes(expression))
             images.append(clip.encode_images(seen) if seen.dim() == 4 else clip.project_views(seen))
-    metrics = {name.removeprefix("val/"): value for name, value in retrieval_both_ways(torch.cat(genes), torch.cat(images)).items()}
-    write_json(run_dir / "retrieval.json", {"n_spots": len(val), **metrics})
+    found = retrieval_by_sample(torch.cat(genes).numpy(), torch.cat(images).numpy(), val.sample_ids)
+    write_json(run_dir / "retrieval.json", {"n_spots": len(val), **flat_metrics(found["joint"]), **found})
+    return {"samples": list(found["samples"]), **found["joint"]}
 
 
 def _checkpoint(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:

@@ -31,6 +31,8 @@ class CondDropout:
         layers = list(clip.gene_encoder) if isinstance(clip.gene_encoder, nn.Sequential) else []
         if not any(isinstance(layer, nn.Dropout) for layer in layers):
             raise OptionError("--cond-dropout", "a gene encoder with dropout, or --cond-dropout 0", type(clip.gene_encoder).__name__)
+        if clip.config.gene_sample_scaling != "none":
+            raise OptionError("--cond-dropout", "0 with a gene encoder that scales every sample by its own genes", str(rate))
         self.clip, self.layers, self.expression, self.rate, self.seed = clip, layers, expression, rate, seed
 
     @torch.no_grad()

@@ -52,7 +52,7 @@ def load_gan_data(samples: Sequence[SampleFiles], validation: Sequence[SampleFil
     def read(files: Sequence[SampleFiles], size: int | None) -> tuple[ImageGeneDataset, TrainingData]:
         spots = ImageGeneDataset(files, target_sum=clip.target_sum, vocabulary=clip.gene_names, max_size=size, seed=seed)
         images = spots.load_images(img_resolution, progress=progress, cache_dir=cache_dir)
-        return spots, TrainingData(images, clip.embed_expression(spots.expression))
+        return spots, TrainingData(images, clip.embed_expression(spots.expression, sample_ids=spots.sample_ids))
 
     spots, training = read(samples, max_size)
     training = replace(training, expression=spots.expression if keep_expression else None)

@@ -54,8 +54,11 @@ def read_prompts(path: Path | str, snapshot: Snapshot, *, encoded: bool = False,
     if path.suffix == ".h5ad":
         clip = snapshot.clip
         table = expression_only(path, target_sum=clip.target_sum, vocabulary=clip.gene_names)
-        embeddings, barcodes, obs = clip.embed_expression(table.expression), table.barcodes, table.obs
+        embeddings, barcodes, obs = clip.embed_expression(table.expression, sample_ids=table.sample_ids), table.barcodes, table.obs
     else:
+        if not encoded and snapshot.clip.config.gene_sample_scaling != "none":
+            raise InputError(path, "prompts", "an .h5ad of a whole sample: the gene encoder scales every sample by its own genes",
+                             "rows of expression in an .npy", "Or give embeddings with --encoded")
         rows = _read_rows(path, snapshot.generator.config.c_dim if encoded else len(snapshot.clip.gene_names), encoded)
         embeddings = torch.from_numpy(rows) if encoded else snapshot.clip.embed_expression(sp.csr_matrix(rows))
     width = snapshot.generator.config.c_dim

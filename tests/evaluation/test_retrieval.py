@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from evaluation.retrieval import places, r10_difference, retrieval_metrics, summarise_places
+from evaluation.retrieval import both_ways, places, r10_difference, retrieval_by_sample, retrieval_metrics, summarise_places
 
 
 def test_planted_pairs_are_always_first(rng):
@@ -71,3 +71,30 @@ def test_the_difference_to_another_model_is_drawn_over_the_same_spots():
     assert better["ci95"][0] > 0.5 and better["mean"] > 0.8
     assert r10_difference(good, good) == {"mean": 0.0, "ci95": [0.0, 0.0]}
     assert r10_difference(random, good)["mean"] == pytest.approx(-better["mean"])
+
+
+def test_every_number_has_its_interval_and_its_chance(rng):
+    embeddings = rng.normal(size=(200, 8))
+    found = retrieval_metrics(embeddings, embeddings + 2 * rng.normal(size=embeddings.shape))
+    for name in ("r1", "r5", "r10", "median_rank"):
+        low, high = found[f"{name}_ci95"]
+        assert low <= found[name] <= high and low < high
+    assert [found[f"chance_{name}"] for name in ("r1", "r5", "r10", "median_rank")] == [1 / 200, 5 / 200, 10 / 200, 100.5]
+
+
+def test_samples_are_scored_in_pools_of_their_own_and_jointly(rng):
+    genes, samples = rng.normal(size=(90, 6)), np.array(["A", "B", "B"] * 30)
+    images = genes + 0.5 * rng.normal(size=genes.shape)
+    found = retrieval_by_sample(genes, images, samples, seed=3)
+    assert found["joint"] == {"n_spots": 90, **both_ways(genes, images, seed=3)} and list(found["samples"]) == ["A", "B"]
+    only_b = samples == "B"
+    assert found["samples"]["B"] == {"n_spots": 60, **both_ways(genes[only_b], images[only_b], seed=3)}
+    assert found["samples"]["A"]["image_to_gene"] == retrieval_metrics(images[~only_b], genes[~only_b], seed=3)
+
+
+def test_a_shift_between_samples_costs_the_joint_pool_and_not_their_own(rng):
+    genes = rng.normal(size=(100, 6))
+    samples = np.array(["A", "B"] * 50)
+    images = genes + 8 * np.where(samples == "A", 1, -1)[:, None] * np.eye(6)[0]   # a batch effect on one side alone
+    found = retrieval_by_sample(genes, images, samples, n_bootstrap=10)
+    assert found["joint"]["gene_to_image"]["r10"] < min(sample["gene_to_image"]["r10"] for sample in found["samples"].values())

@@ -8,6 +8,7 @@ import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 
+from evaluation.retrieval import both_ways
 from networks.clip import CLIP, ClipModelConfig, clip_weights_sha256
 from networks.gene_encoders import InputScaling, ProjectionHead
 from networks.histo_models import build_encoder
@@ -66,6 +67,20 @@ def test_embedding_sparse_expression_streams_to_the_same_rows(expression):
     embedded = clip.embed_expression(sp.csr_matrix(expression.numpy()), batch_size=2)
     assert clip.training
     assert torch.allclose(embedded, clip.eval().encode_genes(expression), atol=1e-6) and embedded.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["centre", "standardise"])
+def test_samples_are_scaled_by_their_own_genes_so_that_shift_and_factor_vanish(expression, kind):
+    clip, samples = tiny(gene_sample_scaling=kind), np.array(list("ABABAAB"))
+    rows = expression.numpy()
+    embedded = clip.embed_expression(sp.csr_matrix(rows), batch_size=2, sample_ids=samples)
+    shifted = rows + (samples == "B")[:, None] * np.arange(1, 6, dtype=np.float32)   # a batch effect of sample B
+    assert torch.allclose(clip.embed_expression(sp.csr_matrix(shifted), sample_ids=samples), embedded, atol=1e-4)
+    only_b = samples == "B"
+    alone = clip.embed_expression(sp.csr_matrix(rows[only_b]))
+    assert torch.allclose(alone, embedded[only_b], atol=1e-6)   # a sample does not depend on who is embedded beside it
+    scaled = (rows[only_b] - rows[only_b].mean(0)) / (rows[only_b].std(0) + 0.2 if kind == "standardise" else 1)
+    assert torch.allclose(alone, clip.encode_genes(torch.from_numpy(scaled)), atol=1e-5)
 
 
 def test_eight_views_make_the_embedding_independent_of_how_the_patch_lies(images):
@@ -148,9 +163,22 @@ def test_what_is_pushed_to_the_hub_is_a_weights_folder_that_comes_back(tmp_path,
     assert asked == [("token", "secret"), ("me/clip", True, True)]
     downloaded = tmp_path / "me" / "clip"
     assert torch.equal(CLIP.from_pretrained(downloaded).encode_genes(expression), clip.encode_genes(expression))
-    assert sorted(path.name for path in downloaded.iterdir()) == ["SHA256SUMS", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in downloaded.iterdir()) == ["README.md", "SHA256SUMS", "config.json", "model.safetensors"]
     assert not any("image_encoder" in name or "secret" in name for name in load_weights_folder(downloaded)[0])
-    assert "secret" not in (downloaded / "config.json").read_text()
+    assert "secret" not in (downloaded / "config.json").read_text() + (downloaded / "README.md").read_text()
+
+
+def test_the_model_card_says_what_the_weights_are_and_names_no_path(tmp_path):
+    clip = tiny(image_encoder_weights="/home/someone/uni.bin", temperature=0.2)
+    clip.training_record = {"samples": ["S1", "S2"], "n_spots": 1234, "patch_px": 128, "chosen": "last, at step 7"}
+    before = (clip.save_pretrained(tmp_path / "clip") / "README.md").read_text()
+    assert "Retrieval was not measured" in before and "someone" not in before
+    clip.training_record["retrieval"] = {"samples": ["S3"], "n_spots": 40, **both_ways(np.eye(40), np.eye(40))}
+    card = (clip.save_pretrained(tmp_path / "clip") / "README.md").read_text()
+    for said in ("gene encoder | bottleneck |", "random_tiny, frozen, 32 features; its licence: ours", "1,234 spots of 2 samples: S1, S2",
+                 "5 genes, library size median", "last, at step 7", "| gene to image | 1.000 | 1.000 | 1.000 (1.000-1.000) | 1 |",
+                 "among 40 validation spots of S3 (chance R@10 0.250)", "CLIP.from_pretrained", "not for diagnosis"):
+        assert said in card, said
 
 
 def edited(folder, change):

@@ -15,8 +15,9 @@ from training.augment import AugmentConfig, apply_views, draw_views, plain_views
 from training.clip_config import TrainerConfig, clip_config, from_launch_folder
 from training.clip_data import Pairs, StepBatches
 from training.clip_features import cached_features, compute_features, view_table
-from training.clip_losses import clip_loss
+from training.clip_losses import clip_loss, sample_mmd
 from training.clip_ranks import find_devices
+from training.patch_cache import PatchRows
 
 GENERATOR = torch.Generator
 
@@ -45,6 +46,35 @@ def test_the_loss_is_symmetric_and_falls_when_pairs_move_together():
     assert clip_loss(a, b, 0.3).item() == pytest.approx(clip_loss(b, a, 0.3).item(), abs=1e-6)
     closer = torch.nn.functional.normalize(a + b, dim=1)
     assert clip_loss(closer, b, 0.3) < clip_loss(a, b, 0.3)
+
+
+def test_spots_of_other_samples_are_no_candidates_when_told_so():
+    a, b = (torch.nn.functional.normalize(torch.randn(6, 4, generator=GENERATOR().manual_seed(s)), dim=1) for s in (0, 1))
+    samples = torch.tensor([0, 1, 0, 1, 1, 0])
+    each = [clip_loss(a[samples == sample], b[samples == sample], 0.3) for sample in (0, 1)]
+    assert clip_loss(a, b, 0.3, samples).item() == pytest.approx(float(sum(each)) / 2, abs=1e-6)
+    assert clip_loss(a, b, 0.3, torch.zeros(6, dtype=torch.int64)) == clip_loss(a, b, 0.3)
+
+
+def test_the_mmd_of_samples_equals_its_value_summed_by_hand():
+    rows = torch.randn(7, 3, generator=GENERATOR().manual_seed(0))
+    samples = torch.tensor([2, 0, 2, 0, 0, 2, 5])   # of sample 5 there is one spot: no distance within it, so it takes no part
+    squared = torch.cdist(rows, rows).square()
+    kernel = torch.exp(-squared / squared[~torch.eye(7, dtype=torch.bool)].median())
+    x, y = [1, 3, 4], [0, 2, 5]
+    within = [sum(kernel[i, j] for i in part for j in part if i != j) / 6 for part in (x, y)]
+    expected = within[0] + within[1] - 2 * sum(kernel[i, j] for i in x for j in y) / 9
+    assert sample_mmd(rows, samples).item() == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_the_mmd_is_about_zero_where_samples_are_alike_and_pulls_others_together():
+    rows = torch.randn(400, 3, generator=GENERATOR().manual_seed(0))
+    samples = torch.arange(400) % 2
+    shifted = (rows + 2.0 * samples[:, None]).requires_grad_()
+    assert abs(sample_mmd(rows, samples).item()) < 0.01 < 0.2 < sample_mmd(shifted, samples).item()
+    sample_mmd(shifted, samples).backward()
+    assert (shifted.grad[samples == 1].mean(0) > 0).all() and (shifted.grad[samples == 0].mean(0) < 0).all()   # downhill is closer
+    assert sample_mmd(rows[:1], samples[:1]) == 0 and sample_mmd(rows, torch.zeros(400, dtype=torch.int64)) == 0
 
 
 def test_plain_views_change_nothing_but_the_range(patches):
@@ -95,7 +125,8 @@ def test_the_cache_is_read_back_and_not_mixed_up(patches, tmp_path):
     def broken(images):
         raise AssertionError("computed again")
 
-    assert torch.equal(cached_features(patches, views, broken, tower_key="t", cache_dir=tmp_path, progress=False), first)
+    for same in (patches, PatchRows(patches)):   # patches of a packed cache are the same patches
+        assert torch.equal(cached_features(same, views, broken, tower_key="t", cache_dir=tmp_path, progress=False), first)
     other = cached_features(255 - patches, views, tower, tower_key="t", cache_dir=tmp_path, progress=False)
     assert torch.equal(other, compute_features(255 - patches, views, tower, progress=False)) and not torch.equal(other, first)
 
@@ -120,12 +151,13 @@ def test_ranks_share_one_global_batch():
 
 def test_a_spots_view_depends_on_step_and_row_and_not_on_its_batch(patches):
     expression = sp.csr_matrix(np.eye(5, dtype=np.float32))
-    pairs = Pairs(expression, np.arange(5).astype(str), patches, augment=AugmentConfig(rotate=True), seed=4)
-    together, rows = pairs.__getitems__([(7, 3), (7, 1)])
-    alone, _ = pairs.__getitems__([(7, 1)])
-    later, _ = pairs.__getitems__([(8, 1)])
+    pairs = Pairs(expression, np.arange(5).astype(str), np.array(list("ABABA")), patches, np.array([0, 1, 0, 1, 0]),
+                  augment=AugmentConfig(rotate=True), seed=4)
+    together, rows, samples = pairs.__getitems__([(7, 3), (7, 1)])
+    alone, *_ = pairs.__getitems__([(7, 1)])
+    later, *_ = pairs.__getitems__([(8, 1)])
     assert torch.allclose(together[1], alone[0], atol=1e-6) and not torch.allclose(later[0], alone[0])
-    assert rows.argmax(1).tolist() == [3, 1]
+    assert rows.argmax(1).tolist() == [3, 1] and samples.tolist() == [1, 1] and pairs.__getitems__([(0, 4)]).samples.tolist() == [0]
 
 
 def test_the_published_values_are_the_defaults():

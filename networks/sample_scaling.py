@@ -1,0 +1,40 @@
+"""Centre or standardise each sample by its own genes, so that what differs between whole samples does not reach the model.
+
+Needs the rows of the whole sample at once; expression stays sparse until a batch of it is made dense.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from networks.gene_encoders import MIN_DEVIATION
+
+
+@dataclass(frozen=True)
+class SampleScaling:
+    """Means and factors of S samples."""
+
+    mean: Tensor    # float32 (S, G)
+    scale: Tensor   # float32 (S, G): 1, or 1 over deviation + floor
+
+    def __call__(self, rows: Tensor, samples: Tensor) -> Tensor:
+        """Dense rows (N, G) of the samples with these numbers (N,), scaled."""
+        return (rows - self.mean[samples]) * self.scale[samples]
+
+
+def fit_sample_scaling(expression: sp.csr_matrix, samples: np.ndarray, kind: str) -> SampleScaling | None:
+    """Over all rows (N, G) of each sample; `samples` (N,) numbers from 0. None for kind "none"."""
+    if kind == "none":
+        return None
+    mean, scale = [], []
+    for number in range(int(samples.max()) + 1):
+        rows = expression[samples == number].astype(np.float64)
+        means = rows.mean(axis=0).A1
+        variance = np.clip(rows.multiply(rows).mean(axis=0).A1 - means ** 2, 0, None)
+        mean.append(means)
+        scale.append(1 / (np.sqrt(variance) + MIN_DEVIATION) if kind == "standardise" else np.ones_like(means))
+    return SampleScaling(*(torch.from_numpy(np.stack(part).astype(np.float32)) for part in (mean, scale)))

@@ -1,0 +1,67 @@
+"""train_clip.py under faults: nothing runs from a config file, checkpoints change nothing, no secret reaches an output, offline runs."""
+import os
+
+import pytest
+import torch
+from test_clip_commands import config, write_sample
+from test_clip_ranks import finish, start
+
+from networks.weights import load_weights_folder
+from train_clip import train
+
+SECRETS = {"HF_TOKEN": "hf_canary0123456789", "WANDB_API_KEY": "canary9876543210", "HUGGING_FACE_HUB_TOKEN": "hf_canary0123456789"}
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("samples")
+    for seed, name in enumerate(("A", "B", "C")):
+        write_sample(folder, name, 32, seed)
+    return folder
+
+
+@pytest.mark.parametrize("text, code", [
+    ("seed: !!python/object/apply:os.mkdir [canary]\n", 2), ("model:\n  _target_: os.mkdir\n  path: canary\n", 2), ("seed: [1\n", 2)],
+    ids=["python tag", "_target_", "no YAML"])
+def test_a_config_file_runs_nothing_and_is_refused_in_one_line(samples, tmp_path, text, code):
+    (tmp_path / "evil.yaml").write_text(text)
+    process = start(samples, f"run_dir={tmp_path / 'run'}", "--config-dir", str(tmp_path), "--config-name", "evil")
+    out, err = finish(process)
+    assert process.returncode == code and "Traceback" not in err and len(err.strip().splitlines()) == 1, err
+    assert not list(samples.glob("canary")) and not (tmp_path / "run").exists()
+
+
+def test_weights_do_not_depend_on_how_often_checkpoints_are_saved(samples, tmp_path):
+    runs = {}
+    for name, trainer in (("every step", {"val_every_steps": 1, "save_top": 20}), ("never", {"val_every_steps": 1000, "save_top": 0})):
+        run = train(config(run_dir=str(tmp_path / name), trainer={**trainer, "select": "last", "max_epochs": 3}), samples)
+        runs[name] = (load_weights_folder(run / "clip")[0], len(list((run / "checkpoints").glob("step*.ckpt"))))
+    (first, saved), (second, few) = runs.values()
+    assert saved == 12 and few < 12
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_offline_run_without_logins_works_and_no_secret_reaches_an_output(samples, tmp_path):
+    process = start(samples, f"run_dir={tmp_path / 'run'}", HF_HUB_OFFLINE="1", WANDB_MODE="online", **SECRETS)
+    told = "".join(finish(process))
+    assert process.returncode == 0, told
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 6
+    for secret in SECRETS.values():
+        assert secret not in told and not any(secret.encode() in path.read_bytes() for path in written)
+
+
+def test_a_secret_given_as_an_option_is_refused_without_being_repeated(samples, tmp_path):
+    process = start(samples, f"run_dir={tmp_path / 'run'}", "+token=hf_canary0123456789")
+    told = "".join(finish(process))
+    assert process.returncode == 2 and "token" in told and "hf_canary0123456789" not in told, told
+    assert not (tmp_path / "run").exists()
+
+
+def test_gated_weights_without_a_login_say_in_one_line_how_to_get_them(samples, tmp_path):
+    environment = {name: "" for name in (*SECRETS, "UNI_STATE_DICT_PATH")}
+    process = start(samples, f"run_dir={tmp_path / 'run'}", "model.image_encoder=uni", HF_HOME=str(tmp_path / "home"), **environment)
+    out, err = finish(process)
+    assert process.returncode == 3 and len(err.strip().splitlines()) == 1
+    assert "https://huggingface.co/MahmoodLab/UNI (gated: ask for access there" in err and "UNI_STATE_DICT_PATH" in err
+    assert not (tmp_path / "run").exists() and os.listdir(tmp_path) == []
