@@ -81,15 +81,23 @@ def summarise_places(runs: Sequence[tuple[np.ndarray, np.ndarray]], *, ks: Seque
     }
 
 
-def r10_difference(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], *, n_bootstrap: int = 1000,
+Pair = tuple[np.ndarray, np.ndarray]   # queries and pool, both (N, D)
+
+
+def r10_difference(first: Pair | list[Pair], second: Pair | list[Pair], *, n_bootstrap: int = 1000,
                    seed: int = 0) -> dict[str, float | list[float]]:
     """R@10 of one (queries, pool) minus that of another on the same N spots: `mean`, and `ci95` of a bootstrap over the spots,
-    which are drawn for both at once: what is hard for both does not widen the interval."""
-    one, other = (np.clip((10 - above) / (level + 1), 0, 1) for above, level in (places(*first), places(*second)))
-    difference = one - other
+    which are drawn for both at once: what is hard for both does not widen the interval. A list is several seeds, averaged."""
+    difference = _r10_hits(first) - _r10_hits(second)
     rng = np.random.default_rng(seed)
     means = [difference[rng.integers(len(difference), size=len(difference))].mean() for _ in range(n_bootstrap)]
     return {"mean": float(difference.mean()), "ci95": [float(value) for value in np.quantile(means, [0.025, 0.975])]}
+
+
+def _r10_hits(runs: Pair | list[Pair]) -> np.ndarray:
+    """(N,) share of the runs in which a spot finds its own among the first ten."""
+    found = [places(*pair) for pair in (runs if isinstance(runs, list) else [runs])]
+    return np.mean([np.clip((10 - above) / (level + 1), 0, 1) for above, level in found], axis=0)
 
 
 def unit_rows(embeddings: np.ndarray) -> np.ndarray:

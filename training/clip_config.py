@@ -119,7 +119,7 @@ class TrainerConfig:
     batch_mmd: float = 0.0           # weight of the distance between the samples of a batch (sample_mmd); 0 = off
     val_every_steps: int = 10
     limit_val_batches: int = 50
-    save_top: int = 5                # best checkpoints kept, beside the last
+    save_top: int = 5                # best checkpoints kept, beside the last; 0: none but one at the end
     select: str = "best"             # weights that the run ends with: best (of the validation loss) | last
     log_every_steps: int = 10
     num_threads: int | None = None   # CPU threads; none = as PyTorch decides

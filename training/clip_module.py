@@ -221,6 +221,7 @@ def _callbacks(config: ClipConfig, run_dir: Path, validates: bool) -> list:
         keep = ModelCheckpoint(run_dir / "checkpoints", filename="step{step:06d}", monitor=MONITOR, save_top_k=options.save_top,
                                save_last=True, auto_insert_metric_name=False, enable_version_counter=False)
     else:
-        keep = ModelCheckpoint(run_dir / "checkpoints", filename="step{step:06d}", every_n_epochs=max(options.max_epochs // 10, 1),
+        every = max(options.max_epochs // 10, 1) if options.save_top else options.max_epochs
+        keep = ModelCheckpoint(run_dir / "checkpoints", filename="step{step:06d}", every_n_epochs=every,
                                save_last=True, auto_insert_metric_name=False, enable_version_counter=False, save_on_train_epoch_end=True)
     return [keep, StopOnSignal(run_dir), *([TQDMProgressBar(refresh_rate=20)] if options.progress_bar else [])]
