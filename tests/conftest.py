@@ -6,10 +6,15 @@ into them (`shutil.copytree` to a `tmp_path` first).
 """
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 from tiny_samples import tiny_sample
+from tqdm import tqdm
+
+# Tests kill forked children. One that dies while it draws its progress bar would keep tqdm's own lock, which all processes share.
+tqdm.set_lock(threading.RLock())
 
 LONGEST_FIRST = ("test_walks.py", "test_workflow.py")
 

@@ -9,6 +9,9 @@ import os
 import resource
 import subprocess
 import sys
+import threading
+
+from tqdm import tqdm
 
 from preprocessing import block_extraction, dump_patches, expression, extract_patches, gex_preprocessing
 
@@ -16,6 +19,7 @@ for module in ("quality_page", "spot_sums", "png_folder", "anndata_sample", "spa
                "spot_expression", "strips", "matplotlib.figure", "tqdm"):
     importlib.import_module(module if module in ("matplotlib.figure", "tqdm") else f"preprocessing.{module}")
 "".encode("utf-8-sig")                    # another user may not be able to read Python's own folder, so its codec is loaded here
+tqdm.set_lock(threading.RLock())          # tqdm's own is shared by all processes: a child killed while it holds it would stop the others
 block_extraction.MOST_SPOTS = expression.ROWS_AT_ONCE = dump_patches.MOST_PATCHES = 64
 COMMANDS = {"extract": extract_patches.main, "filter": gex_preprocessing.main, "dump": dump_patches.main}
 

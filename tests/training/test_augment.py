@@ -47,9 +47,10 @@ def test_images_are_left_as_they_were():
 def test_a_batch_draws_for_every_row_what_it_draws_alone():
     images = torch.randint(0, 256, (6, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     config = AugmentConfig(rotate=True)
-    pairs = Pairs(sp.csr_matrix((6, 2), dtype=np.float32), np.arange(6).astype(str), images, augment=config, seed=4)
+    pairs = Pairs(sp.csr_matrix((6, 2), dtype=np.float32), np.arange(6).astype(str), np.full(6, "S1"), images, np.zeros(6, int),
+                  augment=config, seed=4)
     keys = [(10, 5), (10, 0), (11, 5)]
-    seen, _ = pairs.__getitems__(keys)
+    seen = pairs.__getitems__(keys).seen
     for (step, row), view in zip(keys, seen, strict=True):
         generator = torch.Generator().manual_seed((4 * 1_000_003 + step) * 1_000_003 + row)
         assert torch.allclose(view, apply_views(images[[row]], draw_views(1, config, generator))[0], atol=1e-6)

@@ -320,8 +320,9 @@ def batches_of(pairs, workers, start=None):
 def test_augmented_batches_are_the_same_from_any_number_of_workers(tmp_path, source, start, workers):
     dataset = ImageGeneDataset(two_samples(tmp_path))
     images = dataset.open_patches(progress=False, cache_dir=tmp_path / "cache" if source == "cache" else None)
-    pairs = Pairs(dataset.expression, dataset.barcodes, images.subset(np.arange(19, 1, -1)), augment=AugmentConfig(rotate=True), seed=3)
-    pairs.barcodes, pairs.expression = pairs.barcodes[19:1:-1], pairs.expression[19:1:-1]
+    rows = np.arange(19, 1, -1)
+    pairs = Pairs(dataset.expression[rows], dataset.barcodes[rows], dataset.sample_ids[rows], images.subset(rows), np.zeros(18, int),
+                  augment=AugmentConfig(rotate=True), seed=3)
     keys, alone = batches_of(pairs, 0)
     threads = [list(in_order(keys, pairs.__getitems__, count)) for count in (0, 1, 2)]
     for ours in (batches_of(pairs, workers, start)[1], *threads):
