@@ -34,8 +34,8 @@ class Way:
 
 
 PUBLISHED_ONLINE, PUBLISHED_CACHED = "published, online", "published, cached features"
-SMALL = {"gene_encoder": "identity", "gene_scaling": "centre", "gene_components": 50, "gene_dropout": 0.3, "feature_dropout": 0.6,
-         "linear_heads": True, "projection": 256, "temperature": 0.2}
+SMALL = {"gene_encoder": "identity", "gene_scaling": "centre", "gene_components": 50, "gene_min_share": 0.5, "gene_dropout": 0.1,
+         "feature_dropout": 0.8, "linear_heads": True, "projection": 256, "temperature": 0.2}
 WAYS = {way.name: way for way in (
     Way(PUBLISHED_ONLINE, online=True),
     Way(PUBLISHED_CACHED),

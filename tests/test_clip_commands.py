@@ -4,67 +4,27 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.sparse as sp
 import torch
 from click.testing import CliRunner
-from omegaconf import OmegaConf
+from clip_runs import GENES, ROOT, config, write_sample, write_samples
 
 from clip_embeddings import main as clip_embeddings
 from evaluation.retrieval import retrieval_metrics
 from networks.clip import CLIP
 from networks.weights import read_plain_file
 from preprocessing.errors import InputError, OptionError, WeightsError
-from preprocessing.expression import write_expression
-from preprocessing.png_folder import write_patch_folder
 from train_clip import quote_paths, train
 from training.clip_module import ClipModule
-
-ROOT = Path(__file__).resolve().parent.parent
-GENES = [f"g{i}" for i in range(12)]
-
-
-def write_sample(folder: Path, sample_id: str, n_spots: int, seed: int, genes=GENES) -> dict[str, str]:
-    """Spots on a grid; the first three genes are the patch's colour."""
-    generator = np.random.default_rng(seed)
-    counts = generator.poisson(20, (n_spots, len(genes))).astype(np.float32)
-    colours = generator.integers(20, 235, (n_spots, 3))
-    counts[:, :3] = colours * 4
-    barcodes = [f"{sample_id}{i:03d}-1" for i in range(n_spots)]
-    adata = ad.AnnData(sp.csr_matrix(counts), obs=pd.DataFrame({"sample_id": sample_id}, index=barcodes), var=pd.DataFrame(index=genes))
-    adata.obsm["spatial"] = np.stack([np.arange(n_spots) % 8, np.arange(n_spots) // 8], 1) * 100.0
-    (folder / sample_id).mkdir(parents=True)
-    write_expression(folder / sample_id / "gex_filt.h5ad", adata)
-    patches = (np.full((32, 32, 3), colour, dtype=np.uint8) for colour in colours)
-    write_patch_folder(folder / sample_id / "patches", patches, barcodes=barcodes, sample_id=sample_id, xy=adata.obsm["spatial"],
-                       stain={"normalised": False})
-    return {"gex": f"{sample_id}/gex_filt.h5ad", "images": f"{sample_id}/patches"}
 
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("samples")
-    for seed, name in enumerate(("A", "B", "C")):
-        write_sample(folder, name, 32, seed)
-    return folder
-
-
-def config(train_samples="A,B", val="C", **sections):
-    data = {"train_gex": ",".join(f"{name}/gex_filt.h5ad" for name in train_samples.split(",")),
-            "train_image_dir": ",".join(f"{name}/patches" for name in train_samples.split(",")), "patch_px": 32}
-    if val:
-        data |= {"val_gex": f"{val}/gex_filt.h5ad", "val_image_dir": f"{val}/patches"}
-    base = {"data": data, "model": {"gene_encoder": "bottleneck", "gene_hidden": 16, "gene_width": 16, "projection": 8, "dropout": 0.1,
-                                    "image_dropout": 0.1, "temperature": 0.1, "image_encoder": "random_tiny"},
-            "image": {"augment": {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}},
-            "optimizer": {"lr": 1e-2}, "logger": "none",
-            "trainer": {"max_epochs": 2, "batch_size": 16, "accelerator": "cpu", "progress_bar": False, "val_every_steps": 3}}
-    return OmegaConf.merge(base, sections)
+    return write_samples(tmp_path_factory.mktemp("samples"))
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,7 @@ import os
 
 import pytest
 import torch
-from test_clip_commands import config, write_sample
-from test_clip_ranks import finish, start
+from clip_runs import config, finish, start, write_samples
 
 from networks.weights import load_weights_folder
 from train_clip import train
@@ -14,10 +13,7 @@ SECRETS = {"HF_TOKEN": "hf_canary0123456789", "WANDB_API_KEY": "canary9876543210
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("samples")
-    for seed, name in enumerate(("A", "B", "C")):
-        write_sample(folder, name, 32, seed)
-    return folder
+    return write_samples(tmp_path_factory.mktemp("samples"))
 
 
 @pytest.mark.parametrize("text, code", [

@@ -1,50 +1,23 @@
 """train_clip.py on several devices: the weights of one device, one run folder, one message when a rank fails, no hang."""
-import os
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_clip_commands import ROOT, write_sample
+from clip_runs import ROOT, finish, start, write_samples
 
 from networks.weights import load_weights_folder
 from preprocessing.errors import OptionError
 from training.clip_config import TrainerConfig
 from training.clip_ranks import find_devices, gather_rows, own_rows
 
-MODEL = ["model.image_encoder=random_tiny", "model.gene_encoder=bottleneck", "model.gene_hidden=16", "model.gene_width=16",
-         "model.projection=8", "model.dropout=0", "model.image_dropout=0", "model.temperature=0.1", "data.patch_px=32"]
-TRAINER = ["optimizer.lr=1e-3", "trainer.max_epochs=2", "trainer.batch_size=16", "trainer.accelerator=cpu", "trainer.select=last",
-           "trainer.progress_bar=false", "trainer.val_every_steps=3"]
-
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
     """Two samples of 41 spots: 5 whole batches of 16 and 2 spots over; validation batches of 16, 16 and 9."""
-    folder = tmp_path_factory.mktemp("ranks")
-    for seed, name in enumerate(("A", "B", "C")):
-        write_sample(folder, name, 41, seed)
-    return folder
-
-
-def start(samples, *arguments, script=ROOT / "train_clip.py", **environment):
-    names = {"data.train_gex": "A/gex_filt.h5ad,B/gex_filt.h5ad", "data.train_image_dir": "A/patches,B/patches",
-             "data.val_gex": "C/gex_filt.h5ad", "data.val_image_dir": "C/patches"}
-    command = [sys.executable, str(script), *(f"{key}={value}" for key, value in names.items()), *MODEL, *TRAINER, *arguments]
-    inherited = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    return subprocess.Popen(command, cwd=samples, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment})
-
-
-def finish(process) -> tuple[str, str]:
-    try:
-        return process.communicate(timeout=200)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        pytest.fail("the run hangs")
+    return write_samples(tmp_path_factory.mktemp("ranks"), 41)
 
 
 def weights_of(samples, name):

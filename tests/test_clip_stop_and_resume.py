@@ -6,8 +6,7 @@ import time
 
 import pytest
 import torch
-from test_clip_commands import config, write_sample
-from test_clip_ranks import finish, start
+from clip_runs import config, finish, start, write_samples
 
 from networks.clip import CLIP
 from networks.weights import read_plain_file
@@ -22,10 +21,7 @@ RUN = {"trainer": {"max_epochs": 3, "select": "last"}, "optimizer": {"schedule":
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("samples")
-    for seed, name in enumerate(("A", "B", "C")):
-        write_sample(folder, name, 32, seed)
-    return folder
+    return write_samples(tmp_path_factory.mktemp("samples"))
 
 
 @pytest.fixture(scope="module")
