@@ -5,7 +5,7 @@ and the judge compare at the size of the generated patches: real ones are brough
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from evaluation.features import image_features, read_samples_csv, resize_by_area
 from evaluation.linear_baseline import LinearBaseline
 from evaluation.retrieval import both_ways, places, r10_difference, retrieval_metrics, summarise_places
 from networks.clip import CLIP
+from networks.sample_scaling import patches_for_mean
 from preprocessing.errors import InputError, first_few
 from preprocessing.patches import read_patch
 
@@ -104,26 +105,39 @@ class FeatureBank:
             self.known[key] = image_features(images, encoder, self.batch_size, self.device, self.progress)
         return self.known[key]
 
-    def embeddings(self, name: str, images: np.ndarray, clip: CLIP) -> np.ndarray:
+    def embeddings(self, name: str, images: np.ndarray, clip: CLIP, centre: Tensor | None = None) -> np.ndarray:
         """float32 (N, D), as `clip.encode_images` gives it; a tower that sees one view shares its features with the distances."""
         if clip.config.image_views == 1:
             features = torch.from_numpy(self.features(name, images, clip.image_encoder))
             with torch.inference_mode():
-                return clip.project_image_features(features.to(next(clip.parameters()).device)).cpu().numpy()
-        return image_features(images, EncodeImages(clip), self.batch_size, self.device, self.progress)
+                return clip.project_image_features(features.to(next(clip.parameters()).device), centre).cpu().numpy()
+        encoder = ImageEncoder(lambda batch: clip.encode_images(batch, centre))
+        return image_features(images, encoder, self.batch_size, self.device, self.progress)
+
+    def sample_centre(self, name: str, images: np.ndarray, clip: CLIP) -> Tensor | None:
+        """(F,) mean features of a sample's patches, by which its own and generated ones are centred; None where the CLIP asks for none."""
+        if not clip.centres_features:
+            return None
+        if clip.config.image_views == 1:
+            features = self.features(name, images, clip.image_encoder)[patches_for_mean(np.zeros(len(images), int), 0)]
+        else:
+            encoder = ImageEncoder(lambda batch: clip.view_features(batch).mean(1))
+            chosen = images[patches_for_mean(np.zeros(len(images), int), 0)]
+            features = image_features(chosen, encoder, self.batch_size, self.device, self.progress)
+        return torch.from_numpy(features.mean(axis=0)).to(next(clip.parameters()).device)
 
 
-class EncodeImages(nn.Module):
-    """A CLIP seen as an image encoder."""
+class ImageEncoder(nn.Module):
+    """A function of image batches as `image_features` takes it."""
 
     name = "clip"
 
-    def __init__(self, clip: CLIP):
+    def __init__(self, encode: Callable[[Tensor], Tensor]):
         super().__init__()
-        self.clip = clip
+        self.encode = encode
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.clip.encode_images(images)
+        return self.encode(images)
 
 
 def score_retrieval(section: Section, clip: CLIP, baseline: LinearBaseline, tower: nn.Module, bank: FeatureBank,
@@ -133,7 +147,8 @@ def score_retrieval(section: Section, clip: CLIP, baseline: LinearBaseline, towe
     `tower` is the encoder whose features the baseline was fitted to.
     """
     name = f"{section.sample_id}, real"
-    genes, images = clip.embed_expression(section.expression).numpy(), bank.embeddings(name, section.images, clip)
+    genes = clip.embed_expression(section.expression).numpy()
+    images = bank.embeddings(name, section.images, clip, bank.sample_centre(name, section.images, clip))
     predicted, projected = baseline.predict(section.expression), baseline.project(bank.features(name, section.images, tower))
     difference = {way: r10_difference(*pairs, seed=seed) for way, pairs in (
         ("gene_to_image", ((genes, images), (predicted, projected))), ("image_to_gene", ((images, genes), (projected, predicted))))}
@@ -162,12 +177,15 @@ def score_distances(section: Section, generated: Generated, untrained: Generated
 def score_faithfulness(section: Section, generated: Generated, judge: CLIP, bank: FeatureBank, seed: int = 0) -> dict[str, object]:
     """`paired`: the judge looks for each prompt's patch in the pool of all prompts' patches of one seed; seeds are averaged.
 
-    Floor: the same with each spot's genes exchanged for another spot's. Ceiling: the real patches of the same spots.
+    Floor: the same with each spot's genes exchanged for another spot's. Ceiling: the real patches of the same spots. A judge that
+    centres features by sample takes the real patches' mean for both: a generated patch belongs to the section of its genes.
     """
     genes = judge.embed_expression(section.judge_expression).numpy()[generated.rows]
-    images = bank.embeddings(f"{section.sample_id}, generated", generated.flat, judge)
+    name, patches = f"{section.sample_id}, real at {generated.px}", resize_by_area(section.images, generated.px)
+    centre = bank.sample_centre(name, patches, judge)
+    images = bank.embeddings(f"{section.sample_id}, generated", generated.flat, judge, centre)
     pools = images.reshape(*generated.images.shape[:2], -1).swapaxes(0, 1)                              # (k, n, D)
-    real = bank.embeddings(f"{section.sample_id}, real at {generated.px}", resize_by_area(section.images, generated.px), judge)
+    real = bank.embeddings(name, patches, judge, centre)
     rng = np.random.default_rng(seed)
     others = [exchange(len(genes), rng) for _ in range(N_SHUFFLES)]
     return {"own_genes": summarise_places([places(genes, pool) for pool in pools], seed=seed),

@@ -46,6 +46,8 @@ class CLIP(nn.Module):
         self.gene_scaling = InputScaling(len(self.gene_names), config.gene_scaling, config.gene_components, config.gene_min_share)
         self.gene_encoder, width = gene_encoder(config, self.gene_scaling.width, self.gene_names, self.gene_sets)
         self.feature_scaling = InputScaling(self.feature_width, config.feature_scaling, config.feature_components)
+        if config.feature_sample_scaling != "none":
+            self.register_buffer("feature_centre", torch.zeros(self.feature_width))   # of a patch that belongs to no known sample
         self.gene_head = self._head(width, config.dropout)
         self.image_head = self._head(self.feature_scaling.width, config.image_dropout)
         log_temperature = torch.tensor(float(np.log(config.temperature)))
@@ -66,14 +68,25 @@ class CLIP(nn.Module):
         temperature = self.log_temperature.exp()
         return temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE) if self.config.learn_temperature else temperature
 
-    def fit_inputs(self, expression: Tensor, features: Tensor) -> None:
-        """Fit both sides' scaling to training rows, (N, G) and (M, F); does nothing where the config asks for none."""
-        self.gene_scaling.fit(expression)
+    def fit_inputs(self, expression: Tensor, features: Tensor, *, gene_shares: Tensor | None = None, centres: Tensor | None = None) -> None:
+        """Fit both sides' scaling to training rows, (N, G) and (M, F); does nothing where the config asks for none.
+
+        `gene_shares` (G,): share of spots that show a gene, where expression is scaled by sample already. `centres` (M, F): mean
+        features of each row's sample, with `feature_sample_scaling`.
+        """
+        self.gene_scaling.fit(expression, gene_shares)
+        if centres is not None:
+            self.feature_centre.copy_(centres.mean(0))
+            features = features - centres
         self.feature_scaling.fit(features)
 
     @property
     def needs_fitting(self) -> bool:
-        return self.gene_scaling.is_active or self.feature_scaling.is_active
+        return self.gene_scaling.is_active or self.feature_scaling.is_active or self.centres_features
+
+    @property
+    def centres_features(self) -> bool:
+        return self.config.feature_sample_scaling != "none"
 
     def encode_genes(self, expression: Tensor) -> Tensor:
         """Normalised expression (N, G) -> (N, D) unit rows; with `gene_sample_scaling`, rows scaled by `SampleScaling` already."""
@@ -87,21 +100,32 @@ class CLIP(nn.Module):
         with torch.no_grad():
             return self.image_encoder(images).float()
 
-    def project_image_features(self, features: Tensor) -> Tensor:
-        """(N, F) -> (N, D) unit rows."""
+    def project_image_features(self, features: Tensor, centre: Tensor | None = None) -> Tensor:
+        """(N, F) -> (N, D) unit rows. With `feature_sample_scaling`, `centre` (F,) or (N, F) is the mean of the features of each
+        patch's sample; None: of the training patches."""
+        if self.centres_features:
+            features = features - (self.feature_centre if centre is None else centre)
         rows = F.dropout(self.feature_scaling(features), self.config.feature_dropout, self.training)
         return F.normalize(self.image_head(rows), dim=-1)
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """[-1, 1] (N, 3, H, W) -> (N, D) unit rows; outside training the mean over `image_views` flips and turns."""
+    def encode_images(self, images: Tensor, centre: Tensor | None = None) -> Tensor:
+        """[-1, 1] (N, 3, H, W) -> (N, D) unit rows; outside training the mean over `image_views` flips and turns. `centre`: see
+        `project_image_features`."""
         if self.training or self.config.image_views == 1:
-            return self.project_image_features(self.image_features(images))
-        views = [torch.rot90(flipped, turns, (-2, -1)) for flipped in (images, images.flip(-1)) for turns in range(4)]
-        return self.project_views(torch.stack([self.image_features(view) for view in views], dim=1))
+            return self.project_image_features(self.image_features(images), centre)
+        return self.project_views(self.view_features(images), centre)
 
-    def project_views(self, features: Tensor) -> Tensor:
+    def view_features(self, images: Tensor) -> Tensor:
+        """[-1, 1] (N, 3, H, W) -> (N, V, F): features of the flips and turns over which an embedding is averaged."""
+        if self.config.image_views == 1:
+            return self.image_features(images)[:, None]
+        views = [torch.rot90(flipped, turns, (-2, -1)) for flipped in (images, images.flip(-1)) for turns in range(4)]
+        return torch.stack([self.image_features(view) for view in views], dim=1)
+
+    def project_views(self, features: Tensor, centre: Tensor | None = None) -> Tensor:
         """Features of several views (N, V, F) -> (N, D): the unit mean of their embeddings."""
-        return F.normalize(self.project_image_features(features.flatten(0, 1)).unflatten(0, features.shape[:2]).mean(1), dim=-1)
+        centre = centre[:, None] if centre is not None and centre.dim() == 2 else centre
+        return F.normalize(self.project_image_features(features, centre).mean(1), dim=-1)
 
     @torch.no_grad()
     def embed_expression(self, expression: sp.csr_matrix, batch_size: int = 256, *, sample_ids: Sequence[str] | None = None) -> Tensor:

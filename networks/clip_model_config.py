@@ -33,6 +33,7 @@ class ClipModelConfig:
     dropout: float = 0.8                 # of gene encoder and gene head
     image_dropout: float = 0.8           # of the image head
     feature_dropout: float = 0.0         # share of image features set to zero in training
+    feature_sample_scaling: str = "none"   # none | centre: every sample by its own patches, wherever they are embedded
     feature_scaling: str = "none"        # none | centre | standardise, fitted on the training patches
     feature_components: int = 0          # project image features on this many principal axes; 0 = do not
     projection: int = 512                # D
@@ -50,7 +51,8 @@ class ClipModelConfig:
         if self.temperature is None:
             self.temperature = LEARNED_FROM if self.learn_temperature else PUBLISHED_TEMPERATURE
         for name, choices in (("gene_encoder", GENE_ENCODERS), ("gene_sample_scaling", SCALINGS), ("gene_scaling", SCALINGS),
-                              ("feature_scaling", SCALINGS), ("gene_token_pooling", POOLINGS), ("image_views", (1, 8))):
+                              ("feature_scaling", SCALINGS), ("feature_sample_scaling", SCALINGS[:2]),
+                              ("gene_token_pooling", POOLINGS), ("image_views", (1, 8))):
             if getattr(self, name) not in choices:
                 raise OptionError(f"model.{name}", f"one of {', '.join(map(str, choices))}", str(getattr(self, name)))
         for name in ("gene_dropout", "dropout", "image_dropout", "feature_dropout", "gene_min_share"):
@@ -64,9 +66,6 @@ class ClipModelConfig:
         self._check_gene_encoder()
 
     def _check_gene_encoder(self) -> None:
-        if self.gene_sample_scaling != "none" and self.gene_min_share:
-            raise OptionError("model.gene_min_share", "0 with model.gene_sample_scaling, after which no value is zero",
-                              str(self.gene_min_share))
         if self.gene_encoder in OF_GENES and self.gene_components:
             raise OptionError("model.gene_components", f"0: {self.gene_encoder} reads genes, not principal axes", str(self.gene_components))
         if self.gene_token_width % self.gene_token_heads:

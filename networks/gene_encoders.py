@@ -37,11 +37,12 @@ class InputScaling(nn.Module):
         return self.kind != "none" or bool(self.components) or self.min_share > 0
 
     @torch.no_grad()
-    def fit(self, rows: Tensor) -> None:
-        """Fit to float (N, width_in) training rows. Deterministic."""
+    def fit(self, rows: Tensor, shares: Tensor | None = None) -> None:
+        """Fit to float (N, width_in) training rows. Deterministic. `shares` (width_in,): of rows in which a column is seen, where
+        `rows` have lost their zeros."""
         if not self.is_active:
             return
-        kept = ((rows != 0).float().mean(0) >= self.min_share).float()
+        kept = (((rows != 0).float().mean(0) if shares is None else shares) >= self.min_share).float()
         self.mean.copy_(rows.mean(0) if self.kind != "none" or self.components else torch.zeros_like(self.mean))
         self.scale.copy_(kept / (rows.std(0, correction=0) + MIN_DEVIATION) if self.kind == "standardise" else kept)
         if self.components:

@@ -1,6 +1,8 @@
-"""Centre or standardise each sample by its own genes, so that what differs between whole samples does not reach the model.
+"""Centre or standardise each sample by its own genes or image features, so that what differs between whole samples - stain, scanner,
+depth - does not reach the model.
 
-Needs the rows of the whole sample at once; expression stays sparse until a batch of it is made dense.
+Genes need the rows of the whole sample at once; expression stays sparse until a batch of it is made dense. Image features are
+centred on the mean over at most `MEAN_PATCHES` patches of the sample, so that a slide can be streamed.
 """
 from __future__ import annotations
 
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 
 from networks.gene_encoders import MIN_DEVIATION
+
+MEAN_PATCHES = 1000   # their mean is known to 3 % of the features' own deviation
 
 
 @dataclass(frozen=True)
@@ -38,3 +42,9 @@ def fit_sample_scaling(expression: sp.csr_matrix, samples: np.ndarray, kind: str
         mean.append(means)
         scale.append(1 / (np.sqrt(variance) + MIN_DEVIATION) if kind == "standardise" else np.ones_like(means))
     return SampleScaling(*(torch.from_numpy(np.stack(part).astype(np.float32)) for part in (mean, scale)))
+
+
+def patches_for_mean(samples: np.ndarray, number: int) -> np.ndarray:
+    """Ordered rows, at most `MEAN_PATCHES`, whose mean features stand for the sample of this number; `samples` (N,)."""
+    rows = np.flatnonzero(samples == number)
+    return np.sort(np.random.default_rng(0).choice(rows, min(len(rows), MEAN_PATCHES), replace=False))

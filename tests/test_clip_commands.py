@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -16,9 +17,12 @@ from clip_runs import GENES, ROOT, config, write_sample, write_samples
 from clip_embeddings import main as clip_embeddings
 from evaluation.retrieval import retrieval_metrics
 from networks.clip import CLIP
+from networks.histo_models import build_encoder
 from networks.weights import read_plain_file
 from preprocessing.errors import InputError, OptionError, WeightsError
 from train_clip import quote_paths, train
+from training.clip_config import clip_config
+from training.clip_data import centre_features, load_clip_data, use_features
 from training.clip_module import ClipModule
 
 
@@ -110,6 +114,31 @@ def test_training_and_embedding_scale_a_sample_alike(samples, tmp_path):
     assert embedded == trained
     clip = CLIP.from_pretrained(run / "clip", image_encoder=False)
     assert np.allclose(np.load(tmp_path / "null_clip_emb.npy"), clip.encode_genes(torch.zeros(1, 12)).detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize("cached", [0, 8])
+def test_training_and_embedding_centre_the_patches_of_a_sample_alike(samples, tmp_path, cached):
+    run = train(config(run_dir=str(tmp_path / "run"), model={"feature_sample_scaling": "centre", "image_views": 8},
+                       image={"cache_features": cached}), samples)
+    done = embed("--network", run / "clip", "--gex", samples / "C" / "gex_filt.h5ad", "--images", samples / "C" / "patches",
+                 "--out-dir", tmp_path)
+    assert done.exit_code == 0, done.output
+    trained, embedded = (json.loads((folder / "retrieval.json").read_text())["joint"] for folder in (run, tmp_path))
+    assert embedded == trained
+    together = np.load(tmp_path / "image_clip_emb.npy")
+    done = embed("--network", run / "clip", "--images", samples / "C" / "patches", "--out-dir", tmp_path)   # patches alone: one sample
+    assert done.exit_code == 0 and np.allclose(np.load(tmp_path / "image_clip_emb.npy"), together, atol=1e-5)
+
+
+def test_a_part_held_out_of_a_sample_is_centred_as_the_sample(samples):
+    told = clip_config(config(val=None, model={"feature_sample_scaling": "centre"}, data={"val_fraction": 0.3, "val_buffer_px": 0},
+                              image={"cache_features": 2}, trainer={"batch_size": 8}))
+    data, tower = load_clip_data(told, lambda path: samples / path), build_encoder("random_tiny")
+    use_features(data, tower, told, Path, "cpu")
+    centre_features(data, tower, told, "cpu")
+    own = data.val.features.mean((0, 1))
+    assert torch.equal(data.val.feature_centres, data.train.feature_centres) and not torch.allclose(data.val.feature_centres[0], own)
+    assert torch.allclose(data.train.feature_centres[0], data.train.features[data.train.sample_numbers == 0].mean((0, 1)), atol=1e-5)
 
 
 @pytest.fixture

@@ -17,16 +17,15 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from networks.clip import CLIP
 from networks.histo_models import Encoder
-from networks.sample_scaling import SampleScaling, fit_sample_scaling
+from networks.sample_scaling import SampleScaling, fit_sample_scaling, patches_for_mean
 from preprocessing.errors import InputError, OptionError
 from training.augment import N_DRAWS, AugmentConfig, apply_views, plain_views, turned_views, views_from
 from training.clip_config import ClipConfig
 from training.clip_features import cached_features, compute_features, view_table
 from training.data import ImageGeneDataset, SampleFiles, spatial_block_split
 from training.patch_cache import PatchRows
-
-FIT_PATCHES = 1000   # patches from which the scaling of image features is fitted when none are cached
 
 
 class Batch(NamedTuple):
@@ -35,6 +34,7 @@ class Batch(NamedTuple):
     seen: Tensor         # images (n, 3, H, W) in [-1, 1] | cached features (n, F) | all cached views (n, K, F)
     expression: Tensor   # (n, G)
     samples: Tensor      # int64 (n,): number of the sample
+    centre: Tensor | None = None   # (n, F) mean features of each row's sample, with model.feature_sample_scaling
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Pairs(Dataset):
     sample_numbers: np.ndarray         # int64 (N,)
     scaling: SampleScaling | None = None   # of expression, by these numbers
     features: Tensor | None = None     # float32 (N, K, F)
+    feature_centres: Tensor | None = None   # float32 (S, F), by these numbers
     augment: AugmentConfig | None = None   # None: the plain view, for validation
     seed: int = 0
 
@@ -57,7 +58,9 @@ class Pairs(Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
         """A batch of (step, row) keys."""
         rows = torch.tensor([row for _, row in keys])
-        return Batch(self._seen(rows, keys), self.dense_expression(rows.numpy()), torch.from_numpy(self.sample_numbers[rows.numpy()]))
+        samples = torch.from_numpy(self.sample_numbers[rows.numpy()])
+        centre = None if self.feature_centres is None else self.feature_centres[samples]
+        return Batch(self._seen(rows, keys), self.dense_expression(rows.numpy()), samples, centre)
 
     def dense_expression(self, rows: np.ndarray) -> Tensor:
         """float32 (n, G) of these rows, as the model takes it."""
@@ -157,14 +160,39 @@ def use_features(data: ClipData, tower: Encoder, config: ClipConfig, resolve: Ca
         data.val.images = None
 
 
-def fitting_rows(data: ClipData, tower: Encoder, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Training rows from which the model's input scaling is fitted: expression (N, G) and features (M, F)."""
-    expression = data.train.dense_expression(np.arange(len(data.train)))
-    if data.train.features is not None:
-        return expression, data.train.features.flatten(0, 1)
-    chosen = np.sort(np.random.default_rng(0).choice(len(data.train), min(len(data.train), FIT_PATCHES), replace=False))
-    images = data.train.images[torch.from_numpy(chosen)]
-    return expression, compute_features(images, plain_views(len(images))[:, None], tower, device=device, progress=False).flatten(0, 1)
+def centre_features(data: ClipData, tower: Encoder, config: ClipConfig, device: torch.device | str) -> None:
+    """With `model.feature_sample_scaling`, note each sample's mean features; a part held out of a sample is centred as the sample is."""
+    if config.model.feature_sample_scaling == "none":
+        return
+    views = turned_views() if config.model.image_views == 8 else plain_views(1)
+
+    def centres(pairs: Pairs) -> Tensor:
+        return torch.stack([_features(pairs, patches_for_mean(pairs.sample_numbers, number), views, tower, device).mean((0, 1))
+                            for number in range(int(pairs.sample_numbers.max()) + 1)])
+
+    data.train.feature_centres = centres(data.train)
+    if data.val is not None:
+        data.val.feature_centres = data.train.feature_centres if data.split else centres(data.val)
+
+
+def fit_inputs(clip: CLIP, data: ClipData, tower: Encoder, device: torch.device | str) -> None:
+    """Fit the model's input scaling to the training rows."""
+    train = data.train
+    expression = train.dense_expression(np.arange(len(train)))
+    shares = None if train.scaling is None else torch.from_numpy((train.expression != 0).mean(axis=0).A1)
+    rows = np.arange(len(train)) if train.features is not None else patches_for_mean(np.zeros(len(train), int), 0)
+    features = _features(train, rows, plain_views(1), tower, device)
+    centres = None if train.feature_centres is None else \
+        train.feature_centres[train.sample_numbers[rows]].repeat_interleave(features.shape[1], dim=0)
+    clip.fit_inputs(expression, features.flatten(0, 1), gene_shares=shares, centres=centres)
+
+
+def _features(pairs: Pairs, rows: np.ndarray, views: Tensor, tower: Encoder, device: torch.device | str) -> Tensor:
+    """float32 (n, V, F) of these rows: those cached, or of these views (V, 7) computed now."""
+    if pairs.features is not None:
+        return pairs.features[rows]
+    images = pairs.images[torch.from_numpy(rows)]
+    return compute_features(images, views.expand(len(images), -1, -1), tower, device=device, progress=False)
 
 
 def _pairs(dataset: ImageGeneDataset, config: ClipConfig, cache_dir: Path | str | None, training: bool = True) -> Pairs:

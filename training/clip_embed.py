@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,13 @@ import h5py
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from evaluation.retrieval import retrieval_by_sample
 from networks.clip import CLIP, clip_weights_sha256
 from networks.layers import images_to_float
+from networks.sample_scaling import patches_for_mean
 from preprocessing.errors import InputError, OptionError
 from preprocessing.outputs import finished_file, program_versions, strings_sha256, write_json
 from preprocessing.patch_file import read_patch_file
@@ -108,29 +110,39 @@ def embed_sample(clip: CLIP, config: EmbedConfig, device: str) -> tuple[dict[str
         arrays["gene"] = clip.embed_expression(table.expression, config.batch_size, sample_ids=sample_ids).numpy()
     if config.images:
         if dataset is not None:
-            count, patches = len(dataset), (dataset.read_image(row, dataset.image_px) for row in range(len(dataset)))
+            read, samples = (lambda row: dataset.read_image(row, dataset.image_px)), sample_ids
         else:
-            count, patches, barcodes = _patches_alone(config.images, clip.training_record.get("patch_px"))
-        arrays["image"] = _embed_patches(clip, patches, count, config.batch_size, device)
+            read, count, barcodes = _patches_alone(config.images, clip.training_record.get("patch_px"))
+            samples = np.full(count, config.images.name)
+        arrays["image"] = _embed_patches(clip, read, samples, config.batch_size, device)
     if config.null:
         arrays["null"] = clip.encode_genes(torch.zeros(1, len(clip.gene_names), device=device)).cpu().numpy()
     return arrays, barcodes, sample_ids
 
 
-def _embed_patches(clip: CLIP, patches: Iterator[np.ndarray], count: int, batch_size: int, device: str) -> np.ndarray:
-    blocks, batch = [], []
-    with tqdm(total=count, desc="patches", unit="patch") as bar:
-        for row, patch in enumerate(patches, start=1):
-            batch.append(torch.from_numpy(np.ascontiguousarray(patch)).permute(2, 0, 1))
-            if len(batch) == batch_size or row == count:
-                blocks.append(clip.encode_images(images_to_float(torch.stack(batch)).to(device)).cpu().numpy())
-                bar.update(len(batch))
-                batch = []
+def _embed_patches(clip: CLIP, read: Callable[[int], np.ndarray], sample_ids: np.ndarray, batch_size: int, device: str) -> np.ndarray:
+    """(N, D) of the patches that `read` gives by row; with `feature_sample_scaling` each is centred as its sample (N,)."""
+    def batches(rows: np.ndarray, what: str) -> Iterator[tuple[np.ndarray, Tensor]]:
+        with tqdm(total=len(rows), desc=what, unit="patch") as bar:
+            for start in range(0, len(rows), batch_size):
+                part = rows[start:start + batch_size]
+                images = torch.stack([torch.from_numpy(np.ascontiguousarray(read(row))).permute(2, 0, 1) for row in part])
+                yield part, images_to_float(images).to(device)
+                bar.update(len(part))
+
+    names, numbers = np.unique(sample_ids, return_inverse=True)
+    centres = None
+    if clip.centres_features:
+        chosen = [patches_for_mean(numbers, number) for number in range(len(names))]
+        centres = torch.stack([sum(clip.view_features(images).mean(1).sum(0) for _, images in batches(rows, f"mean features of {name}"))
+                               / len(rows) for name, rows in zip(names, chosen, strict=True)])
+    blocks = [clip.encode_images(images, None if centres is None else centres[numbers[rows]]).cpu().numpy()
+              for rows, images in batches(np.arange(len(sample_ids)), "patches")]
     return np.concatenate(blocks)
 
 
-def _patches_alone(images: Path, patch_px: int | None) -> tuple[int, Iterator[np.ndarray], list[str]]:
-    """(number, patches in row order, barcodes where known) of a patch folder or imgs.h5 without expression."""
+def _patches_alone(images: Path, patch_px: int | None) -> tuple[Callable[[int], np.ndarray], int, list[str]]:
+    """(what reads a patch by row, number, barcodes where known) of a patch folder or imgs.h5 without expression."""
     def resized(patch: np.ndarray) -> np.ndarray:
         if patch_px is None or patch.shape[:2] == (patch_px, patch_px):
             return patch
@@ -139,11 +151,11 @@ def _patches_alone(images: Path, patch_px: int | None) -> tuple[int, Iterator[np
 
     if images.is_dir():
         folder = read_patch_folder(images)
-        return len(folder.paths), (resized(read_patch(path)) for path in folder.paths), list(folder.barcodes or [])
+        return lambda row: resized(read_patch(folder.paths[row])), len(folder.paths), list(folder.barcodes or [])
     file = read_patch_file(images)
     if not len(file):
         raise InputError(images, "img", "at least one patch", "none")
-    return len(file), (resized(file.images(row)) for row in range(len(file))), list(file.barcodes or [])
+    return lambda row: resized(file.images(row)), len(file), list(file.barcodes or [])
 
 
 def _save(path: Path, array: np.ndarray) -> Path:

@@ -63,7 +63,7 @@ class ClipModule(pl.LightningModule):
     def _embed(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(images (N, D), genes (N, D), samples (N,)) of the batch of all ranks."""
         genes = gather_rows(self.clip.encode_genes(batch.expression).float())
-        return gather_rows(self._embed_images(batch.seen).float()), genes, gather_rows(batch.samples)
+        return gather_rows(self._embed_images(batch.seen, batch.centre).float()), genes, gather_rows(batch.samples)
 
     def _contrastive_loss(self, images: Tensor, genes: Tensor, samples: Tensor) -> Tensor:
         return clip_loss(images, genes, self.clip.temperature, samples if self.options.contrast == "within_sample" else None)
@@ -81,11 +81,11 @@ class ClipModule(pl.LightningModule):
             raise InputError("training", f"gradient at step {self.global_step}", "finite numbers",
                              f"none for {self.skipped_in_a_row} steps", "Lower optimizer.lr; the last checkpoint is good")
 
-    def _embed_images(self, seen: Tensor) -> Tensor:
+    def _embed_images(self, seen: Tensor, centre: Tensor | None) -> Tensor:
         """Images (N, 3, H, W), cached features (N, F), or features of several views (N, V, F) -> (N, D)."""
         if seen.dim() == 4:
-            return self.clip.encode_images(seen)
-        return self.clip.project_image_features(seen) if seen.dim() == 2 else self.clip.project_views(seen)
+            return self.clip.encode_images(seen, centre)
+        return self.clip.project_image_features(seen, centre) if seen.dim() == 2 else self.clip.project_views(seen, centre)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:   # this rank's share
         self._val_embeds.append(tuple(part[:self.val_sizes[batch_idx]] for part in self._embed(batch)))

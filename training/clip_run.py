@@ -15,7 +15,7 @@ from preprocessing.gene_sets import gene_sets_within
 from preprocessing.outputs import program_versions, write_json
 from training.clip_checkpoints import require_checkpoint
 from training.clip_config import ClipConfig
-from training.clip_data import ClipData, Pairs, fitting_rows, load_clip_data, use_features
+from training.clip_data import ClipData, Pairs, centre_features, fit_inputs, load_clip_data, use_features
 from training.clip_module import fit_clip, flat_metrics
 from training.clip_ranks import all_ranks, find_devices
 
@@ -42,11 +42,12 @@ def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
         tower.to(ranks.device)
         if config.image.cache_features:
             use_features(data, tower, config, resolve, ranks.device)
+        centre_features(data, tower, config, ranks.device)
         torch.manual_seed(config.seed)
         clip = CLIP(config.model, data.gene_names, target_sum=config.data.target_sum, image_encoder=tower,
                     training={**data.record, "seed": config.seed}, gene_sets=gene_sets)
         if clip.needs_fitting:
-            clip.fit_inputs(*fitting_rows(data, tower, ranks.device))
+            fit_inputs(clip, data, tower, ranks.device)
         clip = fit_clip(clip, data, config, run_dir, ckpt_path)
         if not ranks.is_global_zero:
             return None
@@ -86,9 +87,9 @@ def _write_retrieval(clip: CLIP, val: Pairs, run_dir: Path) -> dict:
     genes, images = [], []
     with torch.no_grad():
         for start in range(0, len(keys), 256):
-            seen, expression, _ = val.__getitems__(keys[start:start + 256])
+            seen, expression, _, centre = val.__getitems__(keys[start:start + 256])
             genes.append(clip.encode_genes(expression))
-            images.append(clip.encode_images(seen) if seen.dim() == 4 else clip.project_views(seen))
+            images.append(clip.encode_images(seen, centre) if seen.dim() == 4 else clip.project_views(seen, centre))
     found = retrieval_by_sample(torch.cat(genes).numpy(), torch.cat(images).numpy(), val.sample_ids)
     write_json(run_dir / "retrieval.json", {"n_spots": len(val), **flat_metrics(found["joint"]), **found})
     return {"samples": list(found["samples"]), **found["joint"]}

@@ -83,6 +83,28 @@ def test_samples_are_scaled_by_their_own_genes_so_that_shift_and_factor_vanish(e
     assert torch.allclose(alone, clip.encode_genes(torch.from_numpy(scaled)), atol=1e-5)
 
 
+@pytest.mark.parametrize("views", [1, 8])
+def test_features_are_centred_by_sample_so_that_a_stain_shift_vanishes(images, views):
+    clip = tiny(feature_sample_scaling="centre", image_views=views)
+    features = torch.randn(len(images), views, clip.feature_width, generator=torch.Generator().manual_seed(1))
+    shift = torch.randn(clip.feature_width, generator=torch.Generator().manual_seed(2))
+    centre = features.mean((0, 1))
+    embedded = clip.project_views(features, centre)
+    assert torch.allclose(clip.project_views(features + shift, centre + shift), embedded, atol=1e-5)
+    assert torch.allclose(clip.project_views(features, centre.expand(len(features), -1)), embedded, atol=1e-6)   # a centre a row
+    clip.fit_inputs(torch.zeros(2, 5), features.flatten(0, 1), centres=centre.expand(len(features) * views, -1))
+    assert torch.allclose(clip.project_views(features), embedded, atol=1e-5)   # no known sample: as the training patches
+    assert torch.allclose(clip.encode_images(images, centre), clip.project_views(clip.view_features(images), centre), atol=1e-6)
+
+
+def test_rare_genes_are_known_before_samples_are_centred():
+    scaling = InputScaling(2, "centre", min_share=0.5)
+    rows = torch.tensor([[1.0, 0.0], [0.0, 3.0], [2.0, 0.0]])
+    centred = rows - rows.mean(0)                                   # no value is zero any more
+    scaling.fit(centred, (rows != 0).float().mean(0))
+    assert scaling.scale.tolist() == [1, 0]
+
+
 def test_eight_views_make_the_embedding_independent_of_how_the_patch_lies(images):
     clip, one = tiny(image_views=8), tiny()
     turned = torch.rot90(images, 1, (-2, -1)).flip(-1)

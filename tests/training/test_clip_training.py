@@ -153,7 +153,7 @@ def test_a_spots_view_depends_on_step_and_row_and_not_on_its_batch(patches):
     expression = sp.csr_matrix(np.eye(5, dtype=np.float32))
     pairs = Pairs(expression, np.arange(5).astype(str), np.array(list("ABABA")), patches, np.array([0, 1, 0, 1, 0]),
                   augment=AugmentConfig(rotate=True), seed=4)
-    together, rows, samples = pairs.__getitems__([(7, 3), (7, 1)])
+    together, rows, samples, _ = pairs.__getitems__([(7, 3), (7, 1)])
     alone, *_ = pairs.__getitems__([(7, 1)])
     later, *_ = pairs.__getitems__([(8, 1)])
     assert torch.allclose(together[1], alone[0], atol=1e-6) and not torch.allclose(later[0], alone[0])
