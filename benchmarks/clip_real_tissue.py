@@ -32,6 +32,8 @@ RECIPES = {   # name -> (configuration of assets/, what differs)
     "D 64": ("clip_small", {"model.projection": 64}),
     "learned temperature": ("clip_small", {"model.learn_temperature": True, "model.temperature": 0.07}),
     "one view when embedding": ("clip_small", {"model.image_views": 1}),
+    "patches not centred": ("clip_small", {"model.feature_sample_scaling": "none"}),
+    "genes centred too": ("clip_small", {"model.feature_sample_scaling": "centre", "model.gene_sample_scaling": "centre"}),
     "within-sample contrast": ("clip_small", {"trainer.contrast": "within_sample"}),
 }
 TUNED = "published tuned"

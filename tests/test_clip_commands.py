@@ -18,8 +18,11 @@ from clip_embeddings import main as clip_embeddings
 from evaluation.retrieval import retrieval_metrics
 from networks.clip import CLIP
 from networks.histo_models import build_encoder
+from networks.layers import images_to_float
+from networks.sample_scaling import patches_for_mean
 from networks.weights import read_plain_file
 from preprocessing.errors import InputError, OptionError, WeightsError
+from preprocessing.patches import read_patch, read_patch_folder
 from train_clip import quote_paths, train
 from training.clip_config import clip_config
 from training.clip_data import centre_features, load_clip_data, use_features
@@ -128,6 +131,20 @@ def test_training_and_embedding_centre_the_patches_of_a_sample_alike(samples, tm
     together = np.load(tmp_path / "image_clip_emb.npy")
     done = embed("--network", run / "clip", "--images", samples / "C" / "patches", "--out-dir", tmp_path)   # patches alone: one sample
     assert done.exit_code == 0 and np.allclose(np.load(tmp_path / "image_clip_emb.npy"), together, atol=1e-5)
+
+
+def test_a_large_sample_is_centred_on_some_of_its_patches_and_streamed(samples, tmp_path, monkeypatch):
+    run = train(config(run_dir=str(tmp_path / "run"), model={"feature_sample_scaling": "centre"}), samples)
+    monkeypatch.setattr("networks.sample_scaling.MEAN_PATCHES", 20)   # of 32
+    done = embed("--network", run / "clip", "--images", samples / "C" / "patches", "--out-dir", tmp_path, "--batch-size", 7)
+    assert done.exit_code == 0, done.output
+    clip, folder = CLIP.from_pretrained(run / "clip"), read_patch_folder(samples / "C" / "patches")
+    images = images_to_float(torch.stack([torch.from_numpy(read_patch(path)).permute(2, 0, 1) for path in folder.paths]))
+    with torch.no_grad():
+        centre = clip.image_features(images[patches_for_mean(np.zeros(32, int), 0)]).mean(0)
+        expected = clip.encode_images(images, centre)
+    assert np.allclose(np.load(tmp_path / "image_clip_emb.npy"), expected, atol=1e-5)
+    assert not np.allclose(expected, clip.encode_images(images, clip.image_features(images).mean(0)).detach(), atol=1e-5)
 
 
 def test_a_part_held_out_of_a_sample_is_centred_as_the_sample(samples):

@@ -3,9 +3,10 @@ import os
 
 import pytest
 import torch
-from clip_runs import config, finish, start, write_samples
+from clip_runs import config, finish, start, write_sample, write_samples
 
 from networks.weights import load_weights_folder
+from preprocessing.errors import InputError
 from train_clip import train
 
 SECRETS = {"HF_TOKEN": "hf_canary0123456789", "WANDB_API_KEY": "canary9876543210", "HUGGING_FACE_HUB_TOKEN": "hf_canary0123456789"}
@@ -61,3 +62,11 @@ def test_gated_weights_without_a_login_say_in_one_line_how_to_get_them(samples, 
     assert process.returncode == 3 and len(err.strip().splitlines()) == 1
     assert "https://huggingface.co/MahmoodLab/UNI (gated: ask for access there" in err and "UNI_STATE_DICT_PATH" in err
     assert not (tmp_path / "run").exists() and os.listdir(tmp_path) == []
+
+
+def test_a_validation_file_without_rows_is_refused_before_training(samples, tmp_path):
+    write_sample(tmp_path, "empty", 0, seed=9)
+    files = {"val_gex": str(tmp_path / "empty" / "gex_filt.h5ad"), "val_image_dir": str(tmp_path / "empty" / "patches")}
+    with pytest.raises(InputError, match="empty"):
+        train(config(run_dir=str(tmp_path / "run"), data=files), samples)
+    assert not (tmp_path / "run").exists()

@@ -1,5 +1,6 @@
 """A CLIP run that is stopped keeps its steps; a checkpoint that is not what was written is not resumed."""
 import os
+import random
 import re
 import signal
 import time
@@ -58,6 +59,21 @@ def test_a_signal_finishes_the_step_and_the_resumed_run_ends_bit_equal(samples, 
     resumed = train(config(val=val, run_dir=str(tmp_path / "run"), ckpt_path="last", **options), samples)
     first, second = (CLIP.from_pretrained(folder / "clip").weights() for folder in (straight, resumed))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("cached", [0, 2])
+def test_a_run_stopped_at_a_random_step_ends_bit_equal_with_and_without_cached_features(samples, tmp_path, monkeypatch, cached):
+    step = random.SystemRandom().randrange(11)   # of twelve; a failing one is in the message
+    options = {**RUN, "image": {"cache_features": cached}, "model": {"feature_sample_scaling": "centre"}}
+    whole = train(config(run_dir=str(tmp_path / "whole"), **options), samples)
+    with monkeypatch.context() as patch:
+        send_at(patch, step, signal.SIGTERM)
+        with pytest.raises(Stopped):
+            train(config(run_dir=str(tmp_path / "run"), **options), samples)
+    resumed = train(config(run_dir=str(tmp_path / "run"), ckpt_path="last", **options), samples)
+    first, second = (CLIP.from_pretrained(folder / "clip").weights() for folder in (whole, resumed))
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different, f"stopped after step {step + 1}"
 
 
 def test_a_second_signal_stops_at_once_and_promises_nothing(samples, tmp_path, monkeypatch):

@@ -121,24 +121,29 @@ def embed_sample(clip: CLIP, config: EmbedConfig, device: str) -> tuple[dict[str
 
 
 def _embed_patches(clip: CLIP, read: Callable[[int], np.ndarray], sample_ids: np.ndarray, batch_size: int, device: str) -> np.ndarray:
-    """(N, D) of the patches that `read` gives by row; with `feature_sample_scaling` each is centred as its sample (N,)."""
-    def batches(rows: np.ndarray, what: str) -> Iterator[tuple[np.ndarray, Tensor]]:
-        with tqdm(total=len(rows), desc=what, unit="patch") as bar:
-            for start in range(0, len(rows), batch_size):
-                part = rows[start:start + batch_size]
-                images = torch.stack([torch.from_numpy(np.ascontiguousarray(read(row))).permute(2, 0, 1) for row in part])
-                yield part, images_to_float(images).to(device)
-                bar.update(len(part))
+    """(N, D) of the patches that `read` gives by row; with `feature_sample_scaling` those of a sample are centred together (N,)."""
+    def batches(rows: np.ndarray) -> Iterator[Tensor]:
+        for start in range(0, len(rows), batch_size):
+            part = rows[start:start + batch_size]
+            images = torch.stack([torch.from_numpy(np.ascontiguousarray(read(row))).permute(2, 0, 1) for row in part])
+            yield images_to_float(images).to(device)
+            bar.update(len(part))
 
     names, numbers = np.unique(sample_ids, return_inverse=True)
-    centres = None
-    if clip.centres_features:
-        chosen = [patches_for_mean(numbers, number) for number in range(len(names))]
-        centres = torch.stack([sum(clip.view_features(images).mean(1).sum(0) for _, images in batches(rows, f"mean features of {name}"))
-                               / len(rows) for name, rows in zip(names, chosen, strict=True)])
-    blocks = [clip.encode_images(images, None if centres is None else centres[numbers[rows]]).cpu().numpy()
-              for rows, images in batches(np.arange(len(sample_ids)), "patches")]
-    return np.concatenate(blocks)
+    groups = [(np.arange(len(numbers)), None)] if not clip.centres_features else \
+        [(np.flatnonzero(numbers == number), patches_for_mean(numbers, number)) for number in range(len(names))]
+    embeddings = np.empty((len(numbers), clip.config.projection), dtype=np.float32)
+    twice = sum(len(chosen) for rows, chosen in groups if chosen is not None and len(chosen) < len(rows))
+    with tqdm(total=len(numbers) + twice, desc="patches", unit="patch") as bar:
+        for rows, chosen in groups:
+            features = None if chosen is None else torch.cat([clip.view_features(images) for images in batches(chosen)])
+            centre = None if chosen is None else features.mean((0, 1))
+            if features is not None and len(chosen) == len(rows):   # a small sample is seen once
+                blocks = [clip.project_views(features, centre)]
+            else:
+                blocks = [clip.encode_images(images, centre) for images in batches(rows)]
+            embeddings[rows] = torch.cat(blocks).cpu().numpy()
+    return embeddings
 
 
 def _patches_alone(images: Path, patch_px: int | None) -> tuple[Callable[[int], np.ndarray], int, list[str]]:
