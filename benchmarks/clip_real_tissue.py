@@ -32,8 +32,8 @@ RECIPES = {   # name -> (configuration of assets/, what differs)
     "D 64": ("clip_small", {"model.projection": 64}),
     "learned temperature": ("clip_small", {"model.learn_temperature": True, "model.temperature": 0.07}),
     "one view when embedding": ("clip_small", {"model.image_views": 1}),
-    "patches not centred": ("clip_small", {"model.feature_sample_scaling": "none"}),
-    "genes centred too": ("clip_small", {"model.feature_sample_scaling": "centre", "model.gene_sample_scaling": "centre"}),
+    "not centred": ("clip_small", {"model.feature_sample_scaling": "none", "model.gene_sample_scaling": "none"}),
+    "patches alone centred": ("clip_small", {"model.gene_sample_scaling": "none"}),
     "within-sample contrast": ("clip_small", {"trainer.contrast": "within_sample"}),
 }
 TUNED = "published tuned"
@@ -87,8 +87,8 @@ class Bench:
         arrays, _, _ = embed_sample(clip, EmbedConfig(network, gex=section / "gex_filt.h5ad", images=section / "patches"), self.device)
         return arrays["gene"], arrays["image"]
 
-    def baseline(self, train: list[Path], val: Path, side_px: int) -> tuple[np.ndarray, np.ndarray]:
-        """(predicted, projected) of the linear baseline on another section, both (N, 50)."""
+    def baseline(self, train: list[Path], val: Path, side_px: int, centred: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """(predicted, projected) of the linear baseline on another section, both (N, 50); `centred`: every section about its own mean."""
         from evaluation.features import image_features
         from evaluation.linear_baseline import fit_linear_baseline
         from networks.histo_models import build_encoder
@@ -102,8 +102,18 @@ class Bench:
         fitted, held = read(train), read([val])
         features = [image_features(data.load_images(progress=False).permute(0, 2, 3, 1).numpy(), tower, device=self.device, progress=False)
                     for data in (fitted, held)]
-        model = fit_linear_baseline(fitted.expression, features[0], fitted.sample_ids, rng=np.random.default_rng(0))
-        return model.predict(held.expression), model.project(features[1])
+        expression = [data.expression for data in (fitted, held)]
+        if centred:
+            samples = [data.sample_ids for data in (fitted, held)]
+            expression, features = [[about_own_mean(rows, names) for rows, names in zip(side, samples, strict=True)]
+                                    for side in ([part.toarray() for part in expression], features)]
+        model = fit_linear_baseline(expression[0], features[0], fitted.sample_ids, rng=np.random.default_rng(0))
+        return model.predict(expression[1]), model.project(features[1])
+
+
+def about_own_mean(rows: np.ndarray, sample_ids: np.ndarray) -> np.ndarray:
+    """(N, F) rows minus the mean of their sample."""
+    return rows - np.stack([rows[sample_ids == name].mean(axis=0) for name in sample_ids])
 
 
 def folds_of(train: list[Path]) -> list[tuple[list[Path], Path]]:
@@ -152,6 +162,7 @@ def table(bench: Bench, train: list[Path], held_out: Path | None, names: list[st
     if held_out is not None:
         baselines = {side: bench.baseline(train, held_out, side) for side in (128, 224)}
         rows = [row(f"linear baseline at {side} px", [pair], None) for side, pair in baselines.items()]
+        rows.append(row("linear baseline at 224 px, sections centred", [bench.baseline(train, held_out, 224, centred=True)], None))
     for name in names:
         config, differences = RECIPES[name]
         if name == TUNED:
