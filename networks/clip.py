@@ -22,7 +22,7 @@ from networks.clip_model_config import ClipModelConfig
 from networks.gene_encoders import InputScaling, ProjectionHead, gene_encoder
 from networks.histo_models import Encoder, build_encoder
 from networks.model_card import model_card
-from networks.sample_scaling import fit_sample_scaling
+from networks.sample_scaling import fit_sample_scaling, require_whole_samples
 from networks.weights import load_into, load_weights_folder, read_plain_file, save_weights_folder, weights_sha256
 from preprocessing.errors import WeightsError
 from preprocessing.outputs import file_sha256, finished_file, program_versions, strings_sha256
@@ -132,9 +132,11 @@ class CLIP(nn.Module):
         """Normalised expression, sparse (N, G) -> float32 (N, D) on the CPU. Streams; leaves the module's mode as it was.
 
         With `gene_sample_scaling`, `sample_ids` (N,) say which rows are scaled together (none: all are one sample), and all spots
-        of a sample must be there.
+        of a sample must be there: `InputError` where there are fewer than `MIN_SPOTS`.
         """
         samples = np.zeros(expression.shape[0], int) if sample_ids is None else np.unique(sample_ids, return_inverse=True)[1]
+        if self.config.gene_sample_scaling != "none":
+            require_whole_samples(samples, sample_ids)
         scaling = fit_sample_scaling(expression, samples, self.config.gene_sample_scaling)
         was_training, device = self.training, self.log_temperature.device
         self.eval()

@@ -13,7 +13,7 @@ from networks.clip import CLIP, ClipModelConfig, clip_weights_sha256
 from networks.gene_encoders import InputScaling, ProjectionHead
 from networks.histo_models import build_encoder
 from networks.weights import load_weights_folder, save_weights_folder
-from preprocessing.errors import EXIT_WEIGHTS, OptionError, WeightsError
+from preprocessing.errors import EXIT_WEIGHTS, InputError, OptionError, WeightsError
 
 GENES = ["Actb", "Cd3e", "Epcam", "Krt8", "Ptprc"]
 
@@ -71,8 +71,10 @@ def test_embedding_sparse_expression_streams_to_the_same_rows(expression):
 
 @pytest.mark.parametrize("kind", ["centre", "standardise"])
 def test_samples_are_scaled_by_their_own_genes_so_that_shift_and_factor_vanish(expression, kind):
-    clip, samples = tiny(gene_sample_scaling=kind), np.array(list("ABABAAB"))
-    rows = expression.numpy()
+    clip, samples = tiny(gene_sample_scaling=kind), np.array(list("ABABAAB") * 4)
+    rows = expression.repeat(4, 1).numpy()
+    with pytest.raises(InputError, match="B: spots of a sample: expected a whole sample, at least 10.* found 3"):
+        clip.embed_expression(sp.csr_matrix(rows[:7]), sample_ids=samples[:7])
     embedded = clip.embed_expression(sp.csr_matrix(rows), batch_size=2, sample_ids=samples)
     shifted = rows + (samples == "B")[:, None] * np.arange(1, 6, dtype=np.float32)   # a batch effect of sample B
     assert torch.allclose(clip.embed_expression(sp.csr_matrix(shifted), sample_ids=samples), embedded, atol=1e-4)
