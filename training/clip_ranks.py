@@ -7,7 +7,6 @@ Collectives here do nothing in a run of one process.
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -24,9 +23,9 @@ from torch import Tensor
 
 from preprocessing.errors import EXIT_IO, OptionError
 from training.clip_config import TrainerConfig
+from training.ranks import LOST, rank_and_size
 
 GRACE_S = 3.0   # a rank that only suffers from another's end waits so long for that one's message and exit code
-LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|recv|socket", re.IGNORECASE)
 
 
 def find_devices(options: TrainerConfig) -> Fabric:
@@ -100,13 +99,6 @@ class _GatherRows(torch.autograd.Function):
         share = len(gradient) // torch.distributed.get_world_size()
         start = share * torch.distributed.get_rank()
         return gradient[start:start + share]
-
-
-def rank_and_size() -> tuple[int, int]:
-    """This process's place among those of the run, (0, 1) when it is alone."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 def gather_rows(rows: Tensor) -> Tensor:
