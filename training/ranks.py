@@ -112,3 +112,37 @@ def any_rank(number: int, device: torch.device | str) -> int:
     highest = torch.tensor(number, device=device)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     return int(highest)
+
+
+class _GatherRows(torch.autograd.Function):
+    """All ranks' rows in rank order; the gradient of a row is summed over ranks and goes back to its owner."""
+
+    @staticmethod
+    def forward(context, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        share = len(gradient) // dist.get_world_size()
+        start = share * dist.get_rank()
+        return gradient[start:start + share]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """(N, ...) of this rank -> (ranks x N, ...) of all; every rank must hold the same N. One process: the rows themselves.
+
+    Every rank computes the same global loss, so the summed gradient counts it once a rank; averaging gradients over
+    ranks, as data-parallel training does, brings back the gradient of one rank with the whole batch.
+    """
+    return _GatherRows.apply(rows) if rank_and_size()[1] > 1 else rows
+
+
+def own_rows(n_rows: int) -> Tensor:
+    """Places (int64) of this rank's share of `n_rows`, as many on every rank: `gather_rows(share)[:n_rows]` is whole and in order."""
+    rank, size = rank_and_size()
+    share = -(-n_rows // size)
+    return (rank * share + torch.arange(share)).clamp(max=n_rows - 1)   # the last row repeats where the shares are uneven
