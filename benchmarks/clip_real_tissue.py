@@ -80,26 +80,38 @@ class Bench:
             return self.embed(Path(run_dir) / "clip", val)
 
     def embed(self, network: Path, section: Path) -> tuple[np.ndarray, np.ndarray]:
+        """What `clip_embeddings.py` gives, with the frozen tower's features of a section computed once for all recipes."""
+        import torch
+
         from networks.clip import CLIP
-        from training.clip_embed import EmbedConfig, embed_sample
+        from training.augment import plain_views, turned_views
+        from training.clip_features import cached_features
 
         clip = CLIP.from_pretrained(network, image_encoder_weights=self.encoder_weights).to(self.device)
-        arrays, _, _ = embed_sample(clip, EmbedConfig(network, gex=section / "gex_filt.h5ad", images=section / "patches"), self.device)
-        return arrays["gene"], arrays["image"]
+        data = self.read([section], clip.target_sum)
+        views = (turned_views() if clip.config.image_views == 8 else plain_views(1)).expand(len(data), -1, -1)
+        features = cached_features(data.load_images(clip.training_record["patch_px"], progress=False), views, clip.image_encoder,
+                                   tower_key=f"{clip.image_encoder.source}@{clip.image_encoder.input_px}px",
+                                   cache_dir=self.work / "features", device=self.device, progress=False).to(self.device)
+        with torch.no_grad():
+            images = clip.project_views(features, features.mean((0, 1)) if clip.centres_features else None)
+        return clip.embed_expression(data.expression, sample_ids=data.sample_ids).numpy(), images.cpu().numpy()
+
+    def read(self, folders: list[Path], target_sum: float | str):
+        """The paired samples of these folders."""
+        from training.data import ImageGeneDataset, sample_files
+
+        images, gex = (",".join(str(folder / name) for folder in folders) for name in ("patches", "gex_filt.h5ad"))
+        return ImageGeneDataset(sample_files(images, gex), target_sum=target_sum)
 
     def baseline(self, train: list[Path], val: Path, side_px: int, centred: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """(predicted, projected) of the linear baseline on another section, both (N, 50); `centred`: every section about its own mean."""
         from evaluation.features import image_features
         from evaluation.linear_baseline import fit_linear_baseline
         from networks.histo_models import build_encoder
-        from training.data import ImageGeneDataset, sample_files
 
         tower = build_encoder("efficientnet_lite0", self.encoder_weights, side_px).to(self.device)
-        def read(folders: list[Path]) -> ImageGeneDataset:
-            images, gex = (",".join(str(folder / name) for folder in folders) for name in ("patches", "gex_filt.h5ad"))
-            return ImageGeneDataset(sample_files(images, gex), target_sum=BASELINE_SUM)
-
-        fitted, held = read(train), read([val])
+        fitted, held = self.read(train, BASELINE_SUM), self.read([val], BASELINE_SUM)
         features = [image_features(data.load_images(progress=False).permute(0, 2, 3, 1).numpy(), tower, device=self.device, progress=False)
                     for data in (fitted, held)]
         expression = [data.expression for data in (fitted, held)]

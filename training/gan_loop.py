@@ -1,4 +1,4 @@
-"""Train the GAN in one process, from data in memory to a run folder of snapshots and checkpoints.
+"""Train the GAN, in one process or on every rank of a torchrun job, from data in memory to a run folder of snapshots and checkpoints.
 
 The clock is kimg: thousands of real images shown. A run of k + m steps equals a run of k steps that was resumed for m,
 bit for bit on a CPU, as every random number is a function of (seed, step, position in the batch). A wall-time budget is the
@@ -10,14 +10,13 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from networks.discriminator import Discriminator
 from networks.generator import Generator
@@ -31,8 +30,10 @@ from training.gan_config import GanConfig
 from training.gan_data import GanData, mean_colour
 from training.gan_grids import Showcase
 from training.gan_losses import blur_sigma, scheduled_weight
+from training.gan_metrics import Metric, SnapshotMetrics
 from training.gan_step import GanStep
-from training.run_folder import Checkpoint, StatsLog, save_checkpoint
+from training.ranks import any_rank, from_first, is_first
+from training.run_folder import Checkpoint, NoStats, StatsLog, save_checkpoint
 
 log = logging.getLogger(__name__)
 SHORT_RUN_FADE = 0.1        # share of the run over which the blur fades, unless said in kimg
@@ -69,9 +70,10 @@ class GanRun:
     data: GanData
     encoder: Encoder                  # the discriminator's backbone
     folder: Path
-    clip: nn.Module | None = None     # with image tower for guidance; its gene encoder for cond_dropout
+    clip: nn.Module | None = None     # with image tower for guidance and clip_score; its gene encoder for cond_dropout
     tensorboard: bool = True
     device: str = "cpu"
+    watched: Sequence[Metric] = ()    # measured at every snapshot
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self):
@@ -98,6 +100,7 @@ class GanRun:
         self.gan = GanStep(config, generator, discriminator, self.training, clip)
         self.average = frozen_copy(generator)
         self.showcase = Showcase(self.data, config.seed)
+        self.metrics = SnapshotMetrics(list(self.watched), self.data, clip, self.device, config.seed)
 
     @property
     def kimg(self) -> float:
@@ -118,7 +121,7 @@ class GanRun:
 
     def train(self) -> Iterator[dict[str, float]]:
         """Train to the end of the run or its budget; yields the losses of every step. Saves, also when stopped by a signal."""
-        stats = StatsLog(self.folder, self.tensorboard)
+        stats = StatsLog(self.folder, self.tensorboard) if is_first() else NoStats()
         stats.forget_after(self.progress.step)
         clock = time.monotonic() - self.progress.elapsed_s
         if self.progress.step == 0:
@@ -128,7 +131,7 @@ class GanRun:
         with _stop_signals() as stopped:
             while self.share < 1:
                 losses = self.one_step()
-                self.progress.elapsed_s = time.monotonic() - clock
+                self.progress.elapsed_s = from_first(time.monotonic() - clock)   # one clock for all ranks
                 if losses is not None:
                     totals, n_steps = {name: totals.get(name, 0.0) + value for name, value in losses.items()}, n_steps + 1
                     n_moved += 1
@@ -142,8 +145,8 @@ class GanRun:
                 if self._due("last_snap", self.config.tick * self.config.snap, MIN_SNAPSHOTS) or self.share >= 1:
                     self._snapshot(stats)
                     self.save()
-                if stopped:
-                    self._stop(stopped[0], stats)
+                if number := any_rank(stopped[0] if stopped else 0, self.device):
+                    self._stop(number, stats)
         stats.close()
 
     def one_step(self) -> dict[str, float] | None:
@@ -194,8 +197,7 @@ class GanRun:
         self._tick_kimg = self.kimg
         values = {"kimg": self.kimg, "elapsed_s": self.progress.elapsed_s,
                   "sec_per_kimg": (self.progress.elapsed_s - tick_start) / shown, "bad_steps": self.progress.bad_steps, **losses}
-        stats.write(self.progress.step, values, line := status_line(values))
-        tqdm.write(line)
+        stats.write(self.progress.step, values, status_line(values))
 
     def _stop(self, number: int, stats: StatsLog) -> None:
         self.save()
@@ -205,7 +207,10 @@ class GanRun:
     # ---- what a run leaves behind -----------------------------------------------------------------------------------
 
     def _snapshot(self, stats: StatsLog) -> None:
-        """Averaged generator for use, picture, and how much patches of one prompt differ."""
+        """Averaged generator for use, picture, metrics, and how much patches of one prompt differ."""
+        measured = self.metrics.measure(self.average)
+        if not is_first():
+            return
         n_images = self.progress.step * self.config.batch
         name = f"snapshot-{n_images:06d}"
         diversity = self.showcase.diversity(self.average)
@@ -215,12 +220,14 @@ class GanRun:
         self.showcase.save_grid(self.folder / "samples" / f"{name}.png", self.average)
         line = (f"kimg {self.kimg:<8.2f} {name}   diversity within a prompt {diversity['generated']:.1f} grey levels, by z alone "
                 f"{diversity['generated_z']:.1f} (real patches of {diversity['real_groups']}: {diversity['real']:.1f})")
-        measured = {f"diversity/{what}": diversity[what] for what in ("generated", "generated_z", "real")}
+        line += "".join(f"   {name.removeprefix('metrics/')} {value:.4g}" for name, value in measured.items())
+        measured |= {f"diversity/{what}": diversity[what] for what in ("generated", "generated_z", "real")}
         stats.write(self.progress.step, {"kimg": self.kimg, **measured}, line)
-        tqdm.write(line)
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment."""
+    def save(self) -> Path | None:
+        """Write a checkpoint of this moment, on the first rank."""
+        if not is_first():
+            return None
         gan = self.gan
         state = {**asdict(self.progress), "config": asdict(self.config), "config_sha256": self._config_hash(),
                  "data_sha256": self.data.sha256, "backbone": self.encoder.source}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ def parse_metrics(text: str) -> list[Metric]:
         elif short:
             metrics.append(Metric(name, {"fid": "fd", "kid": "kd"}[short], FeatureSpec("inception"), _count(short_n)))
         else:
-            metrics.append(Metric(name, kind, FeatureSpec(encoder, weights), _count(n)))
+            metrics.append(Metric(name, kind, FeatureSpec(encoder, Path(weights) if weights else None), _count(n)))
     if len({metric.name for metric in metrics}) < len(metrics):
         raise OptionError("--metrics", "every metric once", text)
     return metrics

@@ -1,7 +1,7 @@
 """One step of the GAN: gradients of the generator and of the discriminator's heads over one global batch.
 
 `best` runs the generator and the frozen backbone once for both losses; `reference` runs them once per network, as published.
-Gradients are means over the global batch, whatever the micro-batch.
+Gradients are means over the global batch, whatever the micro-batch and the number of ranks: each computes its rows of it.
 """
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from training.diff_augment import diff_augment
 from training.gan_config import GanConfig
 from training.gan_draws import D_PHASE, G_PHASE, Draws, batch_rows, draw, real_views
 from training.gan_losses import blur, discriminator_loss, diversity_loss, generator_loss, guidance_loss
+from training.ranks import own_part, sum_gradients, sum_values
 
 GUIDANCE_PX = 64
 ADAM = {"betas": (0.0, 0.99), "eps": 1e-8}
@@ -74,7 +75,7 @@ class GanStep:
         totals: dict[str, float] = {}
         self._z = draws.z
         d_draws = draws if self.config.shared_pass else self._draw(step, phase=D_PHASE)
-        for start in range(0, self.config.batch, self.config.batch_gpu):
+        for start in own_part(self.config.batch, self.config.batch_gpu):
             part = slice(start, start + self.config.batch_gpu)
             c, real = self.data.prompts[rows[part]], images_to_float(self.data.images[rows[part]])
             micro = draws.part(part.start, part.stop)
@@ -85,7 +86,8 @@ class GanStep:
                 self._generator_part(c, asked, real, micro, sigma, clip_weight, totals)
                 asked = self._asked(c, rows[part], step, D_PHASE, start)
                 self._discriminator_part(c, asked, real, d_draws.part(part.start, part.stop), sigma, totals)
-        return totals
+        sum_gradients((*self.generator.parameters(), *self.discriminator.heads.parameters()))
+        return sum_values(totals, self.data.prompts.device)
 
     def _asked(self, c: Tensor, rows: np.ndarray, step: int, phase: int, first: int) -> Tensor:
         """The prompts the generator is given: those the discriminator sees, or with `cond_dropout` embedded anew with dropout."""
