@@ -52,6 +52,25 @@ def test_micro_batches_do_not_change_the_gradients(tmp_path, preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+def test_a_step_moves_the_weights_alike_at_micro_batches_of_8_16_and_32(tmp_path, preset):
+    moved = []
+    for micro in (8, 16, 32):
+        run = make_run(tmp_path / str(micro), preset, data=tiny_data(n=32), batch=32, batch_gpu=micro)
+        losses = run.gan.gradients(0, sigma=1.0, clip_weight=0)
+        grads = [p.grad.clone() for p in (*run.gan.generator.parameters(), *run.gan.discriminator.heads.parameters())]
+        for optimiser in (run.gan.g_optimiser, run.gan.d_optimiser):     # plain steps: Adam's first one is the sign of the gradient
+            for parameter in optimiser.param_groups[0]["params"]:
+                parameter.data.sub_(parameter.grad)
+        run.gan.discriminator.update_spectral_norm()
+        after = run.gan.gradients(1, sigma=0.5, clip_weight=0)
+        moved.append(([*losses.values(), *after.values()], grads))
+    for numbers, grads in moved[1:]:
+        assert numbers == pytest.approx(moved[0][0], rel=1e-3, abs=1e-4)
+        for a, b in zip(grads, moved[0][1], strict=True):
+            assert torch.allclose(a, b, atol=1e-5 * max(b.abs().max().item(), 1.0))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_the_running_mean_of_x_moves_once_a_step_whatever_the_micro_batch(tmp_path, preset):
     means = []
     for micro in (8, 16):
