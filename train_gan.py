@@ -10,6 +10,7 @@ from preprocessing.errors import Command, InputError, OptionError
 
 PRESETS, SIZES = ("reference", "best"), ("small", "lite", "full", "custom")   # the tables of training/gan_config.py, without torch
 PRESET = " Default: the preset's."
+GUIDANCE = ("spherical", "infonce")
 SCHEDULES, LR_SCHEDULES = ("const", "step", "linear", "exp"), ("const", "step")
 
 
@@ -146,12 +147,20 @@ def _checkpoint(outdir: Path, name: str, resume: str | None):
 @click.option("--flips/--no-flips", default=None, help="Show real patches in eight flips and turns." + PRESET)
 @option("max-shift-px", type=int, help="Move real patches by up to this many px." + PRESET)
 @option("diversity-weight", type=float, help="Pressure on two patches of one prompt to differ as real neighbours do." + PRESET)
+@option("mismatch-weight", type=float, help="Real patches with the genes of an unlike spot (drawn among those farther than the median "
+        "by embedding) as a further negative of the discriminator; 0 is off." + PRESET)
+@option("augment-target", type=float, help="Augment only so many images that E[sign D(real)] comes to this, as 0.6. Default: all of them.")
+@option("augment-kimg", type=float, default=500.0, help="kimg in which the share of augmented images can move from 0 to 1.")
+@option("r1-weight", type=float, help="Half of it times the squared gradient of real logits to the backbone's features; 0 is off." + PRESET)
+@option("r1-interval", type=int, default=16, help="Steps between such penalties; each counts that many times.")
 @option("g-lr", type=float, help="Learning rate of the generator." + PRESET)
 @option("d-lr", type=float, help="Learning rate of the discriminator." + PRESET)
 @option("g-lr-schedule", type=click.Choice(LR_SCHEDULES), default="const", help="step: a tenth from half of the run on.")
 @option("d-lr-schedule", type=click.Choice(LR_SCHEDULES), default="const", help="step: a tenth from half of the run on.")
 @option("clip-weight", type=float, default=0.0, help="Guidance by the CLIP image tower; 0 is off. reference: times --batch-gpu.")
 @option("clip-schedule", type=click.Choice(SCHEDULES), default="const", help="Its weight over --kimg, whatever the wall time.")
+@option("clip-loss", type=click.Choice(GUIDANCE), help="spherical: squared angle to the own prompt. infonce: the own prompt among those "
+        "of the whole batch, whatever the micro-batch, at CLIP's temperature, from images to prompts." + PRESET)
 @option("rec-weight", type=float, default=0.0, help="Mean squared error to the paired patch; 0 is off.")
 @option("blur-init", type=float, default=32.0, help="Blur in front of the discriminator at the start, px.")
 @option("blur-fade-kimg", type=float, help="When it has faded to 0. Default: 1000 (reference), a tenth of the run (best).")
@@ -159,6 +168,8 @@ def _checkpoint(outdir: Path, name: str, resume: str | None):
 @option("budget-minutes", type=float, help="Stop cleanly after this wall time, if that comes first.")
 @option("tick", type=float, default=4.0, help="kimg between status lines (at least 20 lines a run).")
 @option("snap", type=int, default=100, help="Ticks between snapshots (at least 5 snapshots a run).")
+@option("emas", help="Averages of the generator to keep: multiples of the published half-life, 1 among them, as 0.5,1,2; those beside 1 "
+        "lie in ema-<kimg> of a snapshot." + PRESET)
 @option("n-train", type=int, help="Use a random subset of this many patches.")
 @option("cache-dir", default="auto", help="Folder for packed patches, read without decoding; auto: .patch_cache beside the first images, "
         "if they are many; none: read into memory.")

@@ -84,10 +84,18 @@ class Head(nn.Module):
         self.conv_out = SpectralConv1d(width, C_MAP, 1)
         self.prompt = EqualizedLinear(c_dim, C_MAP, bias_init=prompt_bias)
 
-    def forward(self, tokens: Tensor, c: Tensor) -> Tensor:
+    def judge(self, tokens: Tensor) -> Tensor:
+        """What a head makes of the tokens before it sees a prompt: (N, 64, T)."""
         x = F.leaky_relu(self.norm_in(self.conv_in(tokens)), 0.2)
         x = (F.leaky_relu(self.norm_mid(self.conv_mid(x)), 0.2) + x) / sqrt(2)
-        return torch.einsum("nkt,nk->nt", self.conv_out(x), self.prompt(c)) / sqrt(C_MAP)
+        return self.conv_out(x)
+
+    def project(self, judged: Tensor, c: Tensor) -> Tensor:
+        """Logits of judged tokens (N, 64, T) for prompts (N, c_dim): (N, T)."""
+        return torch.einsum("nkt,nk->nt", judged, self.prompt(c)) / sqrt(C_MAP)
+
+    def forward(self, tokens: Tensor, c: Tensor) -> Tensor:
+        return self.project(self.judge(tokens), c)
 
 
 class FeatureTaps(nn.Module):
@@ -189,9 +197,17 @@ class Discriminator(nn.Module):
         room = image.shape[2] - self.input_px + 1
         return image[:, int(y * room):int(y * room) + self.input_px, int(x * room):int(x * room) + self.input_px]
 
-    def logits(self, features: list[Tensor], c: Tensor) -> Tensor:
+    def judge(self, features: list[Tensor]) -> list[Tensor]:
+        """Token maps -> (N, 64, T) a head: all of it that no prompt changes, batch statistics included."""
+        return [head.judge(x) for head, x in zip(self.heads, features, strict=True)]
+
+    def project(self, judged: list[Tensor], c: Tensor) -> Tensor:
+        """Logits (N, T) of judged maps for prompts (N, c_dim); other prompts for the same patches cost no more than this."""
         c = self.condition(c)
-        return torch.cat([head(x, c) for head, x in zip(self.heads, features, strict=True)], dim=1)
+        return torch.cat([head.project(x, c) for head, x in zip(self.heads, judged, strict=True)], dim=1)
+
+    def logits(self, features: list[Tensor], c: Tensor) -> Tensor:
+        return self.project(self.judge(features), c)
 
     def forward(self, images: Tensor, c: Tensor, crops: Tensor | None = None) -> Tensor:
         return self.logits(self.features(images, crops), c)

@@ -95,6 +95,13 @@ def test_the_command_offers_the_presets_and_sizes_there_are():
     assert set(train_gan.PRESETS) == set(PRESETS) and set(train_gan.SIZES) == {*SIZES, "custom"}
 
 
+def test_the_command_offers_the_guidance_there_is():
+    from typing import get_args
+
+    from training.gan_losses import GuidanceKind
+    assert train_gan.GUIDANCE == get_args(GuidanceKind)
+
+
 def test_training_leaves_config_statistics_snapshots_and_a_checkpoint(world):
     folder = run_folder(world)
     assert folder.name == "00000-S@16-custom-gpus1-b8"
@@ -153,6 +160,8 @@ def test_a_sample_sheet_splits_training_from_validation(world):
     ({"blur_init": -5}, 2, "--blur-init: expected 0 or more"),
     ({"clip_weight": "nan"}, 2, "--clip-weight: expected 0 or more; found nan"),
     ({"device": "foo"}, 2, "--device"),
+    ({"emas": "0.5,2"}, 2, "--emas: expected numbers above 0 with commas between, 1 among them"),
+    ({"clip_loss": "infonce"}, 2, "--clip-loss: expected a --clip-weight above 0"),
     ({"val_data": "x.h5"}, 2, "--val-data and --val-gex"),
 ], ids=lambda value: str(value) if isinstance(value, dict) else "")
 def test_bad_input_is_refused_in_one_line_and_leaves_no_run(world, changes, code, says):
@@ -167,6 +176,21 @@ def test_guidance_and_schedules_run_from_the_command(world):
     assert result.exit_code == 0, result.output
     folder = next((world / "guided").iterdir())
     assert folder.name.endswith("-mine") and "loss/clip" in (folder / "stats.jsonl").read_text()
+
+
+def test_what_may_better_the_published_method_runs_from_the_command(world):
+    result = call(train_gan, **train_options(world, outdir=world / "bettered", kimg=0.016), clip_weight=0.2, clip_loss="infonce",
+                  mismatch_weight=0.5, augment_target=0.6, augment_kimg=0.1, r1_weight=1, r1_interval=2, emas="0.5,1",
+                  val_data=world / "imgs.h5", val_gex=world / "gex.h5ad")
+    assert result.exit_code == 0, result.output
+    folder = next((world / "bettered").iterdir())
+    told = json.loads((folder / "config.json").read_text())["config"]
+    assert (told["clip_loss"], told["mismatch_weight"], told["augment_target"], told["augment_kimg"]) == ("infonce", 0.5, 0.6, 0.1)
+    assert (told["r1_weight"], told["r1_interval"], told["emas"]) == (1, 2, "0.5,1")
+    shown = set().union(*map(json.loads, (folder / "stats.jsonl").read_text().splitlines()))
+    assert {"loss/clip", "loss/mismatch", "loss/r1", "augment/p", "logits/val", "logits/gap", "diversity/generated/ema-1.25"} <= shown
+    result, outdir = generate(world, "other_average", network=folder / "snapshot-000016" / "ema-1.25", n_samples=1)
+    assert result.exit_code == 0 and len(pictures(outdir)) == 1, result.output
 
 
 def test_the_published_preset_embeds_prompts_anew_at_every_step(world):

@@ -29,6 +29,22 @@ def diff_augment(images: Tensor, draws: Tensor, strength: float = 1.0) -> Tensor
     return torch.stack([_shift_and_cut(image, draw) for image, draw in zip(images, draws[:, 3:7].tolist(), strict=True)])
 
 
+def augment_some(images: Tensor, draws: Tensor, coins: Tensor, p: float, strength: float = 1.0) -> Tensor:
+    """`diff_augment` of those images whose coin (N, 1), uniform in [0, 1), falls under `p`; the others stay as they are."""
+    augmented = diff_augment(images, draws, strength)
+    return augmented if p >= 1 else torch.where((coins < p)[:, :, None, None], augmented, images)
+
+
+def adapted_p(p: float, sign: float, target: float, n_images: int, kimg: float) -> float:
+    """The probability of augmentation after `n_images` more, with which real logits come to be positive as often as asked.
+
+    `sign` is E[sign D(real)], -1..1: nearer to 1 the surer a discriminator is of its real patches, as one that knows them by heart
+    is. Over `target` p rises, under it falls, by 1 in `kimg`. Karras et al., ADA (2020), eq. 1 r_t, adjusted at every step.
+    """
+    step = n_images / (1000 * kimg)
+    return min(max(p + (step if sign > target else -step if sign < target else 0.0), 0.0), 1.0)
+
+
 def _shift_and_cut(image: Tensor, draw: list[float]) -> Tensor:
     """One (3, H, W) image, moved by up to 1/8 and with one hole; both filled with zero."""
     shift_x, shift_y, hole_x, hole_y = draw

@@ -1,10 +1,14 @@
-"""Moving average of the generator's weights: the ones we sample from. The half-life is counted in images, not steps."""
+"""Moving averages of the generator's weights: the ones we sample from. Half-lives are counted in images, not steps."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from networks.weights import load_into
 
 RAMP_UP = 0.05    # the half-life is never longer than this share of the images seen so far
 
@@ -32,3 +36,41 @@ def update_average(average: nn.Module, model: nn.Module, beta: float) -> None:
         old.lerp_(new, 1 - beta) if new.requires_grad else old.copy_(new)
     for old, new in zip(average.buffers(), model.buffers(), strict=True):
         old.copy_(new)
+
+
+class Averages:
+    """Averages of one model by multiple of the published half-life; that of multiple 1 is `published`, the one snapshots hold.
+
+    A multiple stretches the ramp-up too, so that averages differ from the first step on.
+    """
+
+    def __init__(self, model: nn.Module, multiples: Sequence[float], batch: int):
+        self.models, self.batch = {multiple: frozen_copy(model) for multiple in multiples}, batch
+
+    @property
+    def published(self) -> nn.Module:
+        return self.models[1.0]
+
+    @property
+    def others(self) -> dict[str, nn.Module]:
+        """The averages beside the published one, by name: ema-<half-life in kimg>."""
+        kimg = half_life_kimg(self.batch)
+        return {f"ema-{multiple * kimg:g}": model for multiple, model in self.models.items() if multiple != 1}
+
+    def update(self, model: nn.Module, n_images: int) -> None:
+        """After the step with which `n_images` images were seen in all."""
+        beta = ema_beta(n_images, self.batch, half_life_kimg(self.batch))
+        for multiple, average in self.models.items():
+            update_average(average, model, beta ** (1 / multiple))
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors by part of a checkpoint: `average`, and `average-<multiple>` of the others."""
+        return {self._part(multiple): model.state_dict() for multiple, model in self.models.items()}
+
+    def load(self, parts: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
+        """Take the averages of a checkpoint at `path`, which has all of `parts`."""
+        for multiple, model in self.models.items():
+            load_into(model, parts[self._part(multiple)], path)
+
+    def _part(self, multiple: float) -> str:
+        return "average" if multiple == 1 else f"average-{multiple:g}"

@@ -12,7 +12,7 @@ from networks.discriminator import GROUP
 from networks.generator import GeneratorConfig
 from networks.layers import CondNormKind
 from preprocessing.errors import OptionError
-from training.gan_losses import Schedule
+from training.gan_losses import GuidanceKind, Schedule
 
 #            channels at resolution r: min(cbase // r, cmax); residual pairs; GroupNorm groups
 SIZES = {
@@ -27,6 +27,7 @@ PRESETS = {
         "cond_norm": "l2", "statistics": "imagenet", "backbone": "lunit_dino_vits16", "g_lr": 0.002, "d_lr": 0.002, "noise_init": 0.0,
         "flips": False, "max_shift_px": 0, "diversity_weight": 0.0, "cond_noise": 0.0, "shared_pass": False, "colour_strength": 1.0,
         "clip_weight_times_batch_gpu": True, "cond_dropout": 0.8, "blur_fade_kimg": 1000.0, "prompt_bias": 0.0, "colour_start": False,
+        "mismatch_weight": 0.0, "clip_loss": "spherical", "augment_target": None, "r1_weight": 0.0, "emas": "1",
     },
     "best": {
         "cond_norm": "standardize", "statistics": "own", "backbone": "efficientnet_lite0", "noise_init": 0.2,
@@ -36,7 +37,7 @@ PRESETS = {
 }
 
 
-POSITIVE = ("batch", "kimg", "budget_minutes", "tick", "snap", "g_lr", "d_lr", "max_bad_steps")
+POSITIVE = ("batch", "kimg", "budget_minutes", "tick", "snap", "g_lr", "d_lr", "max_bad_steps", "augment_kimg", "r1_interval")
 ANY_SIGN = ("prompt_bias",)
 MAX_SEED = 2 ** 63 - 1
 
@@ -67,6 +68,7 @@ class GanConfig:
     clip_weight: float = 0.0                  # guidance by the CLIP image tower
     clip_weight_times_batch_gpu: bool = False   # the original does not divide guidance by its micro-batch: 8 x at its batch_gpu of 8
     clip_schedule: Schedule = "const"         # over --kimg, whatever the wall time
+    clip_loss: GuidanceKind = "spherical"     # infonce: the own prompt among those of the global batch, at CLIP's temperature
     rec_weight: float = 0.0                   # mean squared error to the paired patch
     diversity_weight: float = 0.0             # pressure on two images of one prompt to differ as two real neighbours do
     cond_dropout: float = 0.0                 # dropout of the gene encoder where it embeds prompts for the generator in training
@@ -74,6 +76,11 @@ class GanConfig:
     flips: bool = True                        # real patches in their eight flips and quarter turns
     max_shift_px: int = 0                     # real patches moved by up to this many px, edges mirrored
     colour_strength: float = 1.0              # of DiffAugment's colour part
+    augment_target: float | None = None       # None: every image is augmented. Else so many that E[sign D(real)] comes to this
+    augment_kimg: float = 500.0               # over which the share of augmented images can move from 0 to 1
+    mismatch_weight: float = 0.0              # real patches with the genes of an unlike spot, as a further negative
+    r1_weight: float = 0.0                    # gradient penalty on the backbone's features of real patches
+    r1_interval: int = 16                     # steps between penalties; each counts so many times
     shared_pass: bool = True                  # one pass serves both losses; real and generated share batch statistics
     blur_init: float = 32.0                   # px at the start
     blur_fade_kimg: float | None = None       # None: a tenth of the run
@@ -81,6 +88,7 @@ class GanConfig:
     budget_minutes: float | None = None       # stop at this wall time, whichever comes first
     tick: float = 4.0                         # kimg between status lines
     snap: int = 100                           # ticks between snapshots
+    emas: str = "1"                           # averages kept: multiples of the published half-life, 1 among them
     seed: int = 0
     max_bad_steps: int = 10                   # steps with NaN or infinite numbers in a row that end the run
 
@@ -91,6 +99,11 @@ class GanConfig:
             raise OptionError("--batch-gpu", f"a multiple of {GROUP} (batch norm works in groups of {GROUP})", str(self.batch_gpu))
         if self.batch % self.batch_gpu or self.batch < 1:
             raise OptionError("--batch", f"a multiple of --batch-gpu {self.batch_gpu}", str(self.batch))
+        if self.augment_target is not None and self.augment_target > 1:
+            raise OptionError("--augment-target", "0 up to 1, the mean of signs", str(self.augment_target))
+        if self.clip_loss != "spherical" and not self.clip_weight:
+            raise OptionError("--clip-loss", "a --clip-weight above 0 to give it", f"{self.clip_loss} with --clip-weight 0")
+        _ = self.ema_multiples                # checks them
         if self.max_shift_px >= self.img_resolution:
             raise OptionError("--max-shift-px", f"less than the patch's {self.img_resolution} px", str(self.max_shift_px))
 
@@ -109,6 +122,17 @@ class GanConfig:
     def guidance_weight(self) -> float:
         """`clip_weight`, times the micro-batch where the published method is reproduced."""
         return self.clip_weight * (self.batch_gpu if self.clip_weight_times_batch_gpu else 1)
+
+    @property
+    def ema_multiples(self) -> tuple[float, ...]:
+        """`emas` as numbers: multiples of the published half-life."""
+        try:
+            multiples = tuple(dict.fromkeys(float(part) for part in self.emas.split(",")))
+        except ValueError:
+            multiples = ()
+        if 1.0 not in multiples or not all(isfinite(multiple) and multiple > 0 for multiple in multiples):
+            raise OptionError("--emas", "numbers above 0 with commas between, 1 among them, as 0.5,1,2", self.emas)
+        return multiples
 
     def generator(self, c_dim: int) -> GeneratorConfig:
         """The generator of this run for prompts of width `c_dim`."""

@@ -25,19 +25,22 @@ from networks.snapshot import save_snapshot
 from networks.weights import load_into
 from preprocessing.errors import InputError, WeightsError
 from preprocessing.outputs import config_sha256, write_json
-from training.ema import ema_beta, frozen_copy, half_life_kimg, update_average
+from training.diff_augment import adapted_p
+from training.ema import Averages
 from training.gan_config import GanConfig
 from training.gan_data import GanData, mean_colour
 from training.gan_grids import Showcase
 from training.gan_losses import blur_sigma, scheduled_weight
 from training.gan_metrics import Metric, SnapshotMetrics
-from training.gan_step import GanStep
+from training.gan_step import SIGN, GanStep
+from training.held_out import HeldOut
 from training.ranks import any_rank, from_first, is_first
 from training.run_folder import Checkpoint, NoStats, StatsLog, save_checkpoint
 
 log = logging.getLogger(__name__)
 SHORT_RUN_FADE = 0.1        # share of the run over which the blur fades, unless said in kimg
 MIN_TICKS, MIN_SNAPSHOTS = 20, 5
+OPTIONAL = ("loss/diversity", "loss/rec", "loss/clip", "loss/mismatch", "loss/r1", "logits/gap", "augment/p")   # of a status line
 OPTION_DEFAULTS = {option.name: option.default for option in fields(GanConfig)}   # of options younger than a checkpoint
 MAY_CHANGE = ("kimg", "budget_minutes", "tick", "snap", "max_bad_steps")   # between a run and its continuation
 
@@ -59,6 +62,7 @@ class Progress:
     last_tick: tuple[float, float] = (0.0, 0.0)    # (kimg, share of the run) of the last status line
     last_snap: tuple[float, float] = (0.0, 0.0)
     blur_fade_kimg: float | None = None   # when the blur is gone: settled when the run starts, so that a longer --kimg does not blur again
+    augment_p: float = 1.0                # share of images that are augmented; augment_target moves it
     sigma: float | None = None            # px, blur of the last step: it never rises
 
 
@@ -97,8 +101,12 @@ class GanRun:
         generator.to(self.device)
         discriminator.to(self.device).train()
         clip = None if self.clip is None else self.clip.to(self.device).eval().requires_grad_(False)
-        self.gan = GanStep(config, generator, discriminator, self.training, clip)
-        self.average = frozen_copy(generator)
+        if config.augment_target is not None:
+            self.progress.augment_p = 0.0
+        self.gan = GanStep(config, generator, discriminator, self.training, clip, augment_p=self.progress.augment_p)
+        self.averages = Averages(generator, config.ema_multiples, config.batch)
+        self.average = self.averages.published
+        self.held_out = HeldOut(self.data.training, self.data.validation, config.seed)
         self.showcase = Showcase(self.data, config.seed)
         self.metrics = SnapshotMetrics(list(self.watched), self.data, clip, self.device, config.seed)
 
@@ -161,8 +169,10 @@ class GanRun:
         progress.bad_in_a_row = 0
         self.gan.move(*(scheduled_weight(lr, schedule, self.share, 1.0) for lr, schedule in
                         ((config.g_lr, config.g_lr_schedule), (config.d_lr, config.d_lr_schedule))))
-        beta = ema_beta(progress.step * config.batch, config.batch, half_life_kimg(config.batch))
-        update_average(self.average, self.gan.generator, beta)
+        self.averages.update(self.gan.generator, progress.step * config.batch)
+        if config.augment_target is not None:
+            progress.augment_p = adapted_p(progress.augment_p, losses[SIGN], config.augment_target, config.batch, config.augment_kimg)
+            self.gan.augment_p = progress.augment_p
         return losses
 
     def _next_sigma(self) -> float:
@@ -196,7 +206,10 @@ class GanRun:
         shown = max(self.kimg - getattr(self, "_tick_kimg", 0.0), 1e-9)
         self._tick_kimg = self.kimg
         values = {"kimg": self.kimg, "elapsed_s": self.progress.elapsed_s,
-                  "sec_per_kimg": (self.progress.elapsed_s - tick_start) / shown, "bad_steps": self.progress.bad_steps, **losses}
+                  "sec_per_kimg": (self.progress.elapsed_s - tick_start) / shown, "bad_steps": self.progress.bad_steps, **losses,
+                  **(self.held_out.measure(self.gan, self.progress.sigma or 0.0) if is_first() else {})}
+        if self.config.augment_target is not None:
+            values["augment/p"] = self.progress.augment_p
         stats.write(self.progress.step, values, status_line(values))
 
     def _stop(self, number: int, stats: StatsLog) -> None:
@@ -214,14 +227,19 @@ class GanRun:
         n_images = self.progress.step * self.config.batch
         name = f"snapshot-{n_images:06d}"
         diversity = self.showcase.diversity(self.average)
-        save_snapshot(self.folder / name, self.average, gene_encoder=self.data.gene_encoder, kimg=self.kimg,
-                      training=self.data.record, backbone={"name": self.encoder.name, "source": self.encoder.source},
-                      config=asdict(self.config), diversity=diversity)
+        facts = {"gene_encoder": self.data.gene_encoder, "kimg": self.kimg, "training": self.data.record, "config": asdict(self.config),
+                 "backbone": {"name": self.encoder.name, "source": self.encoder.source}}
+        save_snapshot(self.folder / name, self.average, **facts, diversity=diversity)
         self.showcase.save_grid(self.folder / "samples" / f"{name}.png", self.average)
         line = (f"kimg {self.kimg:<8.2f} {name}   diversity within a prompt {diversity['generated']:.1f} grey levels, by z alone "
                 f"{diversity['generated_z']:.1f} (real patches of {diversity['real_groups']}: {diversity['real']:.1f})")
         line += "".join(f"   {name.removeprefix('metrics/')} {value:.4g}" for name, value in measured.items())
         measured |= {f"diversity/{what}": diversity[what] for what in ("generated", "generated_z", "real")}
+        for ema, average in self.averages.others.items():
+            found = self.showcase.diversity(average)
+            save_snapshot(self.folder / name / ema, average, **facts, diversity=found)
+            measured |= {f"diversity/{what}/{ema}": found[what] for what in ("generated", "generated_z")}
+            line += f"   {ema}: {found['generated']:.1f}, by z alone {found['generated_z']:.1f}"
         stats.write(self.progress.step, {"kimg": self.kimg, **measured}, line)
 
     def save(self) -> Path | None:
@@ -233,7 +251,7 @@ class GanRun:
                  "data_sha256": self.data.sha256, "backbone": self.encoder.source}
         return save_checkpoint(self.folder, self.progress.step, state=state, tensors={
             "generator": gan.generator.state_dict(), "discriminator": gan.discriminator.trainable_state(),
-            "average": self.average.state_dict(),
+            **self.averages.parts(),
         }, optimisers={"g_optimiser": gan.g_optimiser.state_dict(), "d_optimiser": gan.d_optimiser.state_dict()})
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -247,13 +265,14 @@ class GanRun:
                 ("backbone", state["backbone"], "" if state["backbone"] == self.encoder.source else self.encoder.source)):
             if found:
                 raise WeightsError(checkpoint.folder, what, expected, found)
-        for part in ("generator", "discriminator", "average"):
+        parts = ("generator", "discriminator", *self.averages.parts())
+        for part in parts:
             if part not in checkpoint.tensors:
-                raise WeightsError(checkpoint.folder, "parts", "generator, discriminator, average", f"no {part}")
+                raise WeightsError(checkpoint.folder, "parts", ", ".join(parts), f"no {part}")
         load_into(gan.generator, checkpoint.tensors["generator"], checkpoint.folder)
         frozen = {name: tensor for name, tensor in gan.discriminator.state_dict().items() if name.startswith("taps.")}
         load_into(gan.discriminator, {**checkpoint.tensors["discriminator"], **frozen}, checkpoint.folder)
-        load_into(self.average, checkpoint.tensors["average"], checkpoint.folder)
+        self.averages.load(checkpoint.tensors, checkpoint.folder)
         gan.g_optimiser.load_state_dict(checkpoint.optimisers["g_optimiser"])
         gan.d_optimiser.load_state_dict(checkpoint.optimisers["d_optimiser"])
         names = Progress.__dataclass_fields__
@@ -261,6 +280,7 @@ class GanRun:
                                                for name, value in state.items() if name in names})
         if self.progress.blur_fade_kimg is None:      # a checkpoint older than this record
             self.progress.blur_fade_kimg = resolved_fade_kimg(theirs["blur_fade_kimg"], theirs["kimg"])
+        gan.augment_p = self.progress.augment_p
         self._tick_kimg = self.kimg
 
     def _config_hash(self) -> str:
@@ -277,7 +297,7 @@ def status_line(values: Mapping[str, float]) -> str:
     minutes, seconds = divmod(int(values["elapsed_s"]), 60)
     fields = [f"kimg {values['kimg']:<8.2f}", f"time {f'{minutes}m {seconds:02d}s':<9}", f"sec/kimg {values['sec_per_kimg']:<7.1f}"]
     fields += [f"{name} {values.get(name, float('nan')):<8.3f}" for name in ("loss/D", "loss/G", "logits/real", "logits/fake")]
-    fields += [f"{name} {values[name]:<8.3f}" for name in ("loss/diversity", "loss/rec", "loss/clip") if name in values]
+    fields += [f"{name} {values[name]:<8.3f}" for name in OPTIONAL if name in values]
     return "  ".join(fields).rstrip()
 
 

@@ -4,6 +4,7 @@ Every term is a mean over the images it is given, so that micro-batches average 
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import floor
 from typing import Literal, get_args
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from preprocessing.errors import OptionError
 
 Schedule = Literal["const", "step", "linear", "exp"]
+GuidanceKind = Literal["spherical", "infonce"]
 DIVERSITY_POOLS = (1, 2, 4, 8)      # px: deviations are compared at these averages, so that pixel noise alone does not count
 
 
@@ -25,6 +27,31 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def generator_loss(fake_logits: Tensor) -> Tensor:
     """-mean D(G)."""
     return -fake_logits.mean()
+
+
+def mismatch_loss(mismatched_logits: Tensor) -> Tensor:
+    """Mean relu(1 + D(x, c_other)): a real patch with the genes of another spot is a negative (Reed et al. 2016, GAN-CLS)."""
+    return F.relu(1 + mismatched_logits).mean()
+
+
+def feature_penalty(logits: Tensor, features: Sequence[Tensor], images: slice = slice(None)) -> Tensor:
+    """R1 in feature space (Mescheder et al. 2018, eq. 9): mean over images and tokens of |d sum D / d h|^2, h (C,) being a token.
+
+    logits (N, T) of the real patches, computed from `features`, each (M, C, T_i) with a gradient; `images` picks the rows of
+    real patches among the M. Batch norm ties the samples of a group together, so the gradient is that of their summed logits. Its
+    own gradient runs through the heads alone, twice, and never through the frozen backbone.
+    """
+    gradients = torch.autograd.grad(logits.sum(), list(features), create_graph=True)
+    return torch.cat([gradient[images].square().sum(dim=1) for gradient in gradients], dim=1).mean()
+
+
+def contrastive_guidance(image_embeds: Tensor, prompt_embeds: Tensor, wanted: Tensor, temperature: float | Tensor) -> Tensor:
+    """InfoNCE from images to prompts: mean -log softmax_j(<f_i, c_j> / temperature) at j = `wanted[i]`.
+
+    image_embeds (N, D) and prompt_embeds (P, D) have unit rows; `wanted` (N,) says which prompt an image was made for. The
+    prompts are those of the global batch, each once, so that the mean over images does not depend on the micro-batch.
+    """
+    return F.cross_entropy(image_embeds @ prompt_embeds.T / temperature, wanted)
 
 
 def guidance_loss(image_embeds: Tensor, prompt_embeds: Tensor) -> Tensor:

@@ -17,13 +17,15 @@ from networks.discriminator import Discriminator
 from networks.generator import Generator
 from networks.layers import images_to_float
 from training.cond_dropout import CondDropout
-from training.diff_augment import diff_augment
+from training.diff_augment import augment_some
 from training.gan_config import GanConfig
-from training.gan_draws import D_PHASE, G_PHASE, Draws, batch_rows, draw, real_views
-from training.gan_losses import blur, discriminator_loss, diversity_loss, generator_loss, guidance_loss
+from training.gan_draws import D_PHASE, G_PHASE, Draws, batch_rows, draw, real_views, unlike_rows
+from training.gan_losses import blur, discriminator_loss, diversity_loss, feature_penalty, generator_loss, mismatch_loss
+from training.gan_parts import Part, Step
+from training.guidance import clip_guidance, wanted_prompts
 from training.ranks import own_part, sum_gradients, sum_values
 
-GUIDANCE_PX = 64
+SIGN = "logits/sign"      # E[sign D(real)]: what --augment-target speaks of
 ADAM = {"betas": (0.0, 0.99), "eps": 1e-8}
 
 
@@ -55,6 +57,7 @@ class GanStep:
     discriminator: Discriminator
     data: TrainingData
     clip: nn.Module | None = None     # image tower for guidance, gene encoder for cond_dropout
+    augment_p: float = 1.0            # share of images that are augmented; with augment_target the loop moves it
     g_optimiser: torch.optim.Optimizer = field(init=False)
     d_optimiser: torch.optim.Optimizer = field(init=False)
 
@@ -75,35 +78,40 @@ class GanStep:
         totals: dict[str, float] = {}
         self._z = draws.z
         d_draws = draws if self.config.shared_pass else self._draw(step, phase=D_PHASE)
+        wanted = wanted_prompts(self.data.prompts, rows, in_pairs=self.config.diversity_weight > 0) if clip_weight else None
+        now = Step(step, rows, sigma, clip_weight, wanted)
         for start in own_part(self.config.batch, self.config.batch_gpu):
-            part = slice(start, start + self.config.batch_gpu)
-            c, real = self.data.prompts[rows[part]], images_to_float(self.data.images[rows[part]])
-            micro = draws.part(part.start, part.stop)
-            asked = self._asked(c, rows[part], step, G_PHASE, start)
             if self.config.shared_pass:
-                self._shared_part(c, asked, real, micro, sigma, clip_weight, totals)
+                self._shared_part(now, self._part(now, start, draws), totals)
             else:
-                self._generator_part(c, asked, real, micro, sigma, clip_weight, totals)
-                asked = self._asked(c, rows[part], step, D_PHASE, start)
-                self._discriminator_part(c, asked, real, d_draws.part(part.start, part.stop), sigma, totals)
+                self._generator_part(now, self._part(now, start, draws), totals)
+                self._discriminator_part(now, self._part(now, start, d_draws, D_PHASE), totals)
         sum_gradients((*self.generator.parameters(), *self.discriminator.heads.parameters()))
         return sum_values(totals, self.data.prompts.device)
 
-    def _asked(self, c: Tensor, rows: np.ndarray, step: int, phase: int, first: int) -> Tensor:
-        """The prompts the generator is given: those the discriminator sees, or with `cond_dropout` embedded anew with dropout."""
-        return c if self.cond_dropout is None else self.cond_dropout.prompts(rows, step, phase, first, c.device)
+    def _part(self, now: Step, start: int, draws: Draws, phase: int = G_PHASE) -> Part:
+        """One micro-batch; the generator is asked with D's prompts or, with `cond_dropout`, with those embedded anew with dropout."""
+        places = slice(start, start + self.config.batch_gpu)
+        rows = now.rows[places]
+        c, real, draws = self.data.prompts[rows], images_to_float(self.data.images[rows]), draws.part(places.start, places.stop)
+        asked = c if self.cond_dropout is None else self.cond_dropout.prompts(rows, now.number, phase, start, c.device)
+        return Part(places, rows, c, asked, real, draws)
 
     def _draw(self, step: int, **phase: int) -> Draws:
+        return self.draws(step, self.config.batch, **phase)
+
+    def draws(self, step: int, n: int, **phase: int) -> Draws:
+        """The random numbers of the first `n` places of a step."""
         generator = self.generator.config
-        draws = draw(self.config.seed, step, self.config.batch, z_dim=generator.z_dim, noise_size=self.generator.noise_size,
+        draws = draw(self.config.seed, step, n, z_dim=generator.z_dim, noise_size=self.generator.noise_size,
                      c_dim=generator.c_dim, **phase)
         return draws.to(self.data.images.device)
 
     def _share(self) -> float:
         return self.config.batch_gpu / self.config.batch
 
-    def _seen(self, images: Tensor, augment: Tensor, crops: Tensor, sigma: float) -> list[Tensor]:
-        images = diff_augment(blur(images, sigma), augment, self.config.colour_strength)
+    def _seen(self, images: Tensor, augment: Tensor, coins: Tensor, crops: Tensor, sigma: float) -> list[Tensor]:
+        images = augment_some(blur(images, sigma), augment, coins, self.augment_p, self.config.colour_strength)
         return self.discriminator.features(images, crops)
 
     def _fake_prompts(self, c: Tensor, draws: Draws) -> Tensor:
@@ -113,69 +121,110 @@ class GanStep:
             c, noise = c[::2].repeat_interleave(2, dim=0), noise[::2].repeat_interleave(2, dim=0)
         return c + noise * self.noise_scale
 
-    def _shared_part(self, c: Tensor, asked: Tensor, real: Tensor, draws: Draws, sigma: float, clip_weight: float, totals: dict) -> None:
-        """Both losses from one pass. Generated and real patches alternate, so that every group of a head's batch norm holds both:
-        normalised apart, their means and scales (colour, contrast, density of nuclei) would look alike to the heads."""
-        prompts = alternate(self._fake_prompts(c, draws), self._real_prompts(c, draws))
-        real_features = self._real_features(real, draws, sigma)
-        fake = self.generator(draws.z, self._fake_prompts(asked, draws), noise=draws.noise)
-        features = [alternate(*pair) for pair in
-                    zip(self._seen(fake, draws.augment_fake, draws.crop_fake, sigma), real_features, strict=True)]
-        self.discriminator.heads.requires_grad_(False)
-        self._generator_backward(fake, self.discriminator.logits(features, prompts)[::2], c, real, draws, clip_weight, totals)
-        self.discriminator.heads.requires_grad_(True)
-        logits = self.discriminator.logits([x.detach() for x in features], prompts)   # D sees detached images: its loss must not move G
-        self._discriminator_backward(logits[1::2], logits[::2], totals)
+    def real_prompts(self, c: Tensor, draws: Draws) -> Tensor:
+        return c + draws.cond_noise * self.noise_scale
 
-    def _generator_part(self, c: Tensor, asked: Tensor, real: Tensor, draws: Draws, sigma: float, clip_weight: float,
-                        totals: dict) -> None:
+    # ---- both losses from one pass ----------------------------------------------------------------------------------
+
+    def _shared_part(self, now: Step, part: Part, totals: dict) -> None:
+        fake, features, prompts = self.alternating(part, now.sigma)
         self.discriminator.heads.requires_grad_(False)
-        fake = self.generator(draws.z, self._fake_prompts(asked, draws), noise=draws.noise)
-        logits = self.discriminator.logits(self._seen(fake, draws.augment_fake, draws.crop_fake, sigma), self._fake_prompts(c, draws))
-        self._generator_backward(fake, logits, c, real, draws, clip_weight, totals)
+        self._generator_backward(now, part, fake, self.discriminator.logits(features, prompts)[::2], totals)
+        self.discriminator.heads.requires_grad_(True)
+        features = [x.detach().requires_grad_(self._penalises(now)) for x in features]   # D's loss must not move G
+        judged = self.discriminator.judge(features)
+        logits = self.discriminator.project(judged, prompts)
+        extra = self._extra_terms(now, part, [x[1::2] for x in judged], logits[1::2], features, slice(1, None, 2))
+        self._discriminator_backward(logits[1::2], logits[::2], extra, totals)
+
+    def alternating(self, part: Part, sigma: float) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Generated images (N, 3, r, r), and features and prompts of generated and real patches in turn (2N, ...).
+
+        They alternate so that every group of a head's batch norm holds both: normalised apart, their means and scales (colour,
+        contrast, density of nuclei) would look alike to the heads.
+        """
+        c, draws = part.c, part.draws
+        real_features = self.real_features(part, sigma)
+        fake = self.generator(draws.z, self._fake_prompts(part.asked, draws), noise=draws.noise)
+        fake_features = self._seen(fake, draws.augment_fake, draws.coin_fake, draws.crop_fake, sigma)
+        features = [alternate(*pair) for pair in zip(fake_features, real_features, strict=True)]
+        return fake, features, alternate(self._fake_prompts(c, draws), self.real_prompts(c, draws))
+
+    # ---- a pass for each loss, as published -------------------------------------------------------------------------
+
+    def _generator_part(self, now: Step, part: Part, totals: dict) -> None:
+        draws = part.draws
+        self.discriminator.heads.requires_grad_(False)
+        fake = self.generator(draws.z, self._fake_prompts(part.asked, draws), noise=draws.noise)
+        features = self._seen(fake, draws.augment_fake, draws.coin_fake, draws.crop_fake, now.sigma)
+        self._generator_backward(now, part, fake, self.discriminator.logits(features, self._fake_prompts(part.c, draws)), totals)
         self.discriminator.heads.requires_grad_(True)
 
-    def _discriminator_part(self, c: Tensor, asked: Tensor, real: Tensor, draws: Draws, sigma: float, totals: dict) -> None:
+    def _discriminator_part(self, now: Step, part: Part, totals: dict) -> None:
+        draws = part.draws
         with torch.no_grad():
-            fake = self.generator(draws.z, self._fake_prompts(asked, draws), noise=draws.noise)
-            features = self._seen(fake, draws.augment_fake, draws.crop_fake, sigma)
-        real_logits = self.discriminator.logits(self._real_features(real, draws, sigma), self._real_prompts(c, draws))
-        self._discriminator_backward(real_logits, self.discriminator.logits(features, self._fake_prompts(c, draws)), totals)
+            fake = self.generator(draws.z, self._fake_prompts(part.asked, draws), noise=draws.noise)
+            fake_features = self._seen(fake, draws.augment_fake, draws.coin_fake, draws.crop_fake, now.sigma)
+        features = [x.requires_grad_(self._penalises(now)) for x in self.real_features(part, now.sigma)]
+        judged = self.discriminator.judge(features)
+        logits = self.discriminator.project(judged, self.real_prompts(part.c, draws))
+        extra = self._extra_terms(now, part, judged, logits, features)
+        fake_logits = self.discriminator.logits(fake_features, self._fake_prompts(part.c, draws))
+        self._discriminator_backward(logits, fake_logits, extra, totals)
 
-    def _generator_backward(self, fake: Tensor, logits: Tensor, c: Tensor, real: Tensor, draws: Draws, clip_weight: float,
-                            totals: dict) -> None:
-        terms = {"loss/G": generator_loss(logits)}
+    # ---- the terms --------------------------------------------------------------------------------------------------
+
+    def _generator_backward(self, now: Step, part: Part, fake: Tensor, logits: Tensor, totals: dict) -> None:
+        config, terms = self.config, {"loss/G": generator_loss(logits)}
         total = terms["loss/G"]
-        if self.config.diversity_weight:
+        if config.diversity_weight:
             terms["loss/diversity"] = diversity_loss(fake[::2], fake[1::2], self.data.pair_deviations)
-            total = total + self.config.diversity_weight * terms["loss/diversity"]
-        if self.config.rec_weight:
-            paired = real if not self.config.diversity_weight else real[::2].repeat_interleave(2, dim=0)
+            total = total + config.diversity_weight * terms["loss/diversity"]
+        if config.rec_weight:
+            paired = part.real if not config.diversity_weight else part.real[::2].repeat_interleave(2, dim=0)
             terms["loss/rec"] = F.mse_loss(fake, paired)
-            total = total + self.config.rec_weight * terms["loss/rec"]
-        if clip_weight:
-            wanted = c if not self.config.diversity_weight else c[::2].repeat_interleave(2, dim=0)
-            terms["loss/clip"] = guidance_loss(self._clip_embeds(fake, draws.crop_fake), F.normalize(wanted, dim=1))
-            total = total + clip_weight * terms["loss/clip"]
+            total = total + config.rec_weight * terms["loss/rec"]
+        if now.clip_weight:
+            terms["loss/clip"] = clip_guidance(self.clip, config.clip_loss, fake, part.draws.crop_fake, now.wanted, part.places)
+            total = total + now.clip_weight * terms["loss/clip"]
         (total * self._share()).backward()
         self._add(totals, terms)
 
-    def _discriminator_backward(self, real_logits: Tensor, fake_logits: Tensor, totals: dict) -> None:
+    def _penalises(self, now: Step) -> bool:
+        return self.config.r1_weight > 0 and now.number % self.config.r1_interval == 0
+
+    def _extra_terms(self, now: Step, part: Part, judged: list[Tensor], logits: Tensor, features: list[Tensor],
+                     real: slice = slice(None)) -> dict[str, tuple[float, Tensor]]:
+        """What the discriminator minimises beside the hinge, by name: (weight, value). `judged` and `logits` are of real patches,
+        those at `real` of `features`.
+
+        A prompt meets a patch only after a head's last batch norm, so a mismatched pair needs no group of its own: it is judged with
+        the statistics of the group its patch was in.
+        """
+        config, terms = self.config, {}
+        if config.mismatch_weight:
+            rows = torch.from_numpy(part.rows).to(logits.device)
+            other = self.data.prompts[unlike_rows(self.data.prompts, rows, part.draws.unlike)]
+            mismatched = self.discriminator.project(judged, self.real_prompts(other, part.draws))
+            terms["loss/mismatch"] = config.mismatch_weight, mismatch_loss(mismatched)
+        if config.r1_weight:      # counted as often as it was left out, so that a mean over steps is the penalty's
+            penalty = feature_penalty(logits, features, real) * config.r1_interval if self._penalises(now) else logits.new_zeros(())
+            terms["loss/r1"] = config.r1_weight / 2, penalty
+        return terms
+
+    def _discriminator_backward(self, real_logits: Tensor, fake_logits: Tensor, extra: dict[str, tuple[float, Tensor]],
+                                totals: dict) -> None:
         loss = discriminator_loss(real_logits, fake_logits)
-        (loss * self._share()).backward()
-        self._add(totals, {"loss/D": loss, "logits/real": real_logits.mean(), "logits/fake": fake_logits.mean()})
+        total = loss + sum(weight * value for weight, value in extra.values()) if extra else loss
+        (total * self._share()).backward()
+        self._add(totals, {"loss/D": loss, **{name: value for name, (_, value) in extra.items()}, "logits/real": real_logits.mean(),
+                           "logits/fake": fake_logits.mean(), SIGN: real_logits.detach().sign().mean()})
 
     @torch.no_grad()
-    def _real_features(self, real: Tensor, draws: Draws, sigma: float) -> list[Tensor]:
-        real = real_views(real, draws.view, flips=self.config.flips, max_shift_px=self.config.max_shift_px)
-        return self._seen(real, draws.augment_real, draws.crop_real, sigma)
-
-    def _real_prompts(self, c: Tensor, draws: Draws) -> Tensor:
-        return c + draws.cond_noise * self.noise_scale
-
-    def _clip_embeds(self, images: Tensor, crops: Tensor) -> Tensor:
-        """Embeddings of images with a gradient to them, which `CLIP.encode_images` does not give."""
-        return self.clip.project_image_features(self.clip.image_encoder(_guidance_crops(images, crops)))
+    def real_features(self, part: Part, sigma: float) -> list[Tensor]:
+        draws = part.draws
+        real = real_views(part.real, draws.view, flips=self.config.flips, max_shift_px=self.config.max_shift_px)
+        return self._seen(real, draws.augment_real, draws.coin_real, draws.crop_real, sigma)
 
     def _add(self, totals: dict[str, float], terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
@@ -202,11 +251,3 @@ def alternate(first: Tensor, second: Tensor) -> Tensor:
     """Rows of two tensors in turn: (N, ...) twice -> (2N, ...)."""
     return torch.stack((first, second), dim=1).flatten(0, 1)
 
-
-def _guidance_crops(images: Tensor, crops: Tensor) -> Tensor:
-    """Random 64 px squares of larger images; `crops` (N, 3) uniform: unused, x, y."""
-    room = images.shape[3] - GUIDANCE_PX + 1
-    if room <= 1:
-        return images
-    corners = [(int(x * room), int(y * room)) for _, x, y in crops.tolist()]
-    return torch.stack([image[:, y:y + GUIDANCE_PX, x:x + GUIDANCE_PX] for image, (x, y) in zip(images, corners, strict=True)])

@@ -110,6 +110,53 @@ def test_head_is_its_formula():
     assert torch.allclose(head(x, c), (out * prompt[:, :, None]).sum(1) / 8)
 
 
+def test_logits_are_those_of_independent_heads_side_by_side_for_the_scaled_prompt(small):
+    small.condition.fit(torch.randn(30, 8) + 2)
+    images, c = torch.randn(8, 3, 32, 32), torch.randn(8, 8)
+    features = small.features(images)
+    whole, apart = small(images, c), [head(x, small.condition(c)) for head, x in zip(small.heads, features, strict=True)]
+    assert torch.equal(whole, torch.cat(apart, dim=1)) and whole.shape[1] == small.logits_per_image
+    assert len({parameter.data_ptr() for head in small.heads for parameter in head.parameters()}) == len(list(small.heads.parameters()))
+
+
+def test_another_prompt_changes_the_projection_alone():
+    torch.manual_seed(1)
+    head, x, c = Head(6, 8).double().requires_grad_(False), torch.randn(8, 6, 12).double(), torch.randn(2, 8, 8).double()
+    judged = head.judge(x)
+    assert torch.equal(head.project(judged, c[0]), head(x, c[0])) and torch.equal(head.project(judged, c[1]), head(x, c[1]))
+    prompt = c[1] @ head.prompt.weight.T / math.sqrt(8) + head.prompt.bias
+    by_hand = [[sum(judged[n, k, t] * prompt[n, k] for k in range(64)) / 8 for t in range(12)] for n in range(2)]
+    assert torch.allclose(head.project(judged, c[1])[:2], torch.tensor(by_hand, dtype=torch.float64))
+
+
+def test_batch_norm_takes_eight_neighbours_and_all_their_tokens():
+    torch.manual_seed(1)
+    norm, x = BatchNormLocal(3).double(), torch.randn(24, 3, 5).double() * torch.arange(1, 25).double()[:, None, None]
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 2.0, 0.5]))
+        norm.bias.copy_(torch.tensor([0.0, -1.0, 3.0]))
+    for first in (0, 8, 16):
+        for channel in range(3):
+            values = x[first:first + 8, channel]
+            mean = values.sum() / 40
+            deviation = math.sqrt(((values - mean) ** 2).sum() / 40 + 1e-5)
+            expected = (values - mean) / deviation * norm.weight[channel] + norm.bias[channel]
+            assert torch.allclose(norm(x)[first:first + 8, channel], expected)
+
+
+def test_one_power_iteration_by_hand():
+    torch.manual_seed(2)
+    conv = SpectralConv1d(5, 7, 3).double()
+    matrix, v = conv.weight.detach().flatten(1), conv.weight.detach().flatten(1).T @ conv.u
+    v = v / v.norm()
+    u = matrix @ v / (matrix @ v).norm()
+    before = conv.u.clone()
+    conv(torch.randn(1, 5, 9).double())
+    assert torch.equal(conv.u, before)                                   # a forward iterates nothing
+    conv.iterate()
+    assert torch.allclose(conv.u, u) and torch.allclose(conv.v, v)
+
+
 def test_spectral_norm_approaches_one_by_power_iterations():
     torch.manual_seed(2)
     conv = SpectralConv1d(5, 7, 3)
@@ -129,7 +176,7 @@ def test_circular_padding_wraps_sequences_shorter_than_the_kernel():
     assert torch.allclose(rolled, conv(x).roll(1, dims=2), atol=1e-6)
 
 
-@pytest.mark.parametrize("micro_batch", [8, 16])
+@pytest.mark.parametrize("micro_batch", [8, 16, 32])
 def test_micro_batches_do_not_change_logits_or_gradients(small, micro_batch):
     images, c = torch.randn(32, 3, 32, 32), torch.randn(32, 8)
     whole = small(images, c)

@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 
 from networks.generator import FourierInput, Generator, GeneratorConfig, Mapping, ModulatedConv, ToRGB
-from networks.layers import ConditionNorm, EqualizedLinear, SecondOrderStyle, upsample_conv, upsample_image
+from networks.layers import (
+    ConditionNorm,
+    EqualizedLinear,
+    SecondOrderStyle,
+    images_to_float,
+    images_to_uint8,
+    upsample_conv,
+    upsample_image,
+)
 from networks.snapshot import load_snapshot, move_fourier_input, save_snapshot
 from preprocessing.errors import InputError, OptionError, WeightsError
 
@@ -77,6 +85,82 @@ def test_truncation_zero_ignores_z_and_one_changes_nothing():
     w = generator.mapping(first, c)
     halved = torch.cat((w[..., :6] / 2, w[..., 6:]), dim=2)      # x_avg is 0 before training
     assert torch.allclose(generator(first, c, truncation_psi=0.5, noise_mode="const"), generator.synthesis(halved, noise_mode="const"))
+
+
+def test_truncation_pulls_x_to_its_running_mean_and_never_the_genes():
+    mapping, z, c = Mapping(6), torch.randn(3, 6), torch.randn(3, 8)
+    mapping.x_avg.copy_(torch.randn(6))
+    x = mapping(z, c)[:, :6]
+    for psi in (0.0, 0.3, 1.0):
+        expected = mapping.x_avg + psi * (x - mapping.x_avg)
+        assert torch.allclose(mapping(z, c, truncation_psi=psi), torch.cat((expected, c), dim=1))
+
+
+def test_weights_start_as_published():
+    generator = Generator(GeneratorConfig(32, c_dim=40, z_dim=24, cbase=4096, cmax=128, res_blocks=1))
+    block, mapping = generator.blocks[1], generator.mapping_network
+    conv0, plain, residual = block.convs
+    for tensor, deviation in ((conv0.weight, 1), (residual.weight, 1), (block.to_rgb.weight, 0.1), (conv0.style.affine.weight, 1),
+                              (mapping.fc0.weight, 100), (mapping.fc1.weight, 100), (generator.blocks[0].input.weight, 1)):
+        assert tensor.std().item() == pytest.approx(deviation, rel=0.15) and abs(tensor.mean().item()) < 0.2 * deviation
+    assert (conv0.style.affine.bias == 1).all() and (block.to_rgb.style.affine.bias == 1).all() and (mapping.fc0.bias == 0).all()
+    assert all((conv.bias == 0).all() and conv.noise_strength == 0 for conv in block.convs)
+    assert (residual.gamma == 1e-5).all() and plain.gamma is None and plain.norm is None and residual.norm.num_groups == 32
+    assert (conv0.gain, plain.gain, residual.gain) == pytest.approx((1, math.sqrt(0.5), math.sqrt(0.5)))
+    affine = generator.blocks[0].input.affine
+    assert (affine.weight == 0).all() and affine.bias.tolist() == [1, 0, 0, 0]
+
+
+def test_frequencies_and_phases_of_the_input_start_as_published():
+    torch.manual_seed(5)
+    rows, phases = torch.randn(50, 2), torch.rand(50) - 0.5
+    torch.manual_seed(5)
+    layer = FourierInput(6, 50)
+    radius = rows.norm(dim=1, keepdim=True)
+    assert torch.allclose(layer.frequencies, rows / (radius * torch.exp(radius ** 2) ** 0.25) * 2)
+    assert torch.equal(layer.phases, phases) and torch.equal(layer.user_transform, torch.eye(3))
+
+
+def test_synthesis_is_its_layers_in_order_and_colours_add_up_across_resolutions():
+    generator = Generator(GeneratorConfig(**TINY))
+    w = torch.randn(2, generator.num_ws, generator.config.w_dim)
+    first, second = generator.blocks
+    x = first.input(w[:, 0])
+    x = first.convs[1](first.convs[0](x, w[:, 1], None), w[:, 2], None)
+    image = first.to_rgb(x, w[:, 3])                                     # reads the style of the next block's first layer
+    x = second.convs[0](x, w[:, 3], None)
+    x = second.convs[2](second.convs[1](x, w[:, 4], None), w[:, 5], None)
+    image = fir(F.pad(zero_insert(image), (2, 1, 2, 1))) + second.to_rgb(x, w[:, 6])
+    assert generator.num_ws == 7 and torch.allclose(generator.synthesis(w, noise_mode="none"), image)
+
+
+def test_noise_is_dealt_to_the_layers_in_order_and_the_const_mode_takes_their_buffers():
+    generator = Generator(GeneratorConfig(**TINY, noise_init=0.7))
+    w = generator.mapping(torch.randn(2, 6), torch.randn(2, 8))
+    buffers = [conv.noise_const.flatten() for block in generator.blocks for conv in block.convs]
+    dealt = torch.cat(buffers).expand(2, -1)
+    assert dealt.shape[1] == generator.noise_size == 2 * 8 ** 2 + 3 * 16 ** 2
+    assert torch.allclose(generator.synthesis(w, "random", dealt), generator.synthesis(w, "const"))
+    conv, x = generator.blocks[0].convs[0], torch.randn(2, 16, 8, 8)
+    noise = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        conv.bias.normal_()
+        quiet, loud = (conv(x, w[:, 0], values) / (math.sqrt(2) * conv.gain) for values in (None, noise))
+    before = torch.where(quiet > 0, quiet, quiet / 0.2) + 0.7 * noise    # noise comes before the activation
+    assert torch.allclose(loud, leaky(before))
+
+
+def test_colours_are_clamped_at_256_and_pictures_saved_by_the_published_formula():
+    layer = ToRGB(4, 6)
+    with torch.no_grad():
+        layer.bias.copy_(torch.tensor([1e4, -1e4, 0.0]))
+    colours = layer(torch.zeros(1, 4, 2, 2), torch.randn(1, 6))
+    assert colours[0, :, 0, 0].tolist() == [256, -256, 0]
+    values = torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.0, 2.0])
+    assert images_to_uint8(values).tolist() == [min(max(int(v * 127.5 + 128), 0), 255) for v in values.tolist()]
+    grey = torch.tensor([0, 127, 128, 255], dtype=torch.uint8)
+    assert torch.allclose(images_to_float(grey).double(), grey / 127.5 - 1, atol=1e-7)
+    assert torch.equal(images_to_uint8(images_to_float(torch.arange(256).byte())), torch.arange(256).byte())
 
 
 def test_doubling_convolution_equals_zero_insertion_and_valid_convolution_borders_included():

@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import scipy.sparse as sp
 import torch
+from gan_runs import TINY, gene_encoder, make_run, same, tiny_data, weights
 
-from networks.clip import CLIP, ClipModelConfig
 from networks.histo_models import build_encoder
 from networks.snapshot import load_snapshot
 from preprocessing.errors import InputError, OptionError, WeightsError
@@ -20,50 +19,8 @@ from training.gan_data import gan_data, neighbour_deviations
 from training.gan_draws import batch_rows
 from training.gan_grids import generate
 from training.gan_loop import DivergedError, GanRun
-from training.gan_step import TrainingData, alternate
+from training.gan_step import alternate
 from training.run_folder import latest_checkpoint
-
-TINY = {"img_resolution": 16, "batch": 8, "cbase": 128, "cmax": 8, "res_blocks": 1, "norm_groups": 4, "backbone": "random_tiny",
-        "blur_init": 2.0, "kimg": 0.08}
-GENES = 32
-
-
-def tiny_data(n=24, width=6, validation=False):
-    """Two kinds of spots: red patches and blue ones, with prompts to match."""
-    order = torch.Generator().manual_seed(0)
-    kind = torch.arange(n) % 2
-    images = torch.randint(0, 60, (n, 3, 16, 16), generator=order, dtype=torch.uint8)
-    images[kind == 0, 0] += 180
-    images[kind == 1, 2] += 180
-    prompts = torch.nn.functional.one_hot(kind, width) + torch.randn(n, width, generator=order) * 0.1
-    expression = sp.csr_matrix(torch.rand(n, GENES, generator=order).numpy())
-    training = TrainingData(images, torch.nn.functional.normalize(prompts, dim=1), expression=expression)
-    held_out = TrainingData(images[:4], training.prompts[:4]) if validation else None
-    return gan_data("TINY", training, np.array([f"s__{i}" for i in range(n)]), clusters=kind.numpy().astype(str), validation=held_out,
-                    validation_barcodes=np.array(["v"] * 4) if validation else None)
-
-
-def make_run(folder, preset="best", data=None, watched=(), **said):
-    folder.mkdir(exist_ok=True)
-    config = resolve(preset, "custom", **{**TINY, **said})
-    clip = gene_encoder() if config.cond_dropout else None
-    return GanRun(config, data or tiny_data(), build_encoder("random_tiny"), folder, clip=clip, tensorboard=False, watched=watched)
-
-
-def gene_encoder(width=6, **options):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = ClipModelConfig(gene_width=16, projection=width, image_encoder="random_tiny", **options)
-        return CLIP(config, [f"gene{i}" for i in range(GENES)], feature_width=4).eval()
-
-
-def weights(run):
-    parts = (run.gan.generator.state_dict(), run.gan.discriminator.trainable_state(), run.average.state_dict())
-    return [tensor for part in parts for tensor in part.values()]
-
-
-def same(first, second):
-    return all(torch.equal(a, b) for a, b in zip(weights(first), weights(second), strict=True))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -92,6 +49,25 @@ def test_micro_batches_do_not_change_the_gradients(tmp_path, preset):
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
     for a, b in zip(found[0][1], found[1][1], strict=True):
         assert torch.allclose(a, b, atol=1e-4 * max(b.abs().max().item(), 1e-2))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_step_moves_the_weights_alike_at_micro_batches_of_8_16_and_32(tmp_path, preset):
+    moved = []
+    for micro in (8, 16, 32):
+        run = make_run(tmp_path / str(micro), preset, data=tiny_data(n=32), batch=32, batch_gpu=micro)
+        losses = run.gan.gradients(0, sigma=1.0, clip_weight=0)
+        grads = [p.grad.clone() for p in (*run.gan.generator.parameters(), *run.gan.discriminator.heads.parameters())]
+        for optimiser in (run.gan.g_optimiser, run.gan.d_optimiser):     # plain steps: Adam's first one is the sign of the gradient
+            for parameter in optimiser.param_groups[0]["params"]:
+                parameter.data.sub_(parameter.grad)
+        run.gan.discriminator.update_spectral_norm()
+        after = run.gan.gradients(1, sigma=0.5, clip_weight=0)
+        moved.append(([*losses.values(), *after.values()], grads))
+    for numbers, grads in moved[1:]:
+        assert numbers == pytest.approx(moved[0][0], rel=1e-3, abs=1e-4)
+        for a, b in zip(grads, moved[0][1], strict=True):
+            assert torch.allclose(a, b, atol=1e-5 * max(b.abs().max().item(), 1.0))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -216,9 +192,9 @@ def test_the_reference_multiplies_guidance_by_its_micro_batch_and_fades_its_blur
 
 def test_condition_dropout_gives_the_generator_prompts_from_a_dropped_encoder_and_the_discriminator_the_plain_ones(tmp_path, monkeypatch):
     run = make_run(tmp_path / "a", "reference")
-    given, judged, logits = [], [], run.gan.discriminator.logits
+    given, judged, project = [], [], run.gan.discriminator.project
     run.gan.generator.register_forward_pre_hook(lambda _module, args: given.append(args[1].clone()))
-    monkeypatch.setattr(run.gan.discriminator, "logits", lambda features, c: judged.append(c.clone()) or logits(features, c))
+    monkeypatch.setattr(run.gan.discriminator, "project", lambda maps, c: judged.append(c.clone()) or project(maps, c))
     run.gan.gradients(0, sigma=0.0, clip_weight=0.0)
     plain = run.training.prompts[batch_rows(run.config.seed, 0, 8, len(run.training.prompts))]
     assert all(torch.equal(c, plain) for c in judged) and len(judged) == 3

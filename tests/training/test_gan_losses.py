@@ -74,6 +74,14 @@ def test_blur_equals_a_zero_padded_separable_convolution_also_when_wider_than_th
     assert blur(images, 0.0) is images
 
 
+def test_blur_reaches_three_widths():
+    for sigma in (0.4, 1.0, 2.7, 32.0):
+        taps = blur_taps(sigma)
+        assert len(taps) == 2 * math.floor(3 * sigma) + 1 and taps.sum().item() == pytest.approx(1)
+    taps = blur_taps(2.0)
+    assert taps[6 + 2] / taps[6] == pytest.approx(0.5) and taps[6 + 4] / taps[6] == pytest.approx(1 / 16)
+
+
 def test_blur_fades_linearly():
     assert [blur_sigma(kimg, 32, 1000) for kimg in (0, 250, 1000, 2000)] == [32, 24, 0, 0]
 
@@ -93,6 +101,7 @@ def test_average_halves_the_distance_in_one_half_life():
     steps = int(half_life_kimg(batch) * 1000 / batch)
     assert ema_beta(n_images, batch, half_life_kimg(batch)) ** steps == pytest.approx(0.5, rel=5e-3)
     assert ema_beta(1000, 50, 1000) == pytest.approx(0.5)       # ramp-up: at most 5 % of the images seen
+    assert ema_beta(640_000, 128, 40) == pytest.approx(0.5 ** (128 / 32_000)) and ema_beta(800_000, 128, 40) == ema_beta(10 ** 9, 128, 40)
 
 
 def test_average_moves_parameters_and_copies_buffers_and_frozen_ones():
