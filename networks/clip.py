@@ -85,6 +85,11 @@ class CLIP(nn.Module):
         return self.gene_scaling.is_active or self.feature_scaling.is_active or self.centres_features
 
     @property
+    def scales_by_sample(self) -> bool:
+        """True if a row of expression can only be embedded together with its whole sample."""
+        return self.config.gene_sample_scaling != "none"
+
+    @property
     def centres_features(self) -> bool:
         return self.config.feature_sample_scaling != "none"
 

@@ -72,8 +72,9 @@ class BatchNormLocal(nn.Module):
 
 
 class Head(nn.Module):
-    """Tokens (N, C, T) and prompts (N, c_dim) -> logits (N, T).
+    """Tokens (N, C, T) and prompts (N, c_dim) -> logits (N, T): logit_t = sum_k out_tk FC(c)_k / sqrt 64, out = SN conv1d k1 C -> 64.
 
+    Unconditional (c_dim 0) there is no projection: logit_t = out_t, out = SN conv1d k1 C -> 1.
     `prompt_bias` 1 lets a head judge realism from the start; with centred prompts and 0 every prompt would have to teach it anew.
     """
 
@@ -81,12 +82,14 @@ class Head(nn.Module):
         super().__init__()
         self.conv_in, self.norm_in = SpectralConv1d(width, width, 1), BatchNormLocal(width)
         self.conv_mid, self.norm_mid = SpectralConv1d(width, width, 9), BatchNormLocal(width)
-        self.conv_out = SpectralConv1d(width, C_MAP, 1)
-        self.prompt = EqualizedLinear(c_dim, C_MAP, bias_init=prompt_bias)
+        self.conv_out = SpectralConv1d(width, C_MAP if c_dim else 1, 1)
+        self.prompt = EqualizedLinear(c_dim, C_MAP, bias_init=prompt_bias) if c_dim else None
 
     def forward(self, tokens: Tensor, c: Tensor) -> Tensor:
         x = F.leaky_relu(self.norm_in(self.conv_in(tokens)), 0.2)
         x = (F.leaky_relu(self.norm_mid(self.conv_mid(x)), 0.2) + x) / sqrt(2)
+        if self.prompt is None:
+            return self.conv_out(x).squeeze(1)
         return torch.einsum("nkt,nk->nt", self.conv_out(x), self.prompt(c)) / sqrt(C_MAP)
 
 

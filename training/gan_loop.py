@@ -6,6 +6,7 @@ exception: there the share of the run that has passed, and with it the blur, fol
 """
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import signal
@@ -25,7 +26,7 @@ from networks.histo_models import Encoder
 from networks.snapshot import save_snapshot
 from networks.weights import load_into
 from preprocessing.errors import InputError, WeightsError
-from preprocessing.outputs import config_sha256, write_json
+from preprocessing.outputs import config_sha256, strings_sha256, write_json
 from training.ema import ema_beta, frozen_copy, half_life_kimg, update_average
 from training.gan_config import GanConfig
 from training.gan_data import GanData, mean_colour
@@ -59,6 +60,7 @@ class Progress:
     last_snap: tuple[float, float] = (0.0, 0.0)
     blur_fade_kimg: float | None = None   # when the blur is gone: settled when the run starts, so that a longer --kimg does not blur again
     sigma: float | None = None            # px, blur of the last step: it never rises
+    first_step: int = 0                   # where the run began: more than 0 with --resume-kimg
 
 
 @dataclass
@@ -95,8 +97,10 @@ class GanRun:
         generator.to(self.device)
         discriminator.to(self.device).train()
         clip = None if self.clip is None else self.clip.to(self.device).eval().requires_grad_(False)
-        self.gan = GanStep(config, generator, discriminator, self.training, clip)
+        self.mlp = None if self.data.mlp is None else copy.deepcopy(self.data.mlp).to(self.device)   # the run's own gene encoder
+        self.gan = GanStep(config, generator, discriminator, self.training, clip, self.mlp)
         self.average = frozen_copy(generator)
+        self.mlp_average = None if self.mlp is None else frozen_copy(self.mlp)
         self.showcase = Showcase(self.data, config.seed)
 
     @property
@@ -121,7 +125,7 @@ class GanRun:
         stats = StatsLog(self.folder, self.tensorboard)
         stats.forget_after(self.progress.step)
         clock = time.monotonic() - self.progress.elapsed_s
-        if self.progress.step == 0:
+        if self.progress.step == self.progress.first_step:
             self._snapshot(stats)
         totals: dict[str, float] = {}
         n_steps, n_moved, tick_start = 0, 0, self.progress.elapsed_s
@@ -160,6 +164,8 @@ class GanRun:
                         ((config.g_lr, config.g_lr_schedule), (config.d_lr, config.d_lr_schedule))))
         beta = ema_beta(progress.step * config.batch, config.batch, half_life_kimg(config.batch))
         update_average(self.average, self.gan.generator, beta)
+        if self.mlp is not None:
+            update_average(self.mlp_average, self.mlp, beta)
         return losses
 
     def _next_sigma(self) -> float:
@@ -208,8 +214,10 @@ class GanRun:
         """Averaged generator for use, picture, and how much patches of one prompt differ."""
         n_images = self.progress.step * self.config.batch
         name = f"snapshot-{n_images:06d}"
+        if self.mlp_average is not None:
+            self.showcase.embed(self.mlp_average)
         diversity = self.showcase.diversity(self.average)
-        save_snapshot(self.folder / name, self.average, gene_encoder=self.data.gene_encoder, kimg=self.kimg,
+        save_snapshot(self.folder / name, self.average, gene_encoder=self.mlp_average or self.data.gene_encoder, kimg=self.kimg,
                       training=self.data.record, backbone={"name": self.encoder.name, "source": self.encoder.source},
                       config=asdict(self.config), diversity=diversity)
         self.showcase.save_grid(self.folder / "samples" / f"{name}.png", self.average)
@@ -223,11 +231,16 @@ class GanRun:
         """Write a checkpoint of this moment."""
         gan = self.gan
         state = {**asdict(self.progress), "config": asdict(self.config), "config_sha256": self._config_hash(),
-                 "data_sha256": self.data.sha256, "backbone": self.encoder.source}
+                 "data_sha256": self.data.sha256, "backbone": self.encoder.source,
+                 "genes_sha256": None if self.mlp is None else strings_sha256(self.mlp.gene_names)}
         return save_checkpoint(self.folder, self.progress.step, state=state, tensors={
-            "generator": gan.generator.state_dict(), "discriminator": gan.discriminator.trainable_state(),
-            "average": self.average.state_dict(),
+            "discriminator": gan.discriminator.trainable_state(), **{name: part.state_dict() for name, part in self._parts().items()},
         }, optimisers={"g_optimiser": gan.g_optimiser.state_dict(), "d_optimiser": gan.d_optimiser.state_dict()})
+
+    def _parts(self) -> dict[str, nn.Module]:
+        """Networks that a checkpoint holds whole, by the names of their files."""
+        parts = {"generator": self.gan.generator, "average": self.average}
+        return parts if self.mlp is None else {**parts, "mlp": self.mlp, "mlp_average": self.mlp_average}
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint; refused (exit 5) if it belongs to another config, data set or backbone."""
@@ -239,14 +252,15 @@ class GanRun:
                 ("data", "the patches and prompts it was started with", "" if state["data_sha256"] == self.data.sha256 else "others"),
                 ("backbone", state["backbone"], "" if state["backbone"] == self.encoder.source else self.encoder.source)):
             if found:
-                raise WeightsError(checkpoint.folder, what, expected, found)
-        for part in ("generator", "discriminator", "average"):
+                raise WeightsError(checkpoint.folder, what, expected, found, "To start a new run from these weights, --resume a snapshot")
+        names = ("discriminator", *self._parts())
+        for part in names:
             if part not in checkpoint.tensors:
-                raise WeightsError(checkpoint.folder, "parts", "generator, discriminator, average", f"no {part}")
-        load_into(gan.generator, checkpoint.tensors["generator"], checkpoint.folder)
+                raise WeightsError(checkpoint.folder, "parts", ", ".join(names), f"no {part}")
+        for part, network in self._parts().items():
+            load_into(network, checkpoint.tensors[part], checkpoint.folder)
         frozen = {name: tensor for name, tensor in gan.discriminator.state_dict().items() if name.startswith("taps.")}
         load_into(gan.discriminator, {**checkpoint.tensors["discriminator"], **frozen}, checkpoint.folder)
-        load_into(self.average, checkpoint.tensors["average"], checkpoint.folder)
         gan.g_optimiser.load_state_dict(checkpoint.optimisers["g_optimiser"])
         gan.d_optimiser.load_state_dict(checkpoint.optimisers["d_optimiser"])
         names = Progress.__dataclass_fields__
@@ -295,8 +309,9 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def start_folder(folder: Path, run: GanRun, *, preset: str, cfg: str) -> None:
-    """Write config.json of a new run."""
+def start_folder(folder: Path, run: GanRun, *, preset: str, cfg: str, started_from: str | None = None) -> None:
+    """Write config.json of a new run; `started_from`: the folder of the weights that it began with."""
     write_json(folder / "config.json", {"preset": preset, "cfg": cfg, "config": asdict(run.config), "data": run.data.record,
+                                        "started_from": started_from,
                                         "samples": run.data.sources, "gene_encoder": run.data.gene_encoder,
                                         "backbone": {"name": run.encoder.name, "source": run.encoder.source}})
