@@ -170,11 +170,17 @@ def show_progress(run) -> None:
 @click.option("--tensorboard/--no-tensorboard", default=True, help="Mirror stats.jsonl for TensorBoard.")
 @option("dry-run", is_flag=True, help="Check options and data, print the config, train nothing.")
 def main(**options):
-    """Train a generator of patches, conditioned on gene expression embedded by frozen CLIP weights.
+    """Train a generator of patches, conditioned on gene expression: embedded by frozen CLIP weights, by an encoder trained along, or
+    ready-made embeddings; without --gex unconditional.
 
     \b
     python train_gan.py --outdir runs/gan --data runs/C2/patches,runs/C3/patches --gex runs/C2/gex_filt.h5ad,runs/C3/gex_filt.h5ad \\
         --network runs/clip/clip --img-resolution 64 --batch 16 --cfg small --kimg 12
+
+    \b
+    Without prompts, and then larger out of what that run learned:
+    python train_gan.py --outdir runs/gan --data runs/C2/patches --img-resolution 64 --batch 16 --kimg 12
+    python train_gan.py --outdir runs/gan --data runs/C2/patches --img-resolution 128 --batch 16 --kimg 12 --resume runs/gan/00000-C2@64-...
     """
     folder = train_gan(**options)
     if folder is not None:

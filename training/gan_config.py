@@ -42,7 +42,7 @@ ENCODERS = {
     "clip": {},                                # frozen CLIP weights
     "mlp": {"cond_dropout": 0.0},              # an encoder trained with the generator, with a dropout of its own
     "ready": {"cond_dropout": 0.0},            # embeddings that were handed over
-    "none": {"cond_dropout": 0.0, "cond_noise": 0.0, "prompt_bias": 0.0},   # nowhere: unconditional
+    "none": {"cond_dropout": 0.0, "cond_noise": 0.0, "prompt_bias": 0.0, "cond_norm": "l2"},   # nowhere: unconditional
 }
 TEXT_ENCODER_LR = 3e-6      # of the condition encoder trained alone, as published
 
@@ -127,10 +127,12 @@ class GanConfig:
             raise OptionError("--cond-dropout", "0 where frozen CLIP weights do not embed the prompts", str(self.cond_dropout))
         if self.clip_weight and self.encoder not in ("clip", "ready"):
             raise OptionError("--clip-weight", "0 unless prompts are embeddings of the CLIP weights that guide", str(self.clip_weight))
-        if self.cond_noise and self.encoder == "none":
-            raise OptionError("--cond-noise", "0 without prompts", str(self.cond_noise))
-        if self.diversity_weight and self.encoder == "none":
-            raise OptionError("--diversity-weight", "0 without prompts", str(self.diversity_weight))
+        if self.encoder == "none":
+            for name in ("cond_noise", "diversity_weight", "prompt_bias"):
+                if getattr(self, name):
+                    raise OptionError(f"--{name.replace('_', '-')}", "0 without prompts", str(getattr(self, name)))
+            if self.cond_norm != "l2":
+                raise OptionError("--cond-norm", "l2 (of nothing) without prompts", self.cond_norm)
         if self.cond_norm == "standardize" and self.encoder == "mlp":
             raise OptionError("--cond-norm", "l2 or scaled with --encoder mlp, whose mean embedding moves in training", self.cond_norm)
 

@@ -123,6 +123,8 @@ def _take_what_fits(name: str, network: nn.Module, tensors: Mapping[str, Tensor]
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if broken:
         raise WeightsError(folder, "tensors", "finite numbers", f"NaN or infinite ones in {first_few(broken)}")
+    if not tensors:
+        return [f"{name}: starts anew"]
     own = {key: tensor for key, tensor in network.state_dict().items() if not key.startswith("taps.")}    # the backbone is given
     fitting = [key for key in own if key in tensors and tensors[key].shape == own[key].shape]
     if name == "generator" and not fitting:
