@@ -19,7 +19,7 @@ class GenerateConfig:
     """One call of `generate_patches`."""
 
     network: Path                       # snapshot folder, or a run folder: its newest snapshot
-    gex: Path                           # prompts
+    gex: Path | None                    # prompts; None for an unconditional snapshot
     outdir: Path
     seeds: str = "0"
     n_samples: int | None = None        # prompts per cluster or over all (.h5ad); patches a row (.npy)
@@ -43,7 +43,7 @@ class GenerateConfig:
                 raise OptionError(f"--{name}", "a finite number", str(getattr(self, name)))
         if not all(map(isfinite, self.translate)):
             raise OptionError("--translate", "two finite numbers", ",".join(map(str, self.translate)))
-        if self.images and (self.encoded or self.gex.suffix != ".h5ad"):
+        if self.images and (self.encoded or self.gex is None or self.gex.suffix != ".h5ad"):
             raise OptionError("--images", "an .h5ad as --gex, whose barcodes name the patches", str(self.gex))
 
 
@@ -85,7 +85,7 @@ class _RealPatches:
         self.side, self.spots = snapshot.generator.config.img_resolution, None
         if config.images:
             from training.data import ImageGeneDataset, sample_files
-            self.spots = ImageGeneDataset(sample_files(config.images, config.gex), vocabulary=snapshot.clip.gene_names)
+            self.spots = ImageGeneDataset(sample_files(config.images, config.gex), vocabulary=snapshot.gene_encoder.gene_names)
 
     def __getitem__(self, prompt: int) -> list:
         return [] if self.spots is None else [self.spots.read_image(prompt, self.side)]
@@ -136,9 +136,9 @@ def _pair_of_numbers(_context, _parameter, text: str) -> tuple[float, float]:
 @click.command(cls=Command)
 @click.option("--network", "--network_pkl", "--network-pkl", "network", type=click.Path(path_type=Path), required=True,
               help="Snapshot folder, or a run folder (its newest snapshot). Never a pickle.")
-@click.option("--gex", type=click.Path(path_type=Path), required=True, help="Prompts: .h5ad of raw counts; or .npy, one row a "
-              "prompt: expression of the snapshot's genes in their order, normalised as in training (counts scaled to the snapshot's "
-              "library size, gene_encoder.target_sum in its config.json, then log1p).")
+@click.option("--gex", type=click.Path(path_type=Path), help="Prompts (none for an unconditional snapshot): .h5ad of raw counts; or .npy, "
+              "one row a prompt: expression of the snapshot's genes in their order, normalised as in training (counts scaled to the "
+              "snapshot's library size, gene_encoder.target_sum in its config.json, then log1p).")
 @click.option("--outdir", type=click.Path(path_type=Path), required=True, help="Folder for the patches.")
 @click.option("--seeds", default="0", help="Seeds, as 0,1,4-6; every prompt is drawn once per seed.")
 @click.option("--n-samples", "--n_samples", type=int,

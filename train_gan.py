@@ -8,9 +8,12 @@ import click
 
 from preprocessing.errors import Command, InputError, OptionError
 
+RUN_OPTIONS = ("outdir", "n_train", "mask", "train_clusters", "cache_dir", "resume", "resume_kimg", "suffix", "dry_run", "tensorboard")
+SOURCES = ("data", "gex", "samples", "val_data", "val_gex", "embeddings", "val_embeddings", "encoder", "network")
 PRESETS, SIZES = ("reference", "best"), ("small", "lite", "full", "custom")   # the tables of training/gan_config.py, without torch
 PRESET = " Default: the preset's."
 GUIDANCE = ("spherical", "infonce")
+MODES = ("all", "text_encoder", "freeze8", "freeze16", "freeze32", "freeze64", "freeze128")
 SCHEDULES, LR_SCHEDULES = ("const", "step", "linear", "exp"), ("const", "step")
 
 
@@ -20,114 +23,137 @@ def option(name: str, **kwargs) -> Callable:
     return click.option(*spellings, name.replace("-", "_"), **kwargs)
 
 
-def train_gan(*, outdir: Path, data: str | None, gex: str | None, samples: Path | None, val_data: str | None, val_gex: str | None,
-              network: Path, preset: str, cfg: str, n_train: int | None, cache_dir: str, resume: str | None, suffix: str | None,
-              device: str | None, dry_run: bool, tensorboard: bool, metrics: str, timeout_minutes: float, **said: object) -> Path | None:
-    """Resolve options, join the ranks of a torchrun job, read data, train; returns the run folder (None on a dry run)."""
+def train_gan(*, preset: str, cfg: str, device: str | None, metrics: str, timeout_minutes: float, val_clusters: str | None,
+              **said: object) -> Path | None:
+    """Resolve options, join the ranks of a torchrun job, train; returns the run folder (None on a dry run and on silent ranks)."""
     from evaluation.features import pick_device
     from training.gan_config import resolve
     from training.gan_metrics import parse_metrics
-    from training.ranks import joined_ranks, local_device
+    from training.gan_sources import gan_sources
+    from training.ranks import joined_ranks, local_device, own_part
 
-    config, watched = resolve(preset, cfg, **said), parse_metrics(metrics)
+    sources = gan_sources(**{name: said.pop(name) for name in SOURCES}, guided=bool(said["clip_weight"]))
+    run_options = {name: said.pop(name) for name in RUN_OPTIONS}
+    config, watched = resolve(preset, cfg, encoder=sources.encoder, **said), parse_metrics(metrics)
+    if val_clusters and not (sources.validation or sources.val_patches):
+        raise OptionError("--val-clusters", "spots to show: --val-data and --val-gex, or a sample of split val", "none")
+    if watched and sources.encoder == "mlp":
+        raise OptionError("--metrics", "none with --encoder mlp, whose prompts move in training", metrics)
     device = local_device(pick_device(device or "auto"))
     with joined_ranks(device, timeout_minutes):
-        return _train(config, watched, outdir, data, gex, samples, val_data, val_gex, network, preset, cfg, n_train, cache_dir, resume,
-                      suffix, device, dry_run, tensorboard)
+        own_part(config.batch, config.batch_gpu)     # refuses a batch that the ranks cannot share
+        return run_gan(config, sources, watched, device, preset=preset, cfg=cfg, val_clusters=val_clusters, **run_options)
 
 
-def _train(config, watched, outdir, data, gex, samples, val_data, val_gex, network, preset, cfg, n_train, cache_dir, resume, suffix, device,
-           dry_run, tensorboard) -> Path | None:
-    from networks.clip import CLIP
+def run_gan(config, sources, watched, device: str, *, preset: str, cfg: str, outdir: Path, n_train: int | None, mask: str | None,
+            train_clusters: str | None, val_clusters: str | None, cache_dir: str, resume: str | None, resume_kimg: float | None,
+            suffix: str | None, dry_run: bool, tensorboard: bool) -> Path | None:
+    """Read data and train, on every rank."""
     from networks.histo_models import build_encoder
     from training.gan_data import load_gan_data
-    from training.gan_loop import GanRun, start_folder
+    from training.gan_loop import GanRun
     from training.patch_cache import cache_place
-    from training.ranks import from_first, is_first, own_part, rank_and_size
-    from training.run_folder import next_run_folder
+    from training.ranks import from_first, is_first, rank_and_size
+    from training.spot_choice import SpotChoice
+    from training.warm_start import find_start
 
-    own_part(config.batch, config.batch_gpu)     # refuses a batch that the ranks cannot share
-    say = click.echo if is_first() else lambda line: None
-    train_files, val_files = _samples(data, gex, samples, val_data, val_gex)
-    encoder = build_encoder(config.backbone, config.backbone_weights)
-    gan_data = load_gan_data(train_files, val_files, network, config.img_resolution, max_size=n_train, seed=config.seed,
-                             keep_expression=config.cond_dropout > 0, cache_dir=cache_place(cache_dir))
+    backbone = build_encoder(config.backbone, config.backbone_weights)
+    gan_data = load_gan_data(sources, config.img_resolution, choice=SpotChoice(mask, train_clusters, val_clusters, n_train),
+                             seed=config.seed, keep_expression=config.cond_dropout > 0, cache_dir=cache_place(cache_dir))
+    width, n_ranks = gan_data.training.prompts.shape[1], rank_and_size()[1]
     say(f"{gan_data.name}: {len(gan_data.training.images):,} patches at {config.img_resolution} px, "
-        f"prompts {gan_data.training.prompts.shape[1]} wide, backbone {encoder.name}, {device}, {rank_and_size()[1]} process(es)")
+        f"{f'prompts {width} wide' if width else 'no prompts'}, backbone {backbone.name}, {device}, {n_ranks} process(es)")
     say(f"config: {config}")
     if dry_run:
         return None
-    name = "-".join(filter(None, (f"{gan_data.name}@{config.img_resolution}", cfg, f"gpus{rank_and_size()[1]}-b{config.batch}", suffix)))
-    checkpoint = _checkpoint(outdir, name, resume)
-    sees_images = config.clip_weight > 0 or any(metric.kind == "clip_score" for metric in watched)
-    clip = CLIP.from_pretrained(network, image_encoder=sees_images) if sees_images or config.cond_dropout else None
-    run = GanRun(config, gan_data, encoder, checkpoint.folder.parent if checkpoint else outdir, clip=clip, tensorboard=tensorboard,
-                 device=device, watched=watched)
-    if checkpoint:
-        run.load(checkpoint)
-        say(f"resuming at kimg {run.kimg:.2f} from {checkpoint.folder}")
-    else:
-        run.folder = from_first(next_run_folder(outdir, name) if is_first() else None)     # only now: what is refused leaves no folder
-        if is_first():
-            start_folder(run.folder, run, preset=preset, cfg=cfg)
-    show_progress(run, is_first())
+    name = "-".join(filter(None, (f"{gan_data.name}@{config.img_resolution}", cfg, f"gpus{n_ranks}-b{config.batch}", suffix)))
+    start = find_start(outdir, from_first(name), resume, config)
+    clip = _clip(sources.network, config, width, scored=any(metric.kind == "clip_score" for metric in watched))
+    run = GanRun(config, gan_data, backbone, Path(outdir), clip=clip, tensorboard=tensorboard, device=device, watched=watched)
+    begin(run, start, resume_kimg, name, preset=preset, cfg=cfg)
+    show_progress(run)
     return run.folder if is_first() else None
 
 
-def show_progress(run, shown: bool) -> None:
+def say(line: str) -> None:
+    """Print a line, on the first rank."""
+    from training.ranks import is_first
+
+    if is_first():
+        click.echo(line)
+
+
+def _clip(network: Path | None, config, width: int, scored: bool):
+    """CLIP weights where a run needs them: to guide, to embed prompts with dropout at every step, to score snapshots."""
+    from networks.clip import CLIP
+
+    if network is None or not (config.clip_weight or config.cond_dropout or scored):
+        return None
+    clip = CLIP.from_pretrained(network, image_encoder=config.clip_weight > 0 or scored)
+    if clip.config.projection != width:
+        raise InputError(network, "width of an embedding", f"{width}, as the prompts are", str(clip.config.projection))
+    return clip
+
+
+def begin(run, start, resume_kimg: float | None, name: str, **named: str) -> None:
+    """Go on from a checkpoint in its folder, or make the folder of a new run, with the weights of another where they are given."""
+    from training.gan_loop import start_folder
+    from training.ranks import from_first, is_first
+    from training.run_folder import Checkpoint, next_run_folder
+    from training.warm_start import start_from
+
+    if isinstance(start, Checkpoint):
+        if resume_kimg is not None:
+            raise OptionError("--resume-kimg", "weights of a lower resolution or a snapshot as --resume; a checkpoint knows its kimg",
+                              f"{resume_kimg:g}")
+        run.folder = start.folder.parent
+        run.load(start)
+        say(f"resuming at kimg {run.kimg:.2f} from {start.folder}")
+        return
+    if start is None and resume_kimg is not None:
+        raise OptionError("--resume-kimg", "with --resume of a snapshot or of a checkpoint of a lower resolution", "a new run")
+    report = [] if start is None else [f"starting at kimg {resume_kimg or 0:g} from the weights of {start.folder}",
+                                       *start_from(run, start, resume_kimg or 0.0)]
+    if start is None and run.config.train_mode != "all":
+        report.append(f"--train-mode {run.config.train_mode} without --resume: what it freezes was never trained")
+    run.folder = from_first(next_run_folder(run.folder, name) if is_first() else None)     # only now: what is refused leaves no folder
+    if not is_first():
+        return
+    start_folder(run.folder, run, started_from=None if start is None else str(start.folder), **named)
+    for line in report:
+        click.echo(line)
+    if report:
+        (run.folder / "log.txt").write_text("\n".join(report) + "\n")
+
+
+def show_progress(run) -> None:
     """Train with one progress bar in kimg."""
     from tqdm import tqdm
 
-    with tqdm(total=1.0, disable=not shown, initial=run.share, bar_format="{percentage:3.0f}%|{bar}| {desc}, {elapsed}<{remaining}") as bar:
+    from training.ranks import is_first
+
+    shape = "{percentage:3.0f}%|{bar}| {desc}, {elapsed}<{remaining}"
+    with tqdm(total=1.0, disable=not is_first(), initial=run.share, bar_format=shape) as bar:
         for _ in run.train():
             bar.set_description_str(f"{run.kimg:.2f} kimg", refresh=False)
             bar.update(run.share - bar.n)
 
 
-def _samples(data, gex, samples, val_data, val_gex):
-    from training.data import read_sample_sheet, sample_files
-
-    if samples is not None:
-        if data or gex or val_data or val_gex:
-            raise OptionError("--samples", "without --data, --gex, --val-data and --val-gex", "both")
-        sheet = read_sample_sheet(samples)
-        train = [sample for sample in sheet if sample.split == "train"]
-        if not train:
-            raise InputError(samples, "split", "at least one sample of split train", "none")
-        return train, [sample for sample in sheet if sample.split == "val"]
-    if not data or not gex:
-        raise OptionError("--data and --gex", "both, or --samples", "one or none of them")
-    if bool(val_data) != bool(val_gex):
-        raise OptionError("--val-data and --val-gex", "both or none", "one of them")
-    return sample_files(data, gex), sample_files(val_data, val_gex) if val_data else []
-
-
-def _checkpoint(outdir: Path, name: str, resume: str | None):
-    """None (a new run), the newest whole checkpoint of this name (`auto`), or the one at a path (a checkpoint or a run folder)."""
-    from training.run_folder import COMMIT, latest_checkpoint, latest_run, read_checkpoint
-
-    if resume is None:
-        return None
-    if resume == "auto":
-        run = latest_run(outdir, name) if Path(outdir).is_dir() else None
-        return latest_checkpoint(run) if run else None
-    path = Path(resume)
-    if (path / COMMIT).exists() or path.name.startswith("checkpoint-"):
-        return read_checkpoint(path)
-    checkpoint = latest_checkpoint(path) if path.is_dir() else None
-    if checkpoint is None:
-        raise InputError(path, "--resume", "auto, a checkpoint folder, or a run folder with a checkpoint", "none there")
-    return checkpoint
-
-
 @click.command(cls=Command)
 @option("outdir", type=click.Path(path_type=Path), required=True, help="Where run folders are made: OUTDIR/00000-<data>@64-lite-...")
 @option("data", help="Patch folder or imgs.h5; a comma-separated list for several samples.")
-@option("gex", help="gex_filt.h5ad of each of them, in the same order.")
-@option("samples", type=click.Path(path_type=Path), help="Instead: a CSV with sample_id, images, gex, split (train, val).")
+@option("gex", help="gex_filt.h5ad of each of them, in the same order. Without it (and --network): unconditional training.")
+@option("samples", type=click.Path(path_type=Path), help="Instead: a CSV with sample_id, images, gex, split (train, val), embeddings.")
 @option("val-data", help="Held-out patches, shown in the pictures.")
 @option("val-gex", help="Their expression.")
-@option("network", type=click.Path(path_type=Path), required=True, help="CLIP weights (folder or single file) that embed the expression.")
+@option("network", type=click.Path(path_type=Path), help="CLIP weights (folder or single file) that embed the expression.")
+@option("encoder", type=click.Choice(["clip", "mlp"]), help="clip (default): frozen --network. mlp: trained with the generator.")
+@option("embeddings", help="Instead of CLIP: ready-made prompt embeddings (.npy), rows in h5ad order, one file for each of --gex.")
+@option("val-embeddings", help="Those of the held-out patches.")
+@option("mask", help="Train on these spots alone: .npy of booleans or row numbers (h5ad order, sample after sample), CSV or obs column of "
+        "booleans.")
+@option("train-clusters", help="Train on these clusters of obs['cluster'] alone, comma-separated.")
+@option("val-clusters", help="Show held-out patches of these clusters alone.")
 @option("img-resolution", type=int, required=True, help="Side of a generated patch, px; a power of two.")
 @option("batch", type=int, required=True, help="Images a step.")
 @option("batch-gpu", type=int, default=8, help="Images of a micro-batch; a multiple of 8.")
@@ -153,6 +179,8 @@ def _checkpoint(outdir: Path, name: str, resume: str | None):
 @option("augment-kimg", type=float, default=500.0, help="kimg in which the share of augmented images can move from 0 to 1.")
 @option("r1-weight", type=float, help="Half of it times the squared gradient of real logits to the backbone's features; 0 is off." + PRESET)
 @option("r1-interval", type=int, default=16, help="Steps between such penalties; each counts that many times.")
+@option("train-mode", type=click.Choice(MODES), default="all", help="text_encoder: the --encoder mlp alone (--g-lr 3e-6 by default). "
+        "freezeN: the blocks above N px and all ToRGB.")
 @option("g-lr", type=float, help="Learning rate of the generator." + PRESET)
 @option("d-lr", type=float, help="Learning rate of the discriminator." + PRESET)
 @option("g-lr-schedule", type=click.Choice(LR_SCHEDULES), default="const", help="step: a tenth from half of the run on.")
@@ -177,20 +205,27 @@ def _checkpoint(outdir: Path, name: str, resume: str | None):
         "kd_ENCODER (fd_uni@2k=weights.safetensors), clip_score, by commas.")
 @option("seed", type=int, default=0, help="Of everything random.")
 @option("max-bad-steps", type=int, default=10, help="Steps with NaN or infinite losses in a row that end the run.")
-@option("resume", help="auto: the newest run of this name under OUTDIR, if any; or a run folder or checkpoint folder.")
+@option("resume", help="auto: the newest run of this name under OUTDIR, if any; or a run or checkpoint folder: goes on exactly. A snapshot "
+        "folder, or a checkpoint of a lower --img-resolution: a new run starts from what fits of its weights.")
+@option("resume-kimg", type=float, help="Where the clock of such a new run starts. Default: 0.")
 @option("suffix", help="Added to the run folder's name.")
 @option("device", help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")
 @click.option("--tensorboard/--no-tensorboard", default=True, help="Mirror stats.jsonl for TensorBoard.")
 @option("timeout-minutes", type=float, default=30.0, help="Of several processes: how long one waits for another before the job ends.")
 @option("dry-run", is_flag=True, help="Check options and data, print the config, train nothing.")
 def main(**options):
-    """Train a generator of patches, conditioned on gene expression embedded by frozen CLIP weights.
+    """Train a generator of patches, conditioned on gene expression: embedded by frozen CLIP weights, by an encoder trained along, or
+    ready-made embeddings; without --gex unconditional.
 
     \b
     python train_gan.py --outdir runs/gan --data runs/C2/patches,runs/C3/patches --gex runs/C2/gex_filt.h5ad,runs/C3/gex_filt.h5ad \\
         --network runs/clip/clip --img-resolution 64 --batch 16 --cfg small --kimg 12
 
     Several GPUs: the same command behind `torchrun --nproc-per-node 4`; --batch is that of all together, and changes nothing else.
+    \b
+    Without prompts, and then larger out of what that run learned:
+    python train_gan.py --outdir runs/gan --data runs/C2/patches --img-resolution 64 --batch 16 --kimg 12
+    python train_gan.py --outdir runs/gan --data runs/C2/patches --img-resolution 128 --batch 16 --kimg 12 --resume runs/gan/00000-C2@64-...
     """
     folder = train_gan(**options)
     if folder is not None:

@@ -79,6 +79,11 @@ class ClipModel(nn.Module):
         return self.gene_scaling.is_active or self.feature_scaling.is_active or self.centres_features
 
     @property
+    def scales_by_sample(self) -> bool:
+        """True if a row of expression can only be embedded together with its whole sample."""
+        return self.config.gene_sample_scaling != "none"
+
+    @property
     def centres_features(self) -> bool:
         return self.config.feature_sample_scaling != "none"
 
@@ -129,7 +134,7 @@ class ClipModel(nn.Module):
         of a sample must be there: `InputError` where there are fewer than `MIN_SPOTS`.
         """
         samples = np.zeros(expression.shape[0], int) if sample_ids is None else np.unique(sample_ids, return_inverse=True)[1]
-        if self.config.gene_sample_scaling != "none":
+        if self.scales_by_sample:
             require_whole_samples(samples, sample_ids)
         scaling = fit_sample_scaling(expression, samples, self.config.gene_sample_scaling)
         was_training, device = self.training, self.log_temperature.device

@@ -72,8 +72,9 @@ class BatchNormLocal(nn.Module):
 
 
 class Head(nn.Module):
-    """Tokens (N, C, T) and prompts (N, c_dim) -> logits (N, T).
+    """Tokens (N, C, T) and prompts (N, c_dim) -> logits (N, T): logit_t = sum_k out_tk FC(c)_k / sqrt 64, out = SN conv1d k1 C -> 64.
 
+    Unconditional (c_dim 0) there is no projection: logit_t = out_t, out = SN conv1d k1 C -> 1.
     `prompt_bias` 1 lets a head judge realism from the start; with centred prompts and 0 every prompt would have to teach it anew.
     """
 
@@ -81,8 +82,8 @@ class Head(nn.Module):
         super().__init__()
         self.conv_in, self.norm_in = SpectralConv1d(width, width, 1), BatchNormLocal(width)
         self.conv_mid, self.norm_mid = SpectralConv1d(width, width, 9), BatchNormLocal(width)
-        self.conv_out = SpectralConv1d(width, C_MAP, 1)
-        self.prompt = EqualizedLinear(c_dim, C_MAP, bias_init=prompt_bias)
+        self.conv_out = SpectralConv1d(width, C_MAP if c_dim else 1, 1)
+        self.prompt = EqualizedLinear(c_dim, C_MAP, bias_init=prompt_bias) if c_dim else None
 
     def judge(self, tokens: Tensor) -> Tensor:
         """What a head makes of the tokens before it sees a prompt: (N, 64, T)."""
@@ -91,7 +92,9 @@ class Head(nn.Module):
         return self.conv_out(x)
 
     def project(self, judged: Tensor, c: Tensor) -> Tensor:
-        """Logits of judged tokens (N, 64, T) for prompts (N, c_dim): (N, T)."""
+        """Logits of judged tokens (N, 64, T) for prompts (N, c_dim): (N, T); without prompts the judgement (N, 1, T) is the logit."""
+        if self.prompt is None:
+            return judged.squeeze(1)
         return torch.einsum("nkt,nk->nt", judged, self.prompt(c)) / sqrt(C_MAP)
 
     def forward(self, tokens: Tensor, c: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class GeneratorConfig:
     """Everything that fixes the shapes of a generator."""
 
     img_resolution: int                 # side of the image, px; a power of two >= 8
-    c_dim: int = 512                    # width of a prompt embedding
+    c_dim: int = 512                    # width of a prompt embedding; 0: unconditional, w is the mapped z alone
     z_dim: int = 64                     # width of the latent noise
     cbase: int = 32768                  # channels at resolution r: min(cbase // r, cmax)
     cmax: int = 512
@@ -41,8 +41,9 @@ class GeneratorConfig:
         if resolution < FIRST_RESOLUTION or resolution & (resolution - 1):
             raise OptionError("--img-resolution", f"a power of two >= {FIRST_RESOLUTION}", str(resolution))
         for name in ("c_dim", "z_dim", "cbase", "cmax", "res_blocks", "norm_groups"):
-            if getattr(self, name) < 1:
-                raise OptionError(name, "at least 1", str(getattr(self, name)))
+            least = 0 if name == "c_dim" else 1
+            if getattr(self, name) < least:
+                raise OptionError(name, f"at least {least}", str(getattr(self, name)))
         for resolution in self.resolutions:
             channels = self.channels(resolution)
             if channels < 1 or channels % min(self.norm_groups, channels):

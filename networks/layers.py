@@ -72,7 +72,7 @@ class ConditionNorm(nn.Module):
     @torch.no_grad()
     def fit(self, prompts: Tensor) -> None:
         """Take the statistics from the training prompts (N, c_dim)."""
-        if self.kind == "l2":
+        if self.kind == "l2" or not prompts.shape[1]:
             return
         if self.kind == "standardize":
             self.mean.copy_(prompts.mean(dim=0))

@@ -1,7 +1,9 @@
-"""Snapshots: a generator for use. A weights folder (averaged generator) that names its gene encoder by path and hash.
+"""Snapshots: a generator for use. A weights folder (averaged generator) that names its gene encoder by path and hash, or holds it.
 
 config.json holds the generator's shapes, what was trained on, and under `gene_encoder` where the CLIP weights lie
-(relative to the snapshot where possible), their hash, and the library size that expression is normalised to.
+(relative to the snapshot where possible), their hash, and the library size that expression is normalised to; or, where the gene
+encoder was trained with the generator, its genes and shapes (its tensors lie beside the generator's). None: prompts are
+embeddings, or (c_dim 0) there are none.
 """
 from __future__ import annotations
 
@@ -11,13 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from networks.condition_mlp import ConditionMlp
 from networks.generator import Generator, GeneratorConfig
 from networks.weights import load_into, load_weights_folder, save_weights_folder, weights_sha256
 from preprocessing.errors import InputError, WeightsError
 
 KIND = "generator snapshot"
+MLP_KIND, MLP_PREFIX = "mlp", "gene_encoder."   # in config.json; of the names of its tensors
 
 
 @dataclass(frozen=True)
@@ -25,26 +29,51 @@ class Snapshot:
     """A loaded snapshot, in evaluation mode."""
 
     generator: Generator
-    clip: nn.Module | None     # the gene encoder (networks.clip.CLIP without image tower), if asked for and known
+    gene_encoder: nn.Module | None   # networks.clip.CLIP without image tower, or ConditionMlp; if asked for and known
     config: dict               # config.json
     weights_sha256: str
 
+    @property
+    def is_unconditional(self) -> bool:
+        return self.generator.config.c_dim == 0
 
-def save_snapshot(folder: Path | str, generator: Generator, *, gene_encoder: Mapping | None = None, **facts: object) -> Path:
-    """Write a snapshot. `gene_encoder`: {"path", "sha256", "target_sum"} of the CLIP weights that made the prompts, or None."""
-    folder = Path(folder)
-    if gene_encoder is not None:
+
+def save_snapshot(folder: Path | str, generator: Generator, *, gene_encoder: Mapping | ConditionMlp | None = None,
+                  **facts: object) -> Path:
+    """Write a snapshot. `gene_encoder`: {"path", "sha256", "target_sum"} of the CLIP weights that made the prompts, the MLP that was
+    trained with the generator, or None."""
+    folder, tensors = Path(folder), generator.state_dict()
+    if isinstance(gene_encoder, ConditionMlp):
+        tensors = {**tensors, **{MLP_PREFIX + name: tensor for name, tensor in gene_encoder.state_dict().items()}}
+        gene_encoder = {"kind": MLP_KIND, **gene_encoder.description()}
+    elif gene_encoder is not None:
         relative = os.path.relpath(Path(gene_encoder["path"]).absolute(), folder.absolute())
         gene_encoder = {**gene_encoder, "path": relative}
     config = {"kind": KIND, "generator": asdict(generator.config), "gene_encoder": gene_encoder, **facts}
-    return save_weights_folder(folder, generator.state_dict(), config)
+    return save_weights_folder(folder, tensors, config)
 
 
 def load_snapshot(folder: Path | str, *, gene_encoder: bool = True, gene_encoder_path: Path | str | None = None) -> Snapshot:
-    """Read a snapshot; with `gene_encoder` also the CLIP weights it names, refused if their hash is another.
+    """Read a snapshot; with `gene_encoder` also the MLP it holds, or the CLIP weights it names, refused if their hash is another.
 
     `gene_encoder_path` says where those weights lie now, if they were moved.
     """
+    tensors, mlp_tensors, config = read_snapshot(folder)
+    folder = Path(folder)
+    try:
+        generator = Generator(GeneratorConfig(**config["generator"]))
+    except (TypeError, ValueError) as error:
+        raise WeightsError(folder / "config.json", "generator", "the shapes of a generator", str(error)) from error
+    load_into(generator, tensors, folder)
+    reference, encoder = config.get("gene_encoder"), None
+    if gene_encoder and reference is not None:
+        encoder = (_load_mlp(folder, reference, mlp_tensors) if reference.get("kind") == MLP_KIND
+                   else _load_clip(folder, reference, gene_encoder_path))
+    return Snapshot(generator.eval().requires_grad_(False), encoder, config, weights_sha256(folder))
+
+
+def read_snapshot(folder: Path | str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+    """(tensors of the generator, tensors of its MLP gene encoder or none, config.json) of a snapshot, before any network is built."""
     folder = Path(folder)
     if folder.is_file():
         raise WeightsError(folder, "snapshot", "a snapshot folder (model.safetensors, config.json, SHA256SUMS)",
@@ -52,19 +81,20 @@ def load_snapshot(folder: Path | str, *, gene_encoder: bool = True, gene_encoder
     tensors, config = load_weights_folder(folder)
     if config.get("kind") != KIND or not isinstance(config.get("generator"), dict):
         raise WeightsError(folder / "config.json", "kind", KIND, str(config.get("kind")))
+    mlp = {name.removeprefix(MLP_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(MLP_PREFIX)}
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(MLP_PREFIX)}, mlp, config
+
+
+def _load_mlp(folder: Path, reference: Mapping, tensors: Mapping[str, Tensor]) -> ConditionMlp:
     try:
-        generator = Generator(GeneratorConfig(**config["generator"]))
-    except (TypeError, ValueError) as error:
-        raise WeightsError(folder / "config.json", "generator", "the shapes of a generator", str(error)) from error
-    load_into(generator, tensors, folder)
-    reference = config.get("gene_encoder")
-    clip = None
-    if gene_encoder and reference is not None:
-        clip = _load_gene_encoder(folder, reference, gene_encoder_path)
-    return Snapshot(generator.eval().requires_grad_(False), clip, config, weights_sha256(folder))
+        mlp = ConditionMlp(**{name: value for name, value in reference.items() if name != "kind"})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WeightsError(folder / "config.json", "gene_encoder", "the genes and shapes of an MLP", str(error)) from error
+    load_into(mlp, tensors, folder)
+    return mlp.eval().requires_grad_(False)
 
 
-def _load_gene_encoder(folder: Path, reference: Mapping, moved_to: Path | str | None) -> nn.Module:
+def _load_clip(folder: Path, reference: Mapping, moved_to: Path | str | None) -> nn.Module:
     from networks.clip import CLIP, clip_weights_sha256
 
     path = Path(moved_to) if moved_to else Path(os.path.normpath(folder.absolute() / str(reference["path"])))

@@ -38,14 +38,19 @@ class CondDropout:
     @torch.no_grad()
     def prompts(self, rows: np.ndarray, step: int, phase: int, first: int, device: torch.device | str) -> Tensor:
         """Unit embeddings (n, D) of the rows; `first` is the place of the first one in the global batch of this step."""
-        streams = [np.random.Generator(np.random.Philox(key=[self.seed, step], counter=[0, 0, STREAM + phase, place]))
-                   for place in range(first, first + len(rows))]
+        streams = mask_streams(self.seed, step, STREAM + phase, range(first, first + len(rows)))
         x = self.clip.gene_scaling(torch.from_numpy(self.expression[rows].toarray().astype(np.float32)).to(device))
         for layer in self.layers:
-            x = x * self._mask(streams, x.shape[1]).to(x) if isinstance(layer, nn.Dropout) else layer(x)
+            x = x * dropout_mask(streams, x.shape[1], self.rate).to(x) if isinstance(layer, nn.Dropout) else layer(x)
         return F.normalize(self.clip.gene_head(x), dim=-1)
 
-    def _mask(self, streams: Iterable[np.random.Generator], width: int) -> Tensor:
-        """(n, width): 0 with probability `rate`, else 1 / (1 - rate)."""
-        kept = np.stack([stream.random(width, dtype=np.float32) >= self.rate for stream in streams])
-        return torch.from_numpy(kept) / (1 - self.rate)
+
+def mask_streams(seed: int, step: int, stream: int, places: Iterable[int]) -> list[np.random.Generator]:
+    """The random numbers of the masks of one step, one generator for every place in the global batch."""
+    return [np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, stream, place])) for place in places]
+
+
+def dropout_mask(streams: Iterable[np.random.Generator], width: int, rate: float) -> Tensor:
+    """(n, width): 0 with probability `rate`, else 1 / (1 - rate)."""
+    kept = np.stack([stream.random(width, dtype=np.float32) >= rate for stream in streams])
+    return torch.from_numpy(kept) / (1 - rate)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -18,14 +16,11 @@ from typing import Literal
 import anndata as ad
 import numpy as np
 import pandas as pd
-import PIL
 import scipy.sparse as sp
 import torch
-from PIL import Image
 from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from preprocessing.errors import InputError, OptionError, first_few, read_text, require_file
 from preprocessing.expression import (
@@ -36,10 +31,9 @@ from preprocessing.expression import (
     recorded_sample_id,
     spot_positions,
 )
-from preprocessing.outputs import MIB
-from preprocessing.patch_file import PatchFile, read_patch_file
-from preprocessing.patches import PatchFolder, match_barcodes, pair, read_patch, read_patch_folder
-from training.patch_cache import AUTO_CACHE, BLOCK_ROWS, FOLDER, WORTH_KEEPING_MIB, PatchRows, cache_key, packed_patches
+from preprocessing.patch_file import read_patch_file
+from preprocessing.patches import PatchFolder, match_barcodes, pair, read_patch_folder
+from training.patch_images import PatchImages, random_subset
 
 SPLITS = ("train", "val", "test")
 TargetSum = float | Literal["median"]
@@ -53,6 +47,7 @@ class SampleFiles:
     images: Path               # a patch folder or an imgs.h5
     gex: Path                  # gex_filt.h5ad
     split: str = "train"       # one of SPLITS
+    embeddings: Path | None = None   # ready-made prompt embeddings (.npy), rows in h5ad order; used by the image models alone
 
 
 def sample_files(images: str | Path, gex: str | Path) -> list[SampleFiles]:
@@ -83,7 +78,8 @@ def _recorded_name(gex: Path) -> str | None:
 
 
 def read_sample_sheet(path: Path | str) -> list[SampleFiles]:
-    """A CSV with the columns sample_id, images, gex and (optional) split. Relative paths: beside the sheet, else in the working folder."""
+    """A CSV with the columns sample_id, images, gex and (optional) split, embeddings. Relative paths: beside the sheet, else in the
+    working folder."""
     path = Path(path)
     reader = csv.DictReader(io.StringIO(read_text(path, "a sample sheet (CSV)"), newline=""))
     try:
@@ -107,7 +103,9 @@ def read_sample_sheet(path: Path | str) -> list[SampleFiles]:
         if empty or split not in SPLITS:
             raise InputError(path, f"line {number}", f"every column filled and split one of {', '.join(SPLITS)}",
                              f"no {', '.join(empty)}" if empty else f"split {split}")
-        samples.append(SampleFiles(row["sample_id"].strip(), resolve(row["images"].strip()), resolve(row["gex"].strip()), split))
+        embeddings = (row.get("embeddings") or "").strip()
+        samples.append(SampleFiles(row["sample_id"].strip(), resolve(row["images"].strip()), resolve(row["gex"].strip()), split,
+                                   resolve(embeddings) if embeddings else None))
     _require_unique_samples(samples, path)
     return samples
 
@@ -191,10 +189,10 @@ def _stack(tables: list[ExpressionTable]) -> ExpressionTable:
 
 # ---- the data set ---------------------------------------------------------------------------------------------------
 
-class ImageGeneDataset(Dataset):
+class ImageGeneDataset(PatchImages, Dataset):
     """Row i: (patch uint8 (3, H, W), expression float32 (G,)) of one spot, in h5ad order, sample after sample.
 
-    `max_size` keeps a random subset drawn with `seed`. Safe with workers: an HDF5 file is opened by the process that reads it.
+    `max_size` keeps a random subset drawn with `seed`.
     """
 
     def __init__(self, samples: Sequence[SampleFiles], *, target_sum: TargetSum = "median", vocabulary: Sequence[str] | None = None,
@@ -209,24 +207,22 @@ class ImageGeneDataset(Dataset):
             tables.append(table)
             paths += sample_paths
             rows.append(sample_rows)
-        table, rows = _stack(tables), np.concatenate(rows)
-        self._every_image, self._kept = (paths, rows), None     # (path, row) of all spots; row numbers of those kept, None: all
-        if max_size is not None and max_size < len(rows):
-            if max_size < 1:
-                raise OptionError("max_size", "at least 1", str(max_size))
-            self._kept = kept = np.sort(np.random.default_rng(seed).choice(len(rows), max_size, replace=False))
-            table, rows, paths = table.rows(kept), rows[kept], [paths[i] for i in kept]
+        self._take(_stack(tables))
+        self.transform = transform
+        super().__init__(paths, np.concatenate(rows), samples[0].images.absolute().parent, image_px)
+        if max_size is not None:
+            self.keep(random_subset(len(self), max_size, seed))
+
+    def _take(self, table: ExpressionTable) -> None:
+        self._table = table
         self.gene_names, self.barcodes, self.sample_ids = table.gene_names, table.barcodes, table.sample_ids
         self.expression, self.centre_xy_px, self.obs = table.expression, table.centre_xy_px, table.obs
-        self.image_paths: list[Path] = paths            # of an imgs.h5: the file, once a row
-        self.image_rows: np.ndarray = rows              # (N,) row inside an imgs.h5; -1 for a PNG
-        self.images_folder = samples[0].images.absolute().parent
-        self.image_px, self.transform = image_px, transform
-        self._open_files: dict[Path, PatchFile] = {}
-        self._pid = os.getpid()
 
-    def __len__(self) -> int:
-        return len(self.image_paths)
+    def keep(self, rows: np.ndarray) -> None:
+        """Leave out all but these ascending row numbers."""
+        super().keep(rows)
+        if len(rows) < len(self.barcodes):
+            self._take(self._table.rows(rows))
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         image = torch.from_numpy(self.read_image(i, self.image_px)).permute(2, 0, 1).contiguous()
@@ -238,82 +234,6 @@ class ImageGeneDataset(Dataset):
         dense = np.zeros(self.expression.shape[1], dtype=np.float32)
         dense[self.expression.indices[start:end]] = self.expression.data[start:end]
         return torch.from_numpy(dense)
-
-    def read_image(self, i: int, image_px: int | None = None) -> np.ndarray:
-        """uint8 (H, W, 3) of row i, resized to `image_px` if given: by area when smaller, bicubic when larger."""
-        return self._read(self.image_paths[i], int(self.image_rows[i]), image_px)
-
-    def _read(self, path: Path, row: int, image_px: int | None) -> np.ndarray:
-        patch = read_patch(path) if row < 0 else self._file(path).images(row)
-        if patch.shape[0] != patch.shape[1]:
-            raise InputError(path, "size", "a square patch", f"{patch.shape[1]} x {patch.shape[0]} px")
-        if image_px is None or image_px == patch.shape[0]:
-            return patch
-        how = Image.Resampling.BOX if image_px < patch.shape[0] else Image.Resampling.BICUBIC
-        return np.array(Image.fromarray(patch).resize((image_px, image_px), how))
-
-    def load_images(self, image_px: int | None = None, progress: bool = True, cache_dir: Path | str | None = None) -> Tensor:
-        """All patches: uint8 (N, 3, px, px), mapped from the file of a cache (`open_patches`), or in memory: without one, or a subset."""
-        patches = self.open_patches(image_px, progress, cache_dir)
-        return patches.array if patches.rows is None else patches[torch.arange(len(patches))]
-
-    def open_patches(self, image_px: int | None = None, progress: bool = True, cache_dir: Path | str | None = None) -> PatchRows:
-        """All patches at `image_px`, which defaults to the data set's, then to the patches' own size.
-
-        `cache_dir`: None reads them into memory; a folder keeps them packed there and maps them; "auto" does so in a hidden folder
-        beside the first sample's images, if they are many and it can be written to. Kept are those of every spot, of which a
-        subset takes its rows: all seeds and sizes of a subset share one file.
-        """
-        px = image_px or self.image_px or self.read_image(0).shape[0]
-        resized = image_px is not None or self.image_px is not None
-        n_bytes = len(self) * 3 * px * px
-        if cache_dir is not None and (cache_dir != AUTO_CACHE or n_bytes >= WORTH_KEEPING_MIB * MIB):
-            folder = Path(cache_dir) if cache_dir != AUTO_CACHE else self.images_folder / FOLDER
-            how = {"resized": resized, "smaller": "box", "larger": "bicubic"}
-            paths, rows = self._every_image
-            key = cache_key(paths, rows.tolist(), px, how, folder.absolute(), program=f"pillow {PIL.__version__}")
-
-            def read(start: int, stop: int) -> np.ndarray:
-                return self._read_block(paths[start:stop], rows[start:stop], px, resized)
-
-            path = packed_patches(key, folder.absolute(), read, must=cache_dir != AUTO_CACHE, progress=progress)
-            if path is not None:
-                return PatchRows(path, None if self._kept is None else torch.from_numpy(self._kept))
-        images = np.empty((len(self), 3, px, px), np.uint8)
-        with tqdm(total=len(self), desc="patches", unit="patch", disable=not progress) as bar:
-            for start in range(0, len(self), BLOCK_ROWS):
-                part = slice(start, start + BLOCK_ROWS)
-                images[part] = self._read_block(self.image_paths[part], self.image_rows[part], px, resized)
-                bar.update(len(images[part]))
-        return PatchRows(torch.from_numpy(images))
-
-    def _read_block(self, paths: Sequence[Path], rows: np.ndarray, px: int, resized: bool) -> np.ndarray:
-        """uint8 (n, 3, px, px), decoded by several threads."""
-        block = np.empty((len(paths), 3, px, px), np.uint8)
-
-        def read(i: int) -> None:
-            patch = self._read(paths[i], int(rows[i]), px if resized else None)
-            if patch.shape[0] != px:
-                raise InputError(paths[i], "size", f"{px} x {px} px as the first patch", f"{patch.shape[1]} x {patch.shape[0]}",
-                                 "Choose one size with image_px")
-            block[i] = patch.transpose(2, 0, 1)
-
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            for _ in pool.map(read, range(len(paths))):
-                pass
-        return block
-
-    def _file(self, path: Path) -> PatchFile:
-        if self._pid != os.getpid():                   # forked: the parent's handle shares its state with us
-            for file in self._open_files.values():
-                file.close()
-            self._open_files, self._pid = {}, os.getpid()
-        if path not in self._open_files:
-            self._open_files[path] = read_patch_file(path)
-        return self._open_files[path]
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open_files": {}}
 
 
 def _pair_sample(sample: SampleFiles, adata: ad.AnnData) -> tuple[list[Path], np.ndarray, np.ndarray | None]:

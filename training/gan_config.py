@@ -13,6 +13,7 @@ from networks.generator import GeneratorConfig
 from networks.layers import CondNormKind
 from preprocessing.errors import OptionError
 from training.gan_losses import GuidanceKind, Schedule
+from training.train_modes import TRAIN_MODES, first_trained_px
 
 #            channels at resolution r: min(cbase // r, cmax); residual pairs; GroupNorm groups
 SIZES = {
@@ -37,6 +38,15 @@ PRESETS = {
 }
 
 
+# where prompts come from, and what of a preset does not apply there
+ENCODERS = {
+    "clip": {},                                # frozen CLIP weights
+    "mlp": {"cond_dropout": 0.0},              # an encoder trained with the generator, with a dropout of its own
+    "ready": {"cond_dropout": 0.0},            # embeddings that were handed over
+    "none": {"cond_dropout": 0.0, "cond_noise": 0.0, "prompt_bias": 0.0, "cond_norm": "l2"},   # nowhere: unconditional
+}
+TEXT_ENCODER_LR = 3e-6      # of the condition encoder trained alone, as published
+
 POSITIVE = ("batch", "kimg", "budget_minutes", "tick", "snap", "g_lr", "d_lr", "max_bad_steps", "augment_kimg", "r1_interval")
 ANY_SIGN = ("prompt_bias",)
 MAX_SEED = 2 ** 63 - 1
@@ -55,6 +65,8 @@ class GanConfig:
     norm_groups: int = 32
     noise_init: float = 0.0                   # generator's noise strength at the start
     cond_norm: CondNormKind = "l2"            # scaling of prompt embeddings, in both networks
+    encoder: Literal["clip", "mlp", "ready", "none"] = "clip"   # where prompts come from: a key of ENCODERS
+    train_mode: str = "all"                   # what of the generator is trained: one of TRAIN_MODES
     backbone: str = "efficientnet_lite0"      # discriminator's encoder, of networks/histo_models.py
     backbone_weights: str | None = None       # its weight file
     backbone_px: int = 0                      # side the backbone sees; 0 = its own (ViT) or the image's (convolutional)
@@ -95,6 +107,8 @@ class GanConfig:
     def __post_init__(self):
         self._require_numbers()
         self.generator(c_dim=1)               # checks resolution and channels
+        self._require_prompts()
+        self._require_train_mode()
         if self.batch_gpu % GROUP or self.batch_gpu < GROUP:
             raise OptionError("--batch-gpu", f"a multiple of {GROUP} (batch norm works in groups of {GROUP})", str(self.batch_gpu))
         if self.batch % self.batch_gpu or self.batch < 1:
@@ -117,6 +131,33 @@ class GanConfig:
             holds = isfinite(value) and (value > 0 if name in POSITIVE else value >= 0 or name in ANY_SIGN)
             if not holds or (name == "cond_dropout" and value >= 1) or (name == "seed" and value > MAX_SEED):
                 raise OptionError(f"--{name.replace('_', '-')}", expected, str(value))
+
+    def _require_prompts(self) -> None:
+        """Refuse what needs prompts, or other prompts than there are."""
+        if self.encoder not in ENCODERS:
+            raise OptionError("--encoder", f"one of {', '.join(ENCODERS)}", self.encoder)
+        if self.cond_dropout and self.encoder != "clip":
+            raise OptionError("--cond-dropout", "0 where frozen CLIP weights do not embed the prompts", str(self.cond_dropout))
+        if self.clip_weight and self.encoder not in ("clip", "ready"):
+            raise OptionError("--clip-weight", "0 unless prompts are embeddings of the CLIP weights that guide", str(self.clip_weight))
+        if self.encoder == "none":
+            for name in ("cond_noise", "diversity_weight", "prompt_bias", "mismatch_weight"):
+                if getattr(self, name):
+                    raise OptionError(f"--{name.replace('_', '-')}", "0 without prompts", str(getattr(self, name)))
+            if self.cond_norm != "l2":
+                raise OptionError("--cond-norm", "l2 (of nothing) without prompts", self.cond_norm)
+        if self.mismatch_weight and self.encoder == "mlp":
+            raise OptionError("--mismatch-weight", "0 with --encoder mlp, whose prompts move in training", str(self.mismatch_weight))
+        if self.cond_norm == "standardize" and self.encoder == "mlp":
+            raise OptionError("--cond-norm", "l2 or scaled with --encoder mlp, whose mean embedding moves in training", self.cond_norm)
+
+    def _require_train_mode(self) -> None:
+        if self.train_mode not in TRAIN_MODES:
+            raise OptionError("--train-mode", f"one of {', '.join(TRAIN_MODES)}", self.train_mode)
+        if self.train_mode == "text_encoder" and self.encoder != "mlp":
+            raise OptionError("--train-mode", "text_encoder with --encoder mlp alone: CLIP weights stay frozen", f"encoder {self.encoder}")
+        if first_trained_px(self.train_mode) > self.img_resolution:
+            raise OptionError("--train-mode", f"to freeze less than the {self.img_resolution} px of --img-resolution", self.train_mode)
 
     @property
     def guidance_weight(self) -> float:
@@ -148,4 +189,9 @@ def resolve(preset: str, size: str, **said: object) -> GanConfig:
     if size != "custom" and size not in SIZES:
         raise OptionError("--cfg", f"one of {', '.join([*SIZES, 'custom'])}", size)
     spoken = {name: value for name, value in said.items() if value is not None}
-    return GanConfig(**{**SIZES.get(size, {}), **PRESETS[preset], **spoken})
+    chosen = {**SIZES.get(size, {}), **PRESETS[preset], **ENCODERS.get(spoken.get("encoder", "clip"), {})}
+    if spoken.get("encoder") == "mlp" and chosen["cond_norm"] == "standardize":
+        chosen["cond_norm"] = "scaled"        # its mean embedding moves; the length of its unit rows does not
+    if spoken.get("train_mode") == "text_encoder":
+        chosen["g_lr"] = TEXT_ENCODER_LR
+    return GanConfig(**{**chosen, **spoken})

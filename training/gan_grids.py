@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import Tensor
 
 from evaluation.contact_sheet import contact_sheet, save_png
 from evaluation.diversity import mean_group_deviation, within_prompt_diversity
+from networks.condition_mlp import ConditionMlp
 from networks.generator import Generator
 from networks.layers import images_to_uint8
 from training.gan_data import GanData
@@ -22,6 +24,7 @@ from training.gan_draws import seeded_draws
 N_PROMPTS, PICTURE_SEEDS, DIVERSITY_SEEDS = 8, 4, 4
 TRUNCATIONS = (1.0, 0.5)
 BATCH = 16
+MOST_REAL = 1000      # real patches that tell how much any two differ
 
 
 @torch.no_grad()
@@ -43,33 +46,46 @@ def as_pictures(images: Tensor) -> list[np.ndarray]:
 
 @dataclass
 class Showcase:
-    """The prompts a run is watched with: half training, half validation where there is one."""
+    """The prompts a run is watched with: half training, half validation where there is one. Without prompts: as many z."""
 
     data: GanData
     seed: int = 0
     prompts: Tensor = field(init=False)        # (8, c_dim)
     real: Tensor = field(init=False)           # (8, 3, H, W) uint8
     labels: list[str] = field(init=False)
+    expression: sp.csr_matrix | None = field(init=False)   # (8, G) of them, where it was kept
 
     def __post_init__(self):
         data, order = self.data, np.random.default_rng(self.seed)
         n_train = N_PROMPTS if data.validation is None else N_PROMPTS // 2
         parts = [("train", data.training, n_train)] + ([("val", data.validation, N_PROMPTS - n_train)] if data.validation else [])
-        prompts, real, labels = [], [], []
+        prompts, real, labels, expression = [], [], [], []
         for name, part, n in parts:
             rows = order.choice(len(part.images), min(n, len(part.images)), replace=False)
             prompts.append(part.prompts[rows])
             real.append(part.images[rows])
+            expression += [] if part.expression is None else [part.expression[rows]]
             labels += [f"{name} {row}" for row in rows]
         self.prompts, self.real, self.labels = torch.cat(prompts), torch.cat(real), labels
+        self.expression = sp.vstack(expression, format="csr") if len(expression) == len(parts) else None
         self._real_diversity = self._deviation_of_real_groups()
+
+    def embed(self, encoder: ConditionMlp) -> None:
+        """Take the prompts as this encoder, which is trained with the generator, embeds them now."""
+        self.prompts = encoder.embed_expression(self.expression)
+
+    @property
+    def columns(self) -> list[int]:
+        """Number of every prompt among the random numbers: all alike, so that columns differ by the prompt alone; without prompts
+        each its own."""
+        return [0] * len(self.real) if self.prompts.shape[1] else list(range(len(self.real)))
 
     def save_grid(self, path: Path, generator: Generator) -> None:
         """Real patches first, then four seeds at truncation 1.0 and four at 0.5; a column is a prompt."""
         rows, names = [as_pictures(self.real)], ["real"]
         for psi in TRUNCATIONS:
             for seed in range(PICTURE_SEEDS):
-                made = generate(generator, self.prompts, [(seed, 0)] * len(self.prompts), psi)
+                made = generate(generator, self.prompts, [(seed, column) for column in self.columns], psi)
                 rows.append(as_pictures(made))
                 names.append(f"psi {psi} seed {seed}")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +98,7 @@ class Showcase:
         ignores z scores 0 here. `real`: real patches of like spots, of which `real_groups` says how they were chosen.
         """
         prompts = self.prompts.repeat_interleave(DIVERSITY_SEEDS, dim=0)
-        keys = [(seed, 0) for seed in range(DIVERSITY_SEEDS)] * len(self.prompts)
+        keys = [(seed, column) for column in self.columns for seed in range(DIVERSITY_SEEDS)]
         found: dict[str, float | str] = {}
         for name, noise_mode in (("generated", "random"), ("generated_z", "const")):
             images = generate(generator, prompts, keys, noise_mode=noise_mode).unflatten(0, (-1, DIVERSITY_SEEDS))
@@ -90,10 +106,13 @@ class Showcase:
         return {**found, **self._real_diversity}
 
     def _deviation_of_real_groups(self) -> dict[str, float | str]:
-        """Real patches of one cluster; without clusters, of the 8 spots whose prompts are nearest to a shown one."""
+        """Real patches of one cluster; without clusters, of the 8 spots whose prompts are nearest to a shown one; without prompts, of
+        any spots."""
         images, clusters = self.data.training.images.numpy(), self.data.clusters
         if clusters is not None:
             groups, name = (images[clusters == label] for label in np.unique(clusters)), "one cluster"   # one in memory
+        elif not self.prompts.shape[1]:
+            groups, name = [images[:: max(1, len(images) // MOST_REAL)]], "any spots"
         else:
             nearest = torch.cdist(self.prompts, self.data.training.prompts).topk(min(8, len(images)), largest=False).indices
             groups, name = [images[rows] for rows in nearest.numpy()], "like spots"

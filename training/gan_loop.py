@@ -6,6 +6,7 @@ exception: there the share of the run that has passed, and with it the blur, fol
 """
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import signal
@@ -24,9 +25,9 @@ from networks.histo_models import Encoder
 from networks.snapshot import save_snapshot
 from networks.weights import load_into
 from preprocessing.errors import InputError, WeightsError
-from preprocessing.outputs import config_sha256, write_json
+from preprocessing.outputs import config_sha256, strings_sha256, write_json
 from training.diff_augment import adapted_p
-from training.ema import Averages
+from training.ema import Averages, ema_beta, frozen_copy, half_life_kimg, update_average
 from training.gan_config import GanConfig
 from training.gan_data import GanData, mean_colour
 from training.gan_grids import Showcase
@@ -64,6 +65,7 @@ class Progress:
     blur_fade_kimg: float | None = None   # when the blur is gone: settled when the run starts, so that a longer --kimg does not blur again
     augment_p: float = 1.0                # share of images that are augmented; augment_target moves it
     sigma: float | None = None            # px, blur of the last step: it never rises
+    first_step: int = 0                   # where the run began: more than 0 with --resume-kimg
 
 
 @dataclass
@@ -103,10 +105,12 @@ class GanRun:
         clip = None if self.clip is None else self.clip.to(self.device).eval().requires_grad_(False)
         if config.augment_target is not None:
             self.progress.augment_p = 0.0
-        self.gan = GanStep(config, generator, discriminator, self.training, clip, augment_p=self.progress.augment_p)
+        self.mlp = None if self.data.mlp is None else copy.deepcopy(self.data.mlp).to(self.device)   # the run's own gene encoder
+        self.gan = GanStep(config, generator, discriminator, self.training, clip, self.mlp, augment_p=self.progress.augment_p)
         self.averages = Averages(generator, config.ema_multiples, config.batch)
         self.average = self.averages.published
-        self.held_out = HeldOut(self.data.training, self.data.validation, config.seed)
+        self.mlp_average = None if self.mlp is None else frozen_copy(self.mlp)
+        self.held_out = HeldOut(self.data.training, None if self.mlp else self.data.validation, config.seed)   # its prompts move
         self.showcase = Showcase(self.data, config.seed)
         self.metrics = SnapshotMetrics(list(self.watched), self.data, clip, self.device, config.seed)
 
@@ -132,7 +136,7 @@ class GanRun:
         stats = StatsLog(self.folder, self.tensorboard) if is_first() else NoStats()
         stats.forget_after(self.progress.step)
         clock = time.monotonic() - self.progress.elapsed_s
-        if self.progress.step == 0:
+        if self.progress.step == self.progress.first_step:
             self._snapshot(stats)
         totals: dict[str, float] = {}
         n_steps, n_moved, tick_start = 0, 0, self.progress.elapsed_s
@@ -169,7 +173,10 @@ class GanRun:
         progress.bad_in_a_row = 0
         self.gan.move(*(scheduled_weight(lr, schedule, self.share, 1.0) for lr, schedule in
                         ((config.g_lr, config.g_lr_schedule), (config.d_lr, config.d_lr_schedule))))
-        self.averages.update(self.gan.generator, progress.step * config.batch)
+        n_images = progress.step * config.batch
+        self.averages.update(self.gan.generator, n_images)
+        if self.mlp is not None:
+            update_average(self.mlp_average, self.mlp, ema_beta(n_images, config.batch, half_life_kimg(config.batch)))
         if config.augment_target is not None:
             progress.augment_p = adapted_p(progress.augment_p, losses[SIGN], config.augment_target, config.batch, config.augment_kimg)
             self.gan.augment_p = progress.augment_p
@@ -226,9 +233,11 @@ class GanRun:
             return
         n_images = self.progress.step * self.config.batch
         name = f"snapshot-{n_images:06d}"
+        if self.mlp_average is not None:
+            self.showcase.embed(self.mlp_average)
         diversity = self.showcase.diversity(self.average)
-        facts = {"gene_encoder": self.data.gene_encoder, "kimg": self.kimg, "training": self.data.record, "config": asdict(self.config),
-                 "backbone": {"name": self.encoder.name, "source": self.encoder.source}}
+        facts = {"gene_encoder": self.mlp_average or self.data.gene_encoder, "kimg": self.kimg, "training": self.data.record,
+                 "config": asdict(self.config), "backbone": {"name": self.encoder.name, "source": self.encoder.source}}
         save_snapshot(self.folder / name, self.average, **facts, diversity=diversity)
         self.showcase.save_grid(self.folder / "samples" / f"{name}.png", self.average)
         line = (f"kimg {self.kimg:<8.2f} {name}   diversity within a prompt {diversity['generated']:.1f} grey levels, by z alone "
@@ -248,11 +257,17 @@ class GanRun:
             return None
         gan = self.gan
         state = {**asdict(self.progress), "config": asdict(self.config), "config_sha256": self._config_hash(),
-                 "data_sha256": self.data.sha256, "backbone": self.encoder.source}
+                 "data_sha256": self.data.sha256, "backbone": self.encoder.source,
+                 "genes_sha256": None if self.mlp is None else strings_sha256(self.mlp.gene_names)}
         return save_checkpoint(self.folder, self.progress.step, state=state, tensors={
-            "generator": gan.generator.state_dict(), "discriminator": gan.discriminator.trainable_state(),
+            "discriminator": gan.discriminator.trainable_state(), **{name: part.state_dict() for name, part in self._parts().items()},
             **self.averages.parts(),
         }, optimisers={"g_optimiser": gan.g_optimiser.state_dict(), "d_optimiser": gan.d_optimiser.state_dict()})
+
+    def _parts(self) -> dict[str, nn.Module]:
+        """Networks that a checkpoint holds whole, by the names of their files."""
+        parts = {"generator": self.gan.generator}
+        return parts if self.mlp is None else {**parts, "mlp": self.mlp, "mlp_average": self.mlp_average}
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint; refused (exit 5) if it belongs to another config, data set or backbone."""
@@ -264,12 +279,13 @@ class GanRun:
                 ("data", "the patches and prompts it was started with", "" if state["data_sha256"] == self.data.sha256 else "others"),
                 ("backbone", state["backbone"], "" if state["backbone"] == self.encoder.source else self.encoder.source)):
             if found:
-                raise WeightsError(checkpoint.folder, what, expected, found)
-        parts = ("generator", "discriminator", *self.averages.parts())
-        for part in parts:
+                raise WeightsError(checkpoint.folder, what, expected, found, "To start a new run from these weights, --resume a snapshot")
+        names = ("discriminator", *self._parts(), *self.averages.parts())
+        for part in names:
             if part not in checkpoint.tensors:
-                raise WeightsError(checkpoint.folder, "parts", ", ".join(parts), f"no {part}")
-        load_into(gan.generator, checkpoint.tensors["generator"], checkpoint.folder)
+                raise WeightsError(checkpoint.folder, "parts", ", ".join(names), f"no {part}")
+        for part, network in self._parts().items():
+            load_into(network, checkpoint.tensors[part], checkpoint.folder)
         frozen = {name: tensor for name, tensor in gan.discriminator.state_dict().items() if name.startswith("taps.")}
         load_into(gan.discriminator, {**checkpoint.tensors["discriminator"], **frozen}, checkpoint.folder)
         self.averages.load(checkpoint.tensors, checkpoint.folder)
@@ -322,8 +338,9 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def start_folder(folder: Path, run: GanRun, *, preset: str, cfg: str) -> None:
-    """Write config.json of a new run."""
+def start_folder(folder: Path, run: GanRun, *, preset: str, cfg: str, started_from: str | None = None) -> None:
+    """Write config.json of a new run; `started_from`: the folder of the weights that it began with."""
     write_json(folder / "config.json", {"preset": preset, "cfg": cfg, "config": asdict(run.config), "data": run.data.record,
+                                        "started_from": started_from,
                                         "samples": run.data.sources, "gene_encoder": run.data.gene_encoder,
                                         "backbone": {"name": run.encoder.name, "source": run.encoder.source}})

@@ -16,6 +16,7 @@ class Step:
 
     number: int
     rows: np.ndarray                  # (batch,) of the data set
+    prompts: Tensor                   # (batch, c_dim), with a gradient where their encoder is trained
     sigma: float                      # px of the blur
     clip_weight: float
     wanted: Wanted | None             # with clip_weight

@@ -23,7 +23,9 @@ from training.gan_draws import D_PHASE, G_PHASE, Draws, batch_rows, draw, real_v
 from training.gan_losses import blur, discriminator_loss, diversity_loss, feature_penalty, generator_loss, mismatch_loss
 from training.gan_parts import Part, Step
 from training.guidance import clip_guidance, wanted_prompts
+from training.mlp_prompts import MlpPrompts
 from training.ranks import own_part, sum_gradients, sum_values
+from training.train_modes import choose_trained
 
 SIGN = "logits/sign"      # E[sign D(real)]: what --augment-target speaks of
 ADAM = {"betas": (0.0, 0.99), "eps": 1e-8}
@@ -36,16 +38,12 @@ class TrainingData:
     images: Tensor                    # (N, 3, H, H) uint8
     prompts: Tensor                   # (N, c_dim) float32, row i belongs to patch i
     pair_deviations: Tensor | None = None   # (4,) how much two real patches of like prompts differ; with diversity_weight
-    expression: sp.csr_matrix | None = None   # (N, G) normalised, on the CPU: what the prompts were embedded from; with cond_dropout
+    expression: sp.csr_matrix | None = None   # (N, G) normalised, on the CPU: what prompts are embedded from; with cond_dropout or an MLP
 
     def to(self, device: torch.device | str) -> TrainingData:
         deviations = None if self.pair_deviations is None else self.pair_deviations.to(device)
         return TrainingData(self.images.to(device), self.prompts.to(device), deviations, self.expression)
 
-    @property
-    def prompt_deviation(self) -> Tensor:
-        """Root mean square distance of a prompt's entries from the mean prompt."""
-        return (self.prompts - self.prompts.mean(dim=0)).square().mean().sqrt()
 
 
 @dataclass
@@ -57,16 +55,19 @@ class GanStep:
     discriminator: Discriminator
     data: TrainingData
     clip: nn.Module | None = None     # image tower for guidance, gene encoder for cond_dropout
+    mlp: nn.Module | None = None      # networks.condition_mlp.ConditionMlp: embeds the prompts, and is trained with the generator
     augment_p: float = 1.0            # share of images that are augmented; with augment_target the loop moves it
     g_optimiser: torch.optim.Optimizer = field(init=False)
     d_optimiser: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self):
-        self.g_optimiser = torch.optim.Adam(self.generator.parameters(), lr=self.config.g_lr, **ADAM)
+        self.g_parameters = choose_trained(self.config.train_mode, self.generator, self.mlp)
+        self.g_optimiser = torch.optim.Adam(self.g_parameters, lr=self.config.g_lr, **ADAM)
         self.d_optimiser = torch.optim.Adam(self.discriminator.heads.parameters(), lr=self.config.d_lr, **ADAM)
         rate = self.config.cond_dropout
         self.cond_dropout = CondDropout(self.clip, self.data.expression, rate, self.config.seed) if rate else None
-        self.noise_scale = self.config.cond_noise * self.data.prompt_deviation
+        self.mlp_prompts = None if self.mlp is None else MlpPrompts(self.mlp, self.data.expression, self.config.seed)
+        self.noise_scale = self.config.cond_noise * prompt_deviation(self.data.prompts)
 
     def gradients(self, step: int, *, sigma: float, clip_weight: float) -> dict[str, float]:
         """Fill both networks' gradients for step `step`; returns the losses. Does not move any weight."""
@@ -79,23 +80,33 @@ class GanStep:
         self._z = draws.z
         d_draws = draws if self.config.shared_pass else self._draw(step, phase=D_PHASE)
         wanted = wanted_prompts(self.data.prompts, rows, in_pairs=self.config.diversity_weight > 0) if clip_weight else None
-        now = Step(step, rows, sigma, clip_weight, wanted)
+        now = Step(step, rows, self._prompts(rows, step), sigma, clip_weight, wanted)
         for start in own_part(self.config.batch, self.config.batch_gpu):
             if self.config.shared_pass:
                 self._shared_part(now, self._part(now, start, draws), totals)
             else:
                 self._generator_part(now, self._part(now, start, draws), totals)
                 self._discriminator_part(now, self._part(now, start, d_draws, D_PHASE), totals)
-        sum_gradients((*self.generator.parameters(), *self.discriminator.heads.parameters()))
+        if self.mlp_prompts is not None:
+            self.mlp_prompts.backward()
+        sum_gradients((*self.g_parameters, *self.discriminator.heads.parameters()))
         return sum_values(totals, self.data.prompts.device)
 
     def _part(self, now: Step, start: int, draws: Draws, phase: int = G_PHASE) -> Part:
         """One micro-batch; the generator is asked with D's prompts or, with `cond_dropout`, with those embedded anew with dropout."""
         places = slice(start, start + self.config.batch_gpu)
         rows = now.rows[places]
-        c, real, draws = self.data.prompts[rows], images_to_float(self.data.images[rows]), draws.part(places.start, places.stop)
+        c, real, draws = now.prompts[places], images_to_float(self.data.images[rows]), draws.part(places.start, places.stop)
         asked = c if self.cond_dropout is None else self.cond_dropout.prompts(rows, now.number, phase, start, c.device)
-        return Part(places, rows, c, asked, real, draws)
+        return Part(places, rows, c.detach(), asked, real, draws)
+
+    def _prompts(self, rows: np.ndarray, step: int) -> Tensor:
+        """(batch, c_dim) of the whole global batch: kept ones, or embedded at this step by the MLP, whose spread sets the noise."""
+        if self.mlp_prompts is None:
+            return self.data.prompts[rows]
+        prompts = self.mlp_prompts.embed(rows, step, self.data.images.device)
+        self.noise_scale = self.config.cond_noise * prompt_deviation(prompts.detach())
+        return prompts
 
     def _draw(self, step: int, **phase: int) -> Draws:
         return self.draws(step, self.config.batch, **phase)
@@ -234,17 +245,28 @@ class GanStep:
         """True if no loss and no gradient is NaN or infinite."""
         if not np.isfinite(list(losses.values())).all():
             return False
-        gradients = [p.grad for p in (*self.generator.parameters(), *self.discriminator.heads.parameters()) if p.grad is not None]
+        gradients = [p.grad for p in (*self.g_parameters, *self.discriminator.heads.parameters()) if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
         return bool(torch.isfinite(norms).all())
 
     def move(self, g_lr: float, d_lr: float) -> None:
-        """One optimiser step of both networks with the gradients that `gradients` left; x_avg follows the same batch of z."""
-        self.generator.mapping_network.update_average(self._z)
+        """One optimiser step of both networks with the gradients that `gradients` left; x_avg follows the same batch of z, unless
+        the mapping is frozen."""
+        if self.generator.mapping_network.fc0.weight.requires_grad:
+            self.generator.mapping_network.update_average(self._z)
+        if self.mlp_prompts is not None:
+            self.mlp_prompts.update_statistics()
         for optimiser, lr in ((self.g_optimiser, g_lr), (self.d_optimiser, d_lr)):
             optimiser.param_groups[0]["lr"] = lr
             optimiser.step()
         self.discriminator.update_spectral_norm()
+
+
+def prompt_deviation(prompts: Tensor) -> Tensor:
+    """() root mean square distance of the entries of prompts (N, c_dim) from the mean prompt; 0 where there are no entries."""
+    if not prompts.shape[1]:
+        return prompts.new_zeros(())
+    return (prompts - prompts.mean(dim=0)).square().mean().sqrt()
 
 
 def alternate(first: Tensor, second: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ MAX_SEEDS = 1_000_000
 class Prompts:
     """Rows a generator can be asked for."""
 
-    path: Path
+    path: Path | None                 # None: unconditional
     embeddings: Tensor                # (N, c_dim) float32
     barcodes: np.ndarray              # (N,) str; empty strings for an .npy
     clusters: np.ndarray | None       # (N,) str; NO_CLUSTER where there is none
@@ -37,9 +37,19 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.embeddings)
 
+    @property
+    def are_rows(self) -> bool:
+        """True for an .npy without clusters, and for the empty prompt: every row counts, `--n-samples` times."""
+        return self.clusters is None and (self.path is None or self.path.suffix == ".npy")
 
-def read_prompts(path: Path | str, snapshot: Snapshot, *, encoded: bool = False, clusters: str | None = None) -> Prompts:
-    """Read and embed the prompts in `path` (.h5ad or .npy). `clusters`: an obs column, or an .npy or CSV of labels."""
+
+def read_prompts(path: Path | str | None, snapshot: Snapshot, *, encoded: bool = False, clusters: str | None = None) -> Prompts:
+    """Read and embed the prompts in `path` (.h5ad or .npy). `clusters`: an obs column, or an .npy or CSV of labels.
+
+    An unconditional snapshot takes no path and gives the one empty prompt.
+    """
+    if snapshot.is_unconditional or path is None:
+        return _no_prompt(path, snapshot, encoded, clusters)
     path = Path(path)
     if not path.is_file():
         raise InputError(path, "file", "an .h5ad or .npy file of prompts", "nothing there")
@@ -47,23 +57,23 @@ def read_prompts(path: Path | str, snapshot: Snapshot, *, encoded: bool = False,
         raise InputError(path, "suffix", ".h5ad or .npy", path.suffix or "none")
     if encoded and path.suffix != ".npy":
         raise OptionError("--encoded", "an .npy of embeddings as --gex", str(path))
-    if not encoded and snapshot.clip is None:
+    if not encoded and snapshot.gene_encoder is None:
         raise InputError(path, "--encoded", "a snapshot that names its gene encoder, or prompts that are embeddings",
                          "a snapshot without gene encoder and expression")
     barcodes, obs = None, None
     if path.suffix == ".h5ad":
-        clip = snapshot.clip
-        table = expression_only(path, target_sum=clip.target_sum, vocabulary=clip.gene_names)
-        if clip.config.gene_sample_scaling != "none":
+        encoder = snapshot.gene_encoder
+        table = expression_only(path, target_sum=encoder.target_sum, vocabulary=encoder.gene_names)
+        if encoder.scales_by_sample:
             log.warning("%s: its %d spots are scaled by the sample's own genes: give whole samples, choose with --clusters or --n-samples",
                         path, len(table.barcodes))
-        embeddings, barcodes, obs = clip.embed_expression(table.expression, sample_ids=table.sample_ids), table.barcodes, table.obs
+        embeddings, barcodes, obs = encoder.embed_expression(table.expression, sample_ids=table.sample_ids), table.barcodes, table.obs
     else:
-        if not encoded and snapshot.clip.config.gene_sample_scaling != "none":
+        if not encoded and snapshot.gene_encoder.scales_by_sample:
             raise InputError(path, "prompts", "an .h5ad of a whole sample: the gene encoder scales every sample by its own genes",
                              "rows of expression in an .npy", "Or give embeddings with --encoded")
-        rows = _read_rows(path, snapshot.generator.config.c_dim if encoded else len(snapshot.clip.gene_names), encoded)
-        embeddings = torch.from_numpy(rows) if encoded else snapshot.clip.embed_expression(sp.csr_matrix(rows))
+        rows = read_rows(path, snapshot.generator.config.c_dim if encoded else len(snapshot.gene_encoder.gene_names), encoded)
+        embeddings = torch.from_numpy(rows) if encoded else snapshot.gene_encoder.embed_expression(sp.csr_matrix(rows))
     width = snapshot.generator.config.c_dim
     if embeddings.shape[1] != width:
         raise InputError(path, "width of an embedding", f"{width}, as the snapshot was trained with", str(embeddings.shape[1]))
@@ -71,13 +81,23 @@ def read_prompts(path: Path | str, snapshot: Snapshot, *, encoded: bool = False,
     return Prompts(path, embeddings, np.full(len(embeddings), "") if barcodes is None else barcodes, labels)
 
 
-def _read_rows(path: Path, width: int, encoded: bool) -> np.ndarray:
-    """(N, width) float32 of an .npy; one prompt may be a plain row."""
-    rows = _load_array(path, "an array of numbers")
+def _no_prompt(path: Path | str | None, snapshot: Snapshot, encoded: bool, clusters: str | None) -> Prompts:
+    """The empty prompt of an unconditional snapshot, where nothing else was asked for."""
+    if not snapshot.is_unconditional:
+        raise OptionError("--gex", "prompts: this snapshot draws what it is asked for", "none")
+    for option, said in (("--gex", path), ("--encoded", encoded), ("--clusters", clusters)):
+        if said:
+            raise OptionError(option, "no prompts: this snapshot was trained without expression and takes --seeds alone", str(said))
+    return Prompts(None, torch.zeros(1, 0), np.array([""]), None)
+
+
+def read_rows(path: Path, width: int | None, encoded: bool) -> np.ndarray:
+    """(N, width) float32 of an .npy, of any width if that is None; one prompt may be a plain row."""
+    rows = load_array(path, "an array of numbers")
     rows = rows[None] if rows.ndim == 1 else rows
     what = "prompt embeddings" if encoded else "normalised expression"
-    if rows.ndim != 2 or rows.shape[1] != width or not len(rows) or rows.dtype.kind not in "fiu":
-        raise InputError(path, what, f"numbers, (prompts, {width})", f"{rows.dtype} {rows.shape}")
+    if rows.ndim != 2 or rows.shape[1] != (width or rows.shape[1]) or not rows.size or rows.dtype.kind not in "fiu":
+        raise InputError(path, what, f"numbers, (prompts, {width or 'width'})", f"{rows.dtype} {rows.shape}")
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(bad):
         raise InputError(path, what, "finite numbers", f"NaN or infinite ones in rows {first_few(bad.tolist())}")
@@ -86,7 +106,7 @@ def _read_rows(path: Path, width: int, encoded: bool) -> np.ndarray:
     return rows.astype(np.float32)
 
 
-def _load_array(path: Path, expected: str) -> np.ndarray:
+def load_array(path: Path, expected: str) -> np.ndarray:
     """The one array of an .npy, never a pickled object."""
     try:
         array = np.load(path, allow_pickle=False)
@@ -114,7 +134,7 @@ def _read_labels(clusters: str, obs, gex: Path, n_prompts: int) -> np.ndarray:
 
     path = Path(clusters)
     if path.suffix == ".npy" and path.is_file():
-        labels = _load_array(path, "an array of labels")
+        labels = load_array(path, "an array of labels")
     elif path.is_file():
         try:
             labels = pd.read_csv(path).iloc[:, -1].to_numpy()
@@ -175,12 +195,12 @@ def plan_requests(prompts: Prompts, seeds: Sequence[int], n_samples: int | None)
     """Which patches to make: every chosen prompt once per seed.
 
     From an .h5ad, or where there are clusters: `n_samples` prompts per cluster, or over all (None: every row), drawn with the
-    first seed. From an .npy: every row, `n_samples` patches each (seeds are counted on, or cut, to that many).
+    first seed. From an .npy, or without prompts: every row, `n_samples` patches each (seeds are counted on, or cut, to that many).
     """
     if n_samples is not None and n_samples < 1:
         raise OptionError("--n-samples", "at least 1", str(n_samples))
     seeds = list(seeds)
-    if prompts.path.suffix == ".npy" and prompts.clusters is None:
+    if prompts.are_rows:
         if n_samples is not None:
             seeds = (seeds + list(range(seeds[-1] + 1, seeds[-1] + 1 + n_samples)))[:n_samples]
         rows = list(range(len(prompts)))

@@ -289,7 +289,7 @@ def test_snapshot_gives_the_same_pictures_and_refuses_what_is_not_one(tmp_path):
     z, c = torch.randn(2, 6), torch.randn(2, 8)
     save_snapshot(tmp_path / "snapshot", generator, kimg=1.0)
     loaded = load_snapshot(tmp_path / "snapshot")
-    assert loaded.clip is None and loaded.config["kimg"] == 1.0
+    assert loaded.gene_encoder is None and loaded.config["kimg"] == 1.0
     assert torch.allclose(loaded.generator(z, c, noise_mode="const"), generator(z, c, noise_mode="const"))
     with pytest.raises(InputError, match="nothing there"):
         load_snapshot(tmp_path / "missing")

@@ -11,6 +11,8 @@ from train_clip import train
 from training.gan_config import resolve
 from training.gan_data import load_gan_data
 from training.gan_loop import GanRun
+from training.gan_sources import GanSources
+from training.spot_choice import SpotChoice
 
 
 def arrays(cache):
@@ -51,10 +53,11 @@ def test_the_gan_trains_to_the_same_bits_with_and_without_the_cache(tmp_path, ma
     clip = CLIP(ClipModelConfig(gene_encoder="bottleneck", gene_hidden=8, gene_width=8, projection=8, image_encoder="random_tiny"),
                 GENES, image_encoder=build_encoder("random_tiny")).eval()
     clip.save_pretrained(tmp_path / "clip")
+    sources = GanSources("clip", tmp_path / "clip", tuple(samples))
     config = resolve("best", "custom", img_resolution=16, batch=8, cbase=128, cmax=8, res_blocks=1, norm_groups=4, backbone="random_tiny")
     for name, place in (("plain", None), ("cached", cache)):
-        load_gan_data(samples, [], tmp_path / "clip", 16, progress=False, cache_dir=place, max_size=9, seed=3)     # another subset first
-        data = load_gan_data(samples, [], tmp_path / "clip", 16, progress=False, cache_dir=place, max_size=max_size)
+        load_gan_data(sources, 16, progress=False, cache_dir=place, choice=SpotChoice(n_train=9), seed=3)     # another subset first
+        data = load_gan_data(sources, 16, progress=False, cache_dir=place, choice=SpotChoice(n_train=max_size))
         (tmp_path / name).mkdir()
         run = GanRun(config, data, build_encoder("random_tiny"), tmp_path / name, tensorboard=False)
         for _ in range(3):

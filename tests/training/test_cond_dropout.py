@@ -5,7 +5,7 @@ import scipy.sparse as sp
 import torch
 
 from networks.clip import CLIP, ClipModelConfig
-from training.cond_dropout import CondDropout
+from training.cond_dropout import CondDropout, dropout_mask
 
 GENES = 32
 
@@ -22,7 +22,7 @@ def gene_encoder():
 
 def test_condition_dropout_drops_at_its_rate_and_each_sample_has_masks_of_its_own():
     dropout = CondDropout(gene_encoder(), expression(), 0.8, seed=0)
-    mask = dropout._mask([np.random.default_rng(0)], 100_000)
+    mask = dropout_mask([np.random.default_rng(0)], 100_000, 0.8)
     assert (mask == 0).float().mean() == pytest.approx(0.8, abs=0.01) and mask.max() == pytest.approx(5)
     rows = np.arange(16)
     whole = dropout.prompts(rows, 3, 0, 0, "cpu")

@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader
 
 from preprocessing.errors import InputError, OptionError
 from preprocessing.expression import read_expression, write_expression
-from training import data as data_module
-from training import patch_cache
+from training import patch_cache, patch_images
 from training.augment import AugmentConfig
 from training.clip_config import clip_config
 from training.clip_data import Pairs, whole_batch
@@ -66,7 +65,7 @@ def test_a_small_set_is_read_into_memory_and_a_large_one_is_kept_beside_its_imag
     samples = two_samples(tmp_path)
     pack(samples, "auto")
     assert not (tmp_path / "one" / FOLDER).exists()
-    monkeypatch.setattr(data_module, "WORTH_KEEPING_MIB", 0)
+    monkeypatch.setattr(patch_images, "WORTH_KEEPING_MIB", 0)
     pack(samples, "auto")
     assert len(arrays(tmp_path / "one" / FOLDER)) == 1 and not (tmp_path / "two" / FOLDER).exists()
 
@@ -134,7 +133,7 @@ def test_another_version_of_the_resizing_program_replaces_the_cache(tmp_path, mo
     sample, cache = write_sample(tmp_path / "S1", "S1"), tmp_path / "cache"
     pack([sample], cache, image_px=4)
     old = arrays(cache)
-    monkeypatch.setattr(data_module.PIL, "__version__", "0.0")
+    monkeypatch.setattr(patch_images.PIL, "__version__", "0.0")
     ImageGeneDataset([sample], image_px=4).open_patches(cache_dir=cache)
     assert len(arrays(cache)) == 1 and arrays(cache) != old and "version of Pillow has changed" in capsys.readouterr().err
 
@@ -154,8 +153,8 @@ def test_every_seed_and_size_of_a_subset_maps_the_one_file(tmp_path, monkeypatch
 
 def test_a_subset_is_kept_beside_the_images_once_it_is_large_itself(tmp_path, monkeypatch):
     sample = write_sample(tmp_path / "S1", "S1")
-    monkeypatch.setattr(data_module, "MIB", 6 * 3 * 8 * 8)
-    monkeypatch.setattr(data_module, "WORTH_KEEPING_MIB", 1)
+    monkeypatch.setattr(patch_images, "MIB", 6 * 3 * 8 * 8)
+    monkeypatch.setattr(patch_images, "WORTH_KEEPING_MIB", 1)
     pack([sample], "auto", max_size=5)
     assert not (tmp_path / "S1" / FOLDER).exists()
     assert len(pack([sample], "auto", max_size=6)) == 6 and len(arrays(tmp_path / "S1" / FOLDER)) == 1
@@ -175,7 +174,7 @@ def test_auto_and_folders_are_kept_as_they_are_said():
 
 
 def test_a_moved_sample_keeps_its_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_module, "WORTH_KEEPING_MIB", 0)
+    monkeypatch.setattr(patch_images, "WORTH_KEEPING_MIB", 0)
     sample = write_sample(tmp_path / "S1", "S1")
     pack([sample], "auto")
     calls = built(monkeypatch)
@@ -277,7 +276,7 @@ def test_a_killed_build_leaves_nothing_that_counts_and_what_it_left_is_removed(t
 # ---- places that cannot be written ----
 
 def test_where_the_default_place_cannot_be_written_patches_are_read_into_memory_with_a_notice(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data_module, "WORTH_KEEPING_MIB", 0)
+    monkeypatch.setattr(patch_images, "WORTH_KEEPING_MIB", 0)
     sample = write_sample(tmp_path / "S1", "S1")
     (tmp_path / "S1" / FOLDER).write_text("no folder")
     images = pack([sample], "auto").array
@@ -286,7 +285,7 @@ def test_where_the_default_place_cannot_be_written_patches_are_read_into_memory_
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data_module, "WORTH_KEEPING_MIB", 0)
+    monkeypatch.setattr(patch_images, "WORTH_KEEPING_MIB", 0)
     sample = write_sample(tmp_path / "S1", "S1")
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("usage", (), {"free": 100}))
     assert len(pack([sample], "auto")) == 10 and "0.0 GB are free" in capsys.readouterr().err

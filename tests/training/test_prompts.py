@@ -12,7 +12,9 @@ from preprocessing.errors import InputError, OptionError
 from training.cond_dropout import CondDropout
 from training.data import ImageGeneDataset
 from training.gan_data import load_gan_data
+from training.gan_sources import GanSources
 from training.prompts import read_prompts
+from training.spot_choice import SpotChoice
 
 
 @pytest.fixture
@@ -25,10 +27,15 @@ def clip():
 def test_the_gan_is_trained_and_asked_with_the_same_prompts(clip, tmp_path):
     samples = two_samples(tmp_path)
     clip.save_pretrained(tmp_path / "clip")
-    trained = load_gan_data(samples, [], tmp_path / "clip", 16, progress=False).training.prompts
+    sources = GanSources("clip", tmp_path / "clip", tuple(samples))
+    trained = load_gan_data(sources, 16, progress=False).training.prompts
     snapshot = Snapshot(SimpleNamespace(config=SimpleNamespace(c_dim=6)), clip, {}, "")
     asked = [read_prompts(sample.gex, snapshot).embeddings for sample in samples]
     assert torch.allclose(torch.cat(asked), trained, atol=1e-6)
+    some = load_gan_data(sources, 16, choice=SpotChoice(n_train=7), progress=False)      # a subset is scaled by the whole sample too
+    places = {tuple(image): row for row, image in enumerate(load_gan_data(sources, 16, progress=False).training.images[:, 0, 0].tolist())}
+    rows = [places[tuple(image)] for image in some.training.images[:, 0, 0].tolist()]
+    assert len(rows) == 7 and torch.allclose(some.training.prompts, trained[rows], atol=1e-6)
     np.save(tmp_path / "rows.npy", np.full((2, 3), 0.5, np.float32))
     with pytest.raises(InputError, match="expected an .h5ad of a whole sample"):
         read_prompts(tmp_path / "rows.npy", snapshot)
