@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from networks.condition_mlp import ConditionMlp
 from networks.generator import Generator, GeneratorConfig
 from networks.weights import load_into, load_weights_folder, save_weights_folder, weights_sha256
-from preprocessing.errors import InputError, WeightsError
+from preprocessing.errors import InputError, OptionError, WeightsError
 
 KIND = "generator snapshot"
 MLP_KIND, MLP_PREFIX = "mlp", "gene_encoder."   # in config.json; of the names of its tensors
@@ -67,8 +67,10 @@ def load_snapshot(folder: Path | str, *, gene_encoder: bool = True, gene_encoder
     load_into(generator, tensors, folder)
     reference, encoder = config.get("gene_encoder"), None
     if gene_encoder and reference is not None:
-        encoder = (_load_mlp(folder, reference, mlp_tensors) if reference.get("kind") == MLP_KIND
-                   else _load_clip(folder, reference, gene_encoder_path))
+        is_mlp = reference.get("kind") == MLP_KIND
+        if is_mlp and gene_encoder_path:
+            raise OptionError("--clip", f"nothing: {folder} holds its gene encoder", str(gene_encoder_path))
+        encoder = _load_mlp(folder, reference, mlp_tensors) if is_mlp else _load_clip(folder, reference, gene_encoder_path)
     return Snapshot(generator.eval().requires_grad_(False), encoder, config, weights_sha256(folder))
 
 

@@ -183,7 +183,8 @@ class GanConfig:
 
 
 def resolve(preset: str, size: str, **said: object) -> GanConfig:
-    """Lay size (`custom`: none), preset and what the user said over each other; None means not said."""
+    """Lay size (`custom`: none), preset, what follows from the encoder and the train mode, and what the user said over each other;
+    None means not said."""
     if preset not in PRESETS:
         raise OptionError("--preset", f"one of {', '.join(PRESETS)}", preset)
     if size != "custom" and size not in SIZES:

@@ -45,7 +45,6 @@ class TrainingData:
         return TrainingData(self.images.to(device), self.prompts.to(device), deviations, self.expression)
 
 
-
 @dataclass
 class GanStep:
     """The two networks, their optimisers and the gradients of one step."""

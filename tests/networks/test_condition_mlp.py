@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from networks.condition_mlp import ConditionMlp
 from networks.generator import Generator, GeneratorConfig
 from networks.snapshot import load_snapshot, save_snapshot
-from preprocessing.errors import WeightsError
+from preprocessing.errors import OptionError, WeightsError
 from preprocessing.outputs import file_sha256
 
 NAMES = [f"gene{i}" for i in range(5)]
@@ -56,6 +56,8 @@ def test_a_snapshot_holds_the_encoder_with_its_genes_and_library_size(tmp_path):
     mlp, loaded = snapshot(tmp_path / "s"), load_snapshot(tmp_path / "s")
     assert torch.equal(loaded.gene_encoder(rows()), mlp.eval()(rows())) and loaded.gene_encoder.target_sum == 1000
     assert loaded.gene_encoder.gene_names == NAMES and load_snapshot(tmp_path / "s", gene_encoder=False).gene_encoder is None
+    with pytest.raises(OptionError, match="--clip: expected nothing"):
+        load_snapshot(tmp_path / "s", gene_encoder_path=tmp_path)
 
 
 @pytest.mark.parametrize(("old", "new"), [('"gene4"', '"gene4", "gene5"'), ('"hidden": 4', '"hidden": "x"'), ('"hidden": 4', '"depth": 4')])

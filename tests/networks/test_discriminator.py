@@ -214,3 +214,11 @@ def test_crops_are_taken_only_from_images_wider_than_the_backbone_sees(small):
     handle.remove()
     assert torch.allclose(seen[0], ((images[:, :, 4:20, 8:24] + 1) / 2 - small.mean) / small.std)
     assert torch.allclose(seen[1], ((F.interpolate(images, (16, 16), mode="area") + 1) / 2 - small.mean) / small.std)
+
+
+def test_a_head_without_prompts_has_no_projection_and_gives_its_last_convolution():
+    head, tokens = Head(12, 0), torch.randn(8, 12, 9)
+    x = F.leaky_relu(head.norm_in(head.conv_in(tokens)), 0.2)
+    x = (F.leaky_relu(head.norm_mid(head.conv_mid(x)), 0.2) + x) / math.sqrt(2)
+    assert torch.equal(head(tokens, torch.zeros(8, 0)), head.conv_out(x)[:, 0]) and head.conv_out.weight.shape == (1, 12, 1)
+    assert not any(name.startswith("prompt") for name, _ in head.named_parameters())

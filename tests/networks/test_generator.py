@@ -301,3 +301,13 @@ def test_snapshot_gives_the_same_pictures_and_refuses_what_is_not_one(tmp_path):
         stream.write(b"\x7f")
     with pytest.raises(WeightsError, match="damaged"):
         load_snapshot(tmp_path / "snapshot")
+
+
+@pytest.mark.parametrize("cond_norm", ["l2", "scaled", "standardize"])
+def test_without_prompts_the_style_is_the_mapped_z_alone(cond_norm):
+    generator = Generator(GeneratorConfig(**{**TINY, "c_dim": 0, "cond_norm": cond_norm})).eval()
+    generator.condition.fit(torch.zeros(5, 0))
+    z = torch.randn(2, 6)
+    w = generator.mapping(z, torch.zeros(2, 0))
+    assert torch.equal(w[:, 0], generator.mapping_network._mapped(z)) and w.shape == (2, generator.num_ws, 6)
+    assert torch.isfinite(generator(z, torch.zeros(2, 0))).all()

@@ -1,8 +1,11 @@
 """What a step trains and where its prompts come from: nowhere, an encoder trained along, or weights that are partly frozen."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from test_gan_loop import GENES, TINY, tiny_data, weights
+from test_gan_loop import make_run as make_clip_run
 
 from networks.condition_mlp import DROPOUT, ConditionMlp
 from networks.histo_models import build_encoder
@@ -104,6 +107,18 @@ def test_what_is_frozen_has_no_optimiser_state_and_does_not_move_and_the_rest_do
     average = run.average.state_dict()
     assert all(torch.equal(average[name.removeprefix("generator.")], before[name]) for name in before.keys() - moved
                if name.startswith("generator."))
+
+
+def test_a_checkpoint_older_than_the_modes_goes_on(tmp_path):
+    run = make_clip_run(tmp_path / "run")
+    run.one_step()
+    run.save()
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    told = {name: value for name, value in checkpoint.state["config"].items() if name not in ("encoder", "train_mode")}
+    state = {name: value for name, value in checkpoint.state.items() if name not in ("genes_sha256", "first_step")}
+    resumed = make_clip_run(tmp_path / "run")
+    resumed.load(replace(checkpoint, state={**state, "config": told}))
+    assert all(torch.equal(a, b) for a, b in zip(weights(run), weights(resumed), strict=True)) and resumed.progress.first_step == 0
 
 
 def test_modes_name_the_resolutions_there_are():
