@@ -4,8 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_gan_loop import GENES, TINY, tiny_data, weights
-from test_gan_loop import make_run as make_clip_run
+from gan_runs import GENES, TINY, tiny_data, weights
+from gan_runs import make_run as make_clip_run
 
 from networks.condition_mlp import DROPOUT, ConditionMlp
 from networks.histo_models import build_encoder

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_gan_loop import TINY, make_run, tiny_data
+from gan_runs import TINY, make_run, tiny_data
 from test_gan_modes import make_run as make_mode_run
 
 from networks.snapshot import save_snapshot
