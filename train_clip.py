@@ -10,7 +10,7 @@ run_dir=runs/00000-clip ckpt_path=last. --debug shows tracebacks.
 
 Gene encoders: model.gene_encoder=linear_block (published), bottleneck, hidden, identity, gene_tokens, or pathways with
 model.pathways_file=sets.gmt. Batch effects between samples: trainer.contrast=within_sample, trainer.batch_mmd=0.1,
-model.gene_sample_scaling=standardise. Frozen features once: image.cache_features=8.
+model.gene_sample_scaling=standardise, model.feature_sample_scaling=centre. Frozen features once: image.cache_features=8.
 
 Several devices: trainer.devices=4, or auto for all; trainer.batch_size is that of all together, a multiple of their number, and
 every spot is contrasted with the whole of it. Several machines that share a file system: the same command on each, with

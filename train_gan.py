@@ -22,48 +22,63 @@ def option(name: str, **kwargs) -> Callable:
 
 def train_gan(*, outdir: Path, data: str | None, gex: str | None, samples: Path | None, val_data: str | None, val_gex: str | None,
               network: Path, preset: str, cfg: str, n_train: int | None, cache_dir: str, resume: str | None, suffix: str | None,
-              device: str | None, dry_run: bool, tensorboard: bool, **said: object) -> Path | None:
-    """Resolve options, read data, train; returns the run folder (None on a dry run)."""
+              device: str | None, dry_run: bool, tensorboard: bool, metrics: str, timeout_minutes: float, **said: object) -> Path | None:
+    """Resolve options, join the ranks of a torchrun job, read data, train; returns the run folder (None on a dry run)."""
     from evaluation.features import pick_device
+    from training.gan_config import resolve
+    from training.gan_metrics import parse_metrics
+    from training.ranks import joined_ranks, local_device
+
+    config, watched = resolve(preset, cfg, **said), parse_metrics(metrics)
+    device = local_device(pick_device(device or "auto"))
+    with joined_ranks(device, timeout_minutes):
+        return _train(config, watched, outdir, data, gex, samples, val_data, val_gex, network, preset, cfg, n_train, cache_dir, resume,
+                      suffix, device, dry_run, tensorboard)
+
+
+def _train(config, watched, outdir, data, gex, samples, val_data, val_gex, network, preset, cfg, n_train, cache_dir, resume, suffix, device,
+           dry_run, tensorboard) -> Path | None:
     from networks.clip import CLIP
     from networks.histo_models import build_encoder
-    from training.gan_config import resolve
     from training.gan_data import load_gan_data
     from training.gan_loop import GanRun, start_folder
     from training.patch_cache import cache_place
+    from training.ranks import from_first, is_first, own_part, rank_and_size
     from training.run_folder import next_run_folder
 
-    config = resolve(preset, cfg, **said)
+    own_part(config.batch, config.batch_gpu)     # refuses a batch that the ranks cannot share
+    say = click.echo if is_first() else lambda line: None
     train_files, val_files = _samples(data, gex, samples, val_data, val_gex)
-    device = pick_device(device or "auto")
     encoder = build_encoder(config.backbone, config.backbone_weights)
     gan_data = load_gan_data(train_files, val_files, network, config.img_resolution, max_size=n_train, seed=config.seed,
                              keep_expression=config.cond_dropout > 0, cache_dir=cache_place(cache_dir))
-    click.echo(f"{gan_data.name}: {len(gan_data.training.images):,} patches at {config.img_resolution} px, "
-               f"prompts {gan_data.training.prompts.shape[1]} wide, backbone {encoder.name}, {device}")
-    click.echo(f"config: {config}")
+    say(f"{gan_data.name}: {len(gan_data.training.images):,} patches at {config.img_resolution} px, "
+        f"prompts {gan_data.training.prompts.shape[1]} wide, backbone {encoder.name}, {device}, {rank_and_size()[1]} process(es)")
+    say(f"config: {config}")
     if dry_run:
         return None
-    name = "-".join(filter(None, (f"{gan_data.name}@{config.img_resolution}", cfg, f"gpus1-b{config.batch}", suffix)))
+    name = "-".join(filter(None, (f"{gan_data.name}@{config.img_resolution}", cfg, f"gpus{rank_and_size()[1]}-b{config.batch}", suffix)))
     checkpoint = _checkpoint(outdir, name, resume)
-    clip = CLIP.from_pretrained(network, image_encoder=config.clip_weight > 0) if config.clip_weight or config.cond_dropout else None
+    sees_images = config.clip_weight > 0 or any(metric.kind == "clip_score" for metric in watched)
+    clip = CLIP.from_pretrained(network, image_encoder=sees_images) if sees_images or config.cond_dropout else None
     run = GanRun(config, gan_data, encoder, checkpoint.folder.parent if checkpoint else outdir, clip=clip, tensorboard=tensorboard,
-                 device=device)
+                 device=device, watched=watched)
     if checkpoint:
         run.load(checkpoint)
-        click.echo(f"resuming at kimg {run.kimg:.2f} from {checkpoint.folder}")
+        say(f"resuming at kimg {run.kimg:.2f} from {checkpoint.folder}")
     else:
-        run.folder = next_run_folder(outdir, name)     # only now: what is refused leaves no folder
-        start_folder(run.folder, run, preset=preset, cfg=cfg)
-    show_progress(run)
-    return run.folder
+        run.folder = from_first(next_run_folder(outdir, name) if is_first() else None)     # only now: what is refused leaves no folder
+        if is_first():
+            start_folder(run.folder, run, preset=preset, cfg=cfg)
+    show_progress(run, is_first())
+    return run.folder if is_first() else None
 
 
-def show_progress(run) -> None:
+def show_progress(run, shown: bool) -> None:
     """Train with one progress bar in kimg."""
     from tqdm import tqdm
 
-    with tqdm(total=1.0, initial=run.share, bar_format="{percentage:3.0f}%|{bar}| {desc}, {elapsed}<{remaining}") as bar:
+    with tqdm(total=1.0, disable=not shown, initial=run.share, bar_format="{percentage:3.0f}%|{bar}| {desc}, {elapsed}<{remaining}") as bar:
         for _ in run.train():
             bar.set_description_str(f"{run.kimg:.2f} kimg", refresh=False)
             bar.update(run.share - bar.n)
@@ -158,12 +173,15 @@ def _checkpoint(outdir: Path, name: str, resume: str | None):
 @option("n-train", type=int, help="Use a random subset of this many patches.")
 @option("cache-dir", default="auto", help="Folder for packed patches, read without decoding; auto: .patch_cache beside the first images, "
         "if they are many; none: read into memory.")
+@option("metrics", default="none", help="Measured at every snapshot, on validation patches where given: fid10k, kid10k, fd_ENCODER, "
+        "kd_ENCODER (fd_uni@2k=weights.safetensors), clip_score, by commas.")
 @option("seed", type=int, default=0, help="Of everything random.")
 @option("max-bad-steps", type=int, default=10, help="Steps with NaN or infinite losses in a row that end the run.")
 @option("resume", help="auto: the newest run of this name under OUTDIR, if any; or a run folder or checkpoint folder.")
 @option("suffix", help="Added to the run folder's name.")
 @option("device", help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")
 @click.option("--tensorboard/--no-tensorboard", default=True, help="Mirror stats.jsonl for TensorBoard.")
+@option("timeout-minutes", type=float, default=30.0, help="Of several processes: how long one waits for another before the job ends.")
 @option("dry-run", is_flag=True, help="Check options and data, print the config, train nothing.")
 def main(**options):
     """Train a generator of patches, conditioned on gene expression embedded by frozen CLIP weights.
@@ -171,6 +189,8 @@ def main(**options):
     \b
     python train_gan.py --outdir runs/gan --data runs/C2/patches,runs/C3/patches --gex runs/C2/gex_filt.h5ad,runs/C3/gex_filt.h5ad \\
         --network runs/clip/clip --img-resolution 64 --batch 16 --cfg small --kimg 12
+
+    Several GPUs: the same command behind `torchrun --nproc-per-node 4`; --batch is that of all together, and changes nothing else.
     """
     folder = train_gan(**options)
     if folder is not None:

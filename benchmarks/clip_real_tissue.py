@@ -32,8 +32,8 @@ RECIPES = {   # name -> (configuration of assets/, what differs)
     "D 64": ("clip_small", {"model.projection": 64}),
     "learned temperature": ("clip_small", {"model.learn_temperature": True, "model.temperature": 0.07}),
     "one view when embedding": ("clip_small", {"model.image_views": 1}),
-    "patches not centred": ("clip_small", {"model.feature_sample_scaling": "none"}),
-    "genes centred too": ("clip_small", {"model.feature_sample_scaling": "centre", "model.gene_sample_scaling": "centre"}),
+    "not centred": ("clip_small", {"model.feature_sample_scaling": "none", "model.gene_sample_scaling": "none"}),
+    "patches alone centred": ("clip_small", {"model.gene_sample_scaling": "none"}),
     "within-sample contrast": ("clip_small", {"trainer.contrast": "within_sample"}),
 }
 TUNED = "published tuned"
@@ -80,30 +80,52 @@ class Bench:
             return self.embed(Path(run_dir) / "clip", val)
 
     def embed(self, network: Path, section: Path) -> tuple[np.ndarray, np.ndarray]:
+        """What `clip_embeddings.py` gives, with the frozen tower's features of a section computed once for all recipes."""
+        import torch
+
         from networks.clip import CLIP
-        from training.clip_embed import EmbedConfig, embed_sample
+        from training.augment import plain_views, turned_views
+        from training.clip_features import cached_features
 
         clip = CLIP.from_pretrained(network, image_encoder_weights=self.encoder_weights).to(self.device)
-        arrays, _, _ = embed_sample(clip, EmbedConfig(network, gex=section / "gex_filt.h5ad", images=section / "patches"), self.device)
-        return arrays["gene"], arrays["image"]
+        data = self.read([section], clip.target_sum)
+        views = (turned_views() if clip.config.image_views == 8 else plain_views(1)).expand(len(data), -1, -1)
+        features = cached_features(data.load_images(clip.training_record["patch_px"], progress=False), views, clip.image_encoder,
+                                   tower_key=f"{clip.image_encoder.source}@{clip.image_encoder.input_px}px",
+                                   cache_dir=self.work / "features", device=self.device, progress=False).to(self.device)
+        with torch.no_grad():
+            images = clip.project_views(features, features.mean((0, 1)) if clip.centres_features else None)
+        return clip.embed_expression(data.expression, sample_ids=data.sample_ids).numpy(), images.cpu().numpy()
 
-    def baseline(self, train: list[Path], val: Path, side_px: int) -> tuple[np.ndarray, np.ndarray]:
-        """(predicted, projected) of the linear baseline on another section, both (N, 50)."""
+    def read(self, folders: list[Path], target_sum: float | str):
+        """The paired samples of these folders."""
+        from training.data import ImageGeneDataset, sample_files
+
+        images, gex = (",".join(str(folder / name) for folder in folders) for name in ("patches", "gex_filt.h5ad"))
+        return ImageGeneDataset(sample_files(images, gex), target_sum=target_sum)
+
+    def baseline(self, train: list[Path], val: Path, side_px: int, centred: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """(predicted, projected) of the linear baseline on another section, both (N, 50); `centred`: every section about its own mean."""
         from evaluation.features import image_features
         from evaluation.linear_baseline import fit_linear_baseline
         from networks.histo_models import build_encoder
-        from training.data import ImageGeneDataset, sample_files
 
         tower = build_encoder("efficientnet_lite0", self.encoder_weights, side_px).to(self.device)
-        def read(folders: list[Path]) -> ImageGeneDataset:
-            images, gex = (",".join(str(folder / name) for folder in folders) for name in ("patches", "gex_filt.h5ad"))
-            return ImageGeneDataset(sample_files(images, gex), target_sum=BASELINE_SUM)
-
-        fitted, held = read(train), read([val])
+        fitted, held = self.read(train, BASELINE_SUM), self.read([val], BASELINE_SUM)
         features = [image_features(data.load_images(progress=False).permute(0, 2, 3, 1).numpy(), tower, device=self.device, progress=False)
                     for data in (fitted, held)]
-        model = fit_linear_baseline(fitted.expression, features[0], fitted.sample_ids, rng=np.random.default_rng(0))
-        return model.predict(held.expression), model.project(features[1])
+        expression = [data.expression for data in (fitted, held)]
+        if centred:
+            samples = [data.sample_ids for data in (fitted, held)]
+            expression, features = [[about_own_mean(rows, names) for rows, names in zip(side, samples, strict=True)]
+                                    for side in ([part.toarray() for part in expression], features)]
+        model = fit_linear_baseline(expression[0], features[0], fitted.sample_ids, rng=np.random.default_rng(0))
+        return model.predict(expression[1]), model.project(features[1])
+
+
+def about_own_mean(rows: np.ndarray, sample_ids: np.ndarray) -> np.ndarray:
+    """(N, F) rows minus the mean of their sample."""
+    return rows - np.stack([rows[sample_ids == name].mean(axis=0) for name in sample_ids])
 
 
 def folds_of(train: list[Path]) -> list[tuple[list[Path], Path]]:
@@ -152,6 +174,7 @@ def table(bench: Bench, train: list[Path], held_out: Path | None, names: list[st
     if held_out is not None:
         baselines = {side: bench.baseline(train, held_out, side) for side in (128, 224)}
         rows = [row(f"linear baseline at {side} px", [pair], None) for side, pair in baselines.items()]
+        rows.append(row("linear baseline at 224 px, sections centred", [bench.baseline(train, held_out, 224, centred=True)], None))
     for name in names:
         config, differences = RECIPES[name]
         if name == TUNED:

@@ -6,6 +6,7 @@ centred on the mean over at most `MEAN_PATCHES` patches of the sample, so that a
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 from networks.gene_encoders import MIN_DEVIATION
+from preprocessing.errors import InputError
 
 MEAN_PATCHES = 1000   # their mean is known to 3 % of the features' own deviation
+MIN_SPOTS = 10        # of a sample that is scaled by its own genes: a spot alone would become all zero
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,15 @@ def fit_sample_scaling(expression: sp.csr_matrix, samples: np.ndarray, kind: str
         mean.append(means)
         scale.append(1 / (np.sqrt(variance) + MIN_DEVIATION) if kind == "standardise" else np.ones_like(means))
     return SampleScaling(*(torch.from_numpy(np.stack(part).astype(np.float32)) for part in (mean, scale)))
+
+
+def require_whole_samples(samples: np.ndarray, names: Sequence[str] | None) -> None:
+    """Refuse (exit 3) samples of fewer than `MIN_SPOTS` rows; `samples` (N,) numbers from 0, `names` (N,) theirs."""
+    counts = np.bincount(samples)
+    if len(counts) and counts.min() < MIN_SPOTS:
+        name = "expression" if names is None else str(np.asarray(names)[samples == counts.argmin()][0])
+        raise InputError(name, "spots of a sample", f"a whole sample, at least {MIN_SPOTS}: this gene encoder scales every sample by its "
+                         "own genes", str(counts.min()), "Give the whole sample and choose among its spots afterwards")
 
 
 def patches_for_mean(samples: np.ndarray, number: int) -> np.ndarray:

@@ -112,6 +112,21 @@ def weights_sha256(folder: Path | str) -> str:
     return file_sha256(Path(folder) / MODEL_FILE)
 
 
+def local_or_hub(path: Path | str) -> Path:
+    """A path of this machine as it is; `owner/name`, where there is no folder `owner` here: what the hub or its cache holds."""
+    path = Path(path)
+    if path.is_absolute() or len(path.parts) != 2 or Path(path.parts[0]).exists():   # a misspelt name in a folder is not looked for there
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    try:
+        return Path(snapshot_download(path.as_posix(), allow_patterns=[MODEL_FILE, CONFIG_FILE, SUMS_FILE]))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise InputError(path, "weights", f"a weights folder ({MODEL_FILE}, {CONFIG_FILE}, {SUMS_FILE}) here, or a repository of the hub",
+                         f"nothing there, and the hub says: {reason}") from error
+
+
 def _verify_sums(folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(folder, "folder", f"a weights folder ({MODEL_FILE}, {CONFIG_FILE}, {SUMS_FILE})", "nothing there")

@@ -11,7 +11,8 @@ from clip_runs import ROOT, finish, start, write_samples
 from networks.weights import load_weights_folder
 from preprocessing.errors import OptionError
 from training.clip_config import TrainerConfig
-from training.clip_ranks import find_devices, gather_rows, own_rows
+from training.clip_ranks import find_devices
+from training.ranks import gather_rows, own_rows
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_one_process_holds_every_row():
 def test_the_shares_of_all_ranks_are_equally_long_and_together_whole_and_in_order(monkeypatch, n_rows):
     shares = []
     for rank in range(3):
-        monkeypatch.setattr("training.clip_ranks.rank_and_size", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr("training.ranks.rank_and_size", lambda rank=rank: (rank, 3))
         shares.append(own_rows(n_rows).tolist())
     assert len({len(share) for share in shares}) == 1 and sum(shares, [])[:n_rows] == list(range(n_rows))
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from networks.weights import load_weights_folder, save_weights_folder
 from preprocessing.outputs import config_sha256
 from training.augment import AugmentConfig, apply_views, draw_views, plain_views, turned_views
-from training.clip_ranks import gather_rows, own_rows, rank_and_size
 from training.patch_cache import PatchRows
+from training.ranks import gather_rows, own_rows, rank_and_size
 
 IMAGES_A_BATCH = 64
 

@@ -25,8 +25,8 @@ from training.clip_checkpoints import StopOnSignal, SummedCheckpoints, same_sign
 from training.clip_config import ClipConfig
 from training.clip_data import Batch, ClipData, StepBatches, whole_batch
 from training.clip_losses import clip_loss, sample_mmd
-from training.clip_ranks import gather_rows, own_rows
 from training.loading import BatchesAhead
+from training.ranks import gather_rows, own_rows
 
 MONITOR = "val/loss"
 MAX_SKIPPED_IN_A_ROW = 20   # steps without a finite gradient; more than a float16 gradient scaler needs to find its scale

@@ -2,12 +2,10 @@
 
 The process that the user started is rank 0. It reads and checks everything before it starts the others, so that what is wrong
 is said once. Under torchrun, SLURM or on several nodes the processes are there already; nothing else differs.
-Collectives here do nothing in a run of one process.
 """
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -16,17 +14,15 @@ from datetime import timedelta
 from subprocess import Popen
 from threading import Thread
 
-import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 
 from preprocessing.errors import EXIT_IO, OptionError
 from training.clip_config import TrainerConfig
+from training.ranks import LOST
 
 GRACE_S = 3.0   # a rank that only suffers from another's end waits so long for that one's message and exit code
-LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|recv|socket", re.IGNORECASE)
 
 
 def find_devices(options: TrainerConfig) -> Fabric:
@@ -82,44 +78,3 @@ def _end_with(process: Popen, started: list[Popen]) -> None:
             print(f"error: process {process.pid} of this run: ended by signal {-code}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(code if code > 0 else EXIT_IO)
-
-
-class _GatherRows(torch.autograd.Function):
-    """All ranks' rows in rank order; the gradient of a row is summed over ranks and goes back to its owner."""
-
-    @staticmethod
-    def forward(context, rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(context, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        torch.distributed.all_reduce(gradient)
-        share = len(gradient) // torch.distributed.get_world_size()
-        start = share * torch.distributed.get_rank()
-        return gradient[start:start + share]
-
-
-def rank_and_size() -> tuple[int, int]:
-    """This process's place among those of the run, (0, 1) when it is alone."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def gather_rows(rows: Tensor) -> Tensor:
-    """(N, ...) of this rank -> (ranks x N, ...) of all; every rank must hold the same N. One process: the rows themselves.
-
-    Every rank computes the same global loss, so the summed gradient counts it once a rank; averaging gradients over
-    ranks, as data-parallel training does, brings back the gradient of one rank with the whole batch.
-    """
-    return _GatherRows.apply(rows) if rank_and_size()[1] > 1 else rows
-
-
-def own_rows(n_rows: int) -> Tensor:
-    """Places (int64) of this rank's share of `n_rows`, as many on every rank: `gather_rows(share)[:n_rows]` is whole and in order."""
-    rank, size = rank_and_size()
-    share = -(-n_rows // size)
-    return (rank * share + torch.arange(share)).clamp(max=n_rows - 1)   # the last row repeats where the shares are uneven

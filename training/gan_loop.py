@@ -1,4 +1,4 @@
-"""Train the GAN in one process, from data in memory to a run folder of snapshots and checkpoints.
+"""Train the GAN, in one process or on every rank of a torchrun job, from data in memory to a run folder of snapshots and checkpoints.
 
 The clock is kimg: thousands of real images shown. A run of k + m steps equals a run of k steps that was resumed for m,
 bit for bit on a CPU, as every random number is a function of (seed, step, position in the batch). A wall-time budget is the
@@ -10,14 +10,13 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from networks.discriminator import Discriminator
 from networks.generator import Generator
@@ -32,9 +31,11 @@ from training.gan_config import GanConfig
 from training.gan_data import GanData, mean_colour
 from training.gan_grids import Showcase
 from training.gan_losses import blur_sigma, scheduled_weight
+from training.gan_metrics import Metric, SnapshotMetrics
 from training.gan_step import SIGN, GanStep
 from training.held_out import HeldOut
-from training.run_folder import Checkpoint, StatsLog, save_checkpoint
+from training.ranks import any_rank, from_first, is_first
+from training.run_folder import Checkpoint, NoStats, StatsLog, save_checkpoint
 
 log = logging.getLogger(__name__)
 SHORT_RUN_FADE = 0.1        # share of the run over which the blur fades, unless said in kimg
@@ -73,9 +74,10 @@ class GanRun:
     data: GanData
     encoder: Encoder                  # the discriminator's backbone
     folder: Path
-    clip: nn.Module | None = None     # with image tower for guidance; its gene encoder for cond_dropout
+    clip: nn.Module | None = None     # with image tower for guidance and clip_score; its gene encoder for cond_dropout
     tensorboard: bool = True
     device: str = "cpu"
+    watched: Sequence[Metric] = ()    # measured at every snapshot
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self):
@@ -106,6 +108,7 @@ class GanRun:
         self.average = self.averages.published
         self.held_out = HeldOut(self.data.training, self.data.validation, config.seed)
         self.showcase = Showcase(self.data, config.seed)
+        self.metrics = SnapshotMetrics(list(self.watched), self.data, clip, self.device, config.seed)
 
     @property
     def kimg(self) -> float:
@@ -126,7 +129,7 @@ class GanRun:
 
     def train(self) -> Iterator[dict[str, float]]:
         """Train to the end of the run or its budget; yields the losses of every step. Saves, also when stopped by a signal."""
-        stats = StatsLog(self.folder, self.tensorboard)
+        stats = StatsLog(self.folder, self.tensorboard) if is_first() else NoStats()
         stats.forget_after(self.progress.step)
         clock = time.monotonic() - self.progress.elapsed_s
         if self.progress.step == 0:
@@ -136,7 +139,7 @@ class GanRun:
         with _stop_signals() as stopped:
             while self.share < 1:
                 losses = self.one_step()
-                self.progress.elapsed_s = time.monotonic() - clock
+                self.progress.elapsed_s = from_first(time.monotonic() - clock)   # one clock for all ranks
                 if losses is not None:
                     totals, n_steps = {name: totals.get(name, 0.0) + value for name, value in losses.items()}, n_steps + 1
                     n_moved += 1
@@ -150,8 +153,8 @@ class GanRun:
                 if self._due("last_snap", self.config.tick * self.config.snap, MIN_SNAPSHOTS) or self.share >= 1:
                     self._snapshot(stats)
                     self.save()
-                if stopped:
-                    self._stop(stopped[0], stats)
+                if number := any_rank(stopped[0] if stopped else 0, self.device):
+                    self._stop(number, stats)
         stats.close()
 
     def one_step(self) -> dict[str, float] | None:
@@ -207,8 +210,7 @@ class GanRun:
                   **self.held_out.measure(self.gan, self.progress.sigma or 0.0)}
         if self.config.augment_target is not None:
             values["augment/p"] = self.progress.augment_p
-        stats.write(self.progress.step, values, line := status_line(values))
-        tqdm.write(line)
+        stats.write(self.progress.step, values, status_line(values))
 
     def _stop(self, number: int, stats: StatsLog) -> None:
         self.save()
@@ -218,7 +220,10 @@ class GanRun:
     # ---- what a run leaves behind -----------------------------------------------------------------------------------
 
     def _snapshot(self, stats: StatsLog) -> None:
-        """Averaged generator for use, picture, and how much patches of one prompt differ."""
+        """Averaged generator for use, picture, metrics, and how much patches of one prompt differ."""
+        measured = self.metrics.measure(self.average)
+        if not is_first():
+            return
         n_images = self.progress.step * self.config.batch
         name = f"snapshot-{n_images:06d}"
         diversity = self.showcase.diversity(self.average)
@@ -228,24 +233,29 @@ class GanRun:
         self.showcase.save_grid(self.folder / "samples" / f"{name}.png", self.average)
         line = (f"kimg {self.kimg:<8.2f} {name}   diversity within a prompt {diversity['generated']:.1f} grey levels, by z alone "
                 f"{diversity['generated_z']:.1f} (real patches of {diversity['real_groups']}: {diversity['real']:.1f})")
-        measured = {f"diversity/{what}": diversity[what] for what in ("generated", "generated_z", "real")}
+        line += "".join(f"   {name.removeprefix('metrics/')} {value:.4g}" for name, value in measured.items())
+        measured |= {f"diversity/{what}": diversity[what] for what in ("generated", "generated_z", "real")}
         for ema, average in self.averages.others.items():
             found = self.showcase.diversity(average)
             save_snapshot(self.folder / name / ema, average, **facts, diversity=found)
             measured |= {f"diversity/{what}/{ema}": found[what] for what in ("generated", "generated_z")}
             line += f"   {ema}: {found['generated']:.1f}, by z alone {found['generated_z']:.1f}"
         stats.write(self.progress.step, {"kimg": self.kimg, **measured}, line)
-        tqdm.write(line)
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment."""
+    def save(self) -> Path | None:
+        """Write a checkpoint of this moment, on the first rank."""
+        if not is_first():
+            return None
         gan = self.gan
         state = {**asdict(self.progress), "config": asdict(self.config), "config_sha256": self._config_hash(),
                  "data_sha256": self.data.sha256, "backbone": self.encoder.source}
         return save_checkpoint(self.folder, self.progress.step, state=state, tensors={
-            "generator": gan.generator.state_dict(), "discriminator": gan.discriminator.trainable_state(),
-            **self.averages.parts(),
+            "discriminator": gan.discriminator.trainable_state(), **{name: part.state_dict() for name, part in self._parts().items()},
         }, optimisers={"g_optimiser": gan.g_optimiser.state_dict(), "d_optimiser": gan.d_optimiser.state_dict()})
+
+    def _parts(self) -> dict[str, nn.Module]:
+        """Networks that a checkpoint holds whole, by the names of their files."""
+        return {"generator": self.gan.generator, **self.averages.parts()}
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint; refused (exit 5) if it belongs to another config, data set or backbone."""
@@ -258,14 +268,14 @@ class GanRun:
                 ("backbone", state["backbone"], "" if state["backbone"] == self.encoder.source else self.encoder.source)):
             if found:
                 raise WeightsError(checkpoint.folder, what, expected, found)
-        parts = ("generator", "discriminator", *self.averages.parts())
-        for part in parts:
+        names = ("discriminator", *self._parts())
+        for part in names:
             if part not in checkpoint.tensors:
-                raise WeightsError(checkpoint.folder, "parts", ", ".join(parts), f"no {part}")
-        load_into(gan.generator, checkpoint.tensors["generator"], checkpoint.folder)
+                raise WeightsError(checkpoint.folder, "parts", ", ".join(names), f"no {part}")
+        for part, network in self._parts().items():
+            load_into(network, checkpoint.tensors[part], checkpoint.folder)
         frozen = {name: tensor for name, tensor in gan.discriminator.state_dict().items() if name.startswith("taps.")}
         load_into(gan.discriminator, {**checkpoint.tensors["discriminator"], **frozen}, checkpoint.folder)
-        self.averages.load(checkpoint.tensors, checkpoint.folder)
         gan.g_optimiser.load_state_dict(checkpoint.optimisers["g_optimiser"])
         gan.d_optimiser.load_state_dict(checkpoint.optimisers["d_optimiser"])
         names = Progress.__dataclass_fields__

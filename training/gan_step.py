@@ -1,7 +1,7 @@
 """One step of the GAN: gradients of the generator and of the discriminator's heads over one global batch.
 
 `best` runs the generator and the frozen backbone once for both losses; `reference` runs them once per network, as published.
-Gradients are means over the global batch, whatever the micro-batch.
+Gradients are means over the global batch, whatever the micro-batch and the number of ranks: each computes its rows of it.
 """
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from training.gan_draws import D_PHASE, G_PHASE, Draws, batch_rows, draw, real_v
 from training.gan_losses import blur, discriminator_loss, diversity_loss, feature_penalty, generator_loss, mismatch_loss
 from training.gan_parts import Part, Step
 from training.guidance import clip_guidance, wanted_prompts
+from training.ranks import own_part, sum_gradients, sum_values
 
 SIGN = "logits/sign"      # E[sign D(real)]: what --augment-target speaks of
 ADAM = {"betas": (0.0, 0.99), "eps": 1e-8}
@@ -79,13 +80,14 @@ class GanStep:
         d_draws = draws if self.config.shared_pass else self._draw(step, phase=D_PHASE)
         wanted = wanted_prompts(self.data.prompts, rows, in_pairs=self.config.diversity_weight > 0) if clip_weight else None
         now = Step(step, rows, sigma, clip_weight, wanted)
-        for start in range(0, self.config.batch, self.config.batch_gpu):
+        for start in own_part(self.config.batch, self.config.batch_gpu):
             if self.config.shared_pass:
                 self._shared_part(now, self._part(now, start, draws), totals)
             else:
                 self._generator_part(now, self._part(now, start, draws), totals)
                 self._discriminator_part(now, self._part(now, start, d_draws, D_PHASE), totals)
-        return totals
+        sum_gradients((*self.generator.parameters(), *self.discriminator.heads.parameters()))
+        return sum_values(totals, self.data.prompts.device)
 
     def _part(self, now: Step, start: int, draws: Draws, phase: int = G_PHASE) -> Part:
         """One micro-batch; the generator is asked with D's prompts or, with `cond_dropout`, with those embedded anew with dropout."""

@@ -54,6 +54,9 @@ def read_prompts(path: Path | str, snapshot: Snapshot, *, encoded: bool = False,
     if path.suffix == ".h5ad":
         clip = snapshot.clip
         table = expression_only(path, target_sum=clip.target_sum, vocabulary=clip.gene_names)
+        if clip.config.gene_sample_scaling != "none":
+            log.warning("%s: its %d spots are scaled by the sample's own genes: give whole samples, choose with --clusters or --n-samples",
+                        path, len(table.barcodes))
         embeddings, barcodes, obs = clip.embed_expression(table.expression, sample_ids=table.sample_ids), table.barcodes, table.obs
     else:
         if not encoded and snapshot.clip.config.gene_sample_scaling != "none":

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from preprocessing.errors import InputError, WeightsError
 from preprocessing.outputs import file_sha256, finished_file, finished_folder
@@ -76,13 +77,27 @@ class StatsLog:
             self.writer.flush()
 
     def note(self, line: str) -> None:
-        """Append a line to log.txt."""
+        """Say a line, and append it to log.txt."""
+        tqdm.write(line)
         with open(self.folder / "log.txt", "a") as stream:
             stream.write(line + "\n")
 
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+class NoStats:
+    """The statistics of a rank that does not speak."""
+
+    def forget_after(self, step: int) -> None:
+        pass
+
+    def write(self, step: int, values: Mapping[str, float], line: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def _step_of(line: str) -> int | None:

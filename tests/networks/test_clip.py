@@ -13,7 +13,7 @@ from networks.clip import CLIP, ClipModelConfig, clip_weights_sha256
 from networks.gene_encoders import InputScaling, ProjectionHead
 from networks.histo_models import build_encoder
 from networks.weights import load_weights_folder, save_weights_folder
-from preprocessing.errors import EXIT_WEIGHTS, OptionError, WeightsError
+from preprocessing.errors import EXIT_WEIGHTS, InputError, OptionError, WeightsError
 
 GENES = ["Actb", "Cd3e", "Epcam", "Krt8", "Ptprc"]
 
@@ -71,8 +71,10 @@ def test_embedding_sparse_expression_streams_to_the_same_rows(expression):
 
 @pytest.mark.parametrize("kind", ["centre", "standardise"])
 def test_samples_are_scaled_by_their_own_genes_so_that_shift_and_factor_vanish(expression, kind):
-    clip, samples = tiny(gene_sample_scaling=kind), np.array(list("ABABAAB"))
-    rows = expression.numpy()
+    clip, samples = tiny(gene_sample_scaling=kind), np.array(list("ABABAAB") * 4)
+    rows = expression.repeat(4, 1).numpy()
+    with pytest.raises(InputError, match="B: spots of a sample: expected a whole sample, at least 10.* found 3"):
+        clip.embed_expression(sp.csr_matrix(rows[:7]), sample_ids=samples[:7])
     embedded = clip.embed_expression(sp.csr_matrix(rows), batch_size=2, sample_ids=samples)
     shifted = rows + (samples == "B")[:, None] * np.arange(1, 6, dtype=np.float32)   # a batch effect of sample B
     assert torch.allclose(clip.embed_expression(sp.csr_matrix(shifted), sample_ids=samples), embedded, atol=1e-4)
@@ -184,10 +186,26 @@ def test_what_is_pushed_to_the_hub_is_a_weights_folder_that_comes_back(tmp_path,
     assert clip.push_to_hub("me/clip", token="secret", private=True) == "https://hub/me/clip/commit/1"
     assert asked == [("token", "secret"), ("me/clip", True, True)]
     downloaded = tmp_path / "me" / "clip"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo_id, allow_patterns: tmp_path / repo_id)
+    assert torch.equal(CLIP.from_pretrained("me/clip").encode_genes(expression), clip.encode_genes(expression))
+    assert clip_weights_sha256("me/clip") == clip_weights_sha256(downloaded)
     assert torch.equal(CLIP.from_pretrained(downloaded).encode_genes(expression), clip.encode_genes(expression))
     assert sorted(path.name for path in downloaded.iterdir()) == ["README.md", "SHA256SUMS", "config.json", "model.safetensors"]
     assert not any("image_encoder" in name or "secret" in name for name in load_weights_folder(downloaded)[0])
     assert "secret" not in (downloaded / "config.json").read_text() + (downloaded / "README.md").read_text()
+
+
+def test_weights_that_are_neither_here_nor_on_the_hub_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def offline(repo_id, allow_patterns):
+        raise OSError("no connection")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(InputError, match=r"nobody/clip: .*nothing there, and the hub says: no connection"):
+        CLIP.from_pretrained("nobody/clip")
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(InputError, match=r"runs/clpi: folder: .*nothing there$"):   # a folder of ours: the hub is not asked
+        CLIP.from_pretrained("runs/clpi")
 
 
 def test_the_model_card_says_what_the_weights_are_and_names_no_path(tmp_path):

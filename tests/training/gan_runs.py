@@ -30,11 +30,11 @@ def tiny_data(n=24, width=6, validation=False):
                     validation_barcodes=np.array(["v"] * 4) if validation else None)
 
 
-def make_run(folder, preset="best", data=None, **said):
+def make_run(folder, preset="best", data=None, watched=(), **said):
     folder.mkdir(exist_ok=True)
     config = resolve(preset, "custom", **{**TINY, **said})
     clip = gene_encoder() if config.cond_dropout or config.clip_weight else None
-    return GanRun(config, data or tiny_data(), build_encoder("random_tiny"), folder, clip=clip, tensorboard=False)
+    return GanRun(config, data or tiny_data(), build_encoder("random_tiny"), folder, clip=clip, tensorboard=False, watched=watched)
 
 
 def gene_encoder(width=6, **options):
