@@ -2,13 +2,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-
-from networks.weights import load_into
+from torch import nn
 
 RAMP_UP = 0.05    # the half-life is never longer than this share of the images seen so far
 
@@ -63,14 +60,6 @@ class Averages:
         for multiple, average in self.models.items():
             update_average(average, model, beta ** (1 / multiple))
 
-    def parts(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors by part of a checkpoint: `average`, and `average-<multiple>` of the others."""
-        return {self._part(multiple): model.state_dict() for multiple, model in self.models.items()}
-
-    def load(self, parts: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
-        """Take the averages of a checkpoint at `path`, which has all of `parts`."""
-        for multiple, model in self.models.items():
-            load_into(model, parts[self._part(multiple)], path)
-
-    def _part(self, multiple: float) -> str:
-        return "average" if multiple == 1 else f"average-{multiple:g}"
+    def parts(self) -> dict[str, nn.Module]:
+        """All of them by part of a checkpoint: `average`, and `average-<multiple>` of the others."""
+        return {"average" if multiple == 1 else f"average-{multiple:g}": model for multiple, model in self.models.items()}

@@ -261,12 +261,11 @@ class GanRun:
                  "genes_sha256": None if self.mlp is None else strings_sha256(self.mlp.gene_names)}
         return save_checkpoint(self.folder, self.progress.step, state=state, tensors={
             "discriminator": gan.discriminator.trainable_state(), **{name: part.state_dict() for name, part in self._parts().items()},
-            **self.averages.parts(),
         }, optimisers={"g_optimiser": gan.g_optimiser.state_dict(), "d_optimiser": gan.d_optimiser.state_dict()})
 
     def _parts(self) -> dict[str, nn.Module]:
         """Networks that a checkpoint holds whole, by the names of their files."""
-        parts = {"generator": self.gan.generator}
+        parts = {"generator": self.gan.generator, **self.averages.parts()}
         return parts if self.mlp is None else {**parts, "mlp": self.mlp, "mlp_average": self.mlp_average}
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -280,7 +279,7 @@ class GanRun:
                 ("backbone", state["backbone"], "" if state["backbone"] == self.encoder.source else self.encoder.source)):
             if found:
                 raise WeightsError(checkpoint.folder, what, expected, found, "To start a new run from these weights, --resume a snapshot")
-        names = ("discriminator", *self._parts(), *self.averages.parts())
+        names = ("discriminator", *self._parts())
         for part in names:
             if part not in checkpoint.tensors:
                 raise WeightsError(checkpoint.folder, "parts", ", ".join(names), f"no {part}")
@@ -288,7 +287,6 @@ class GanRun:
             load_into(network, checkpoint.tensors[part], checkpoint.folder)
         frozen = {name: tensor for name, tensor in gan.discriminator.state_dict().items() if name.startswith("taps.")}
         load_into(gan.discriminator, {**checkpoint.tensors["discriminator"], **frozen}, checkpoint.folder)
-        self.averages.load(checkpoint.tensors, checkpoint.folder)
         gan.g_optimiser.load_state_dict(checkpoint.optimisers["g_optimiser"])
         gan.d_optimiser.load_state_dict(checkpoint.optimisers["d_optimiser"])
         names = Progress.__dataclass_fields__

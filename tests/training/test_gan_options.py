@@ -346,3 +346,19 @@ def test_a_checkpoint_without_an_average_that_is_asked_for_is_refused(tmp_path):
     lacking = replace(checkpoint, tensors={name: part for name, part in checkpoint.tensors.items() if name != "average-2"})
     with pytest.raises(WeightsError, match="no average-2"):
         make_run(tmp_path / "a", emas="1,2").load(lacking)
+
+
+def test_a_checkpoint_older_than_these_options_goes_on_without_them(tmp_path):
+    run = make_run(tmp_path / "a")
+    run.one_step()
+    checkpoint = latest_checkpoint(run.save().parent)
+    younger = {*OFF, "augment_kimg", "r1_interval"}
+    state = {name: value for name, value in checkpoint.state.items() if name != "augment_p"}
+    state["config"] = {name: value for name, value in state["config"].items() if name not in younger}
+    resumed = make_run(tmp_path / "a")
+    resumed.load(replace(checkpoint, state=state))
+    for each in (run, resumed):
+        each.one_step()
+    assert same(run, resumed) and resumed.gan.augment_p == 1
+    with pytest.raises(WeightsError, match="mismatch_weight 0.0 -> 0.5"):
+        make_run(tmp_path / "a", mismatch_weight=0.5).load(replace(checkpoint, state=state))
