@@ -31,11 +31,17 @@ class Prompts:
 
     path: Path
     embeddings: Tensor                # (N, c_dim) float32
-    barcodes: np.ndarray              # (N,) str; empty strings for an .npy
+    barcodes: np.ndarray              # (N,) str "sample_id__barcode"; empty strings for an .npy
     clusters: np.ndarray | None       # (N,) str; NO_CLUSTER where there is none
+    sample_id: str = ""               # of an .h5ad
+    centre_xy_px: np.ndarray | None = None   # (N, 2) float64, level-0 px, of an .h5ad that has them
 
     def __len__(self) -> int:
         return len(self.embeddings)
+
+    def spot_barcode(self, row: int) -> str:
+        """The barcode of a row as its .h5ad has it, without the sample; empty for an .npy."""
+        return str(self.barcodes[row]).removeprefix(f"{self.sample_id}__")
 
 
 def read_prompts(path: Path | str, snapshot: Snapshot, *, encoded: bool = False, clusters: str | None = None) -> Prompts:
@@ -46,15 +52,17 @@ def read_prompts(path: Path | str, snapshot: Snapshot, *, encoded: bool = False,
     if path.suffix not in (".h5ad", ".npy"):
         raise InputError(path, "suffix", ".h5ad or .npy", path.suffix or "none")
     if encoded and path.suffix != ".npy":
-        raise OptionError("--encoded", "an .npy of embeddings as --gex", str(path))
+        raise OptionError("--encoded", "an .npy of embeddings as prompts", str(path))
     if not encoded and snapshot.clip is None:
         raise InputError(path, "--encoded", "a snapshot that names its gene encoder, or prompts that are embeddings",
                          "a snapshot without gene encoder and expression")
-    barcodes, obs = None, None
+    barcodes, obs, sample_id, xy = None, None, "", None
     if path.suffix == ".h5ad":
         clip = snapshot.clip
         table = expression_only(path, target_sum=clip.target_sum, vocabulary=clip.gene_names)
         embeddings, barcodes, obs = clip.embed_expression(table.expression, sample_ids=table.sample_ids), table.barcodes, table.obs
+        sample_id, xy = str(table.sample_ids[0]) if len(table.sample_ids) else "", table.centre_xy_px
+        xy = xy if np.isfinite(xy).all() else None
     else:
         if not encoded and snapshot.clip.config.gene_sample_scaling != "none":
             raise InputError(path, "prompts", "an .h5ad of a whole sample: the gene encoder scales every sample by its own genes",
@@ -65,7 +73,8 @@ def read_prompts(path: Path | str, snapshot: Snapshot, *, encoded: bool = False,
     if embeddings.shape[1] != width:
         raise InputError(path, "width of an embedding", f"{width}, as the snapshot was trained with", str(embeddings.shape[1]))
     labels = None if clusters is None else _read_labels(clusters, obs, path, len(embeddings))
-    return Prompts(path, embeddings, np.full(len(embeddings), "") if barcodes is None else barcodes, labels)
+    barcodes = np.full(len(embeddings), "") if barcodes is None else barcodes
+    return Prompts(path, embeddings, barcodes, labels, sample_id, xy)
 
 
 def _read_rows(path: Path, width: int, encoded: bool) -> np.ndarray:
