@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sampling_world import GENES, N, PX, WIDTH, apart, call, make_world, pictures
+from sampling_world import GENES, PX, WIDTH, N, apart, call, make_world, pictures
 
 import gen_images
 import interpolate_prompts
