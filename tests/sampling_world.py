@@ -41,7 +41,9 @@ def make_world(folder: Path) -> Path:
     CLIP(config, genes.var_names.tolist(), image_encoder=build_encoder("random_tiny")).eval().save_pretrained(folder / "clip")
     encoder = {"path": folder / "clip", "sha256": clip_weights_sha256(folder / "clip"), "target_sum": 100.0}
     for name in ("snapshot", "other"):
-        generator = Generator(GeneratorConfig(PX, c_dim=WIDTH, cbase=128, cmax=8, res_blocks=1, noise_init=0.3))
+        generator = Generator(GeneratorConfig(PX, c_dim=WIDTH, cbase=128, cmax=8, res_blocks=1, noise_init=0.3)).requires_grad_(False)
+        for conv in (conv for block in generator.blocks for conv in block.convs):     # the same seen from four sides: a turned input
+            conv.weight.copy_(sum(torch.rot90(conv.weight, turn, (2, 3)) for turn in range(4)) / 4)   # gives the turned picture
         save_snapshot(folder / name, generator, gene_encoder=encoder)
     return folder
 

@@ -79,7 +79,7 @@ def pictures(folder):
             for path in sorted(folder.rglob("prompt*.png"))}
 
 
-@pytest.mark.parametrize("command", ["train_gan.py", "gen_images.py"])
+@pytest.mark.parametrize("command", ["train_gan.py", "gen_images.py", "interpolate_prompts.py"])
 def test_help_answers_quickly_with_an_example(command):
     start = resource.getrusage(resource.RUSAGE_CHILDREN)
     shown = subprocess.run([sys.executable, command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
