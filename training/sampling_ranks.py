@@ -21,7 +21,7 @@ from evaluation.features import pick_device
 from preprocessing.cores import usable_cores
 from preprocessing.errors import EXIT_INTERRUPTED, OptionError
 
-GRACE_S = 3.0                    # what is wrong for all is said by rank 0, which ends the others meanwhile
+GRACE_S = 30.0                   # what is wrong for all is said by rank 0, whose end ends the others meanwhile
 LONGEST_WAIT = timedelta(days=7)  # one rank may look through files, or put them together, while the others wait
 
 
