@@ -28,7 +28,7 @@ def main(**options):
     python gen_images.py --network runs/gan/00000-C2-C3@64-small-gpus1-b16 --gex runs/C4/gex_filt.h5ad --seeds 0-3 \\
         --n-samples 5 --clusters cluster --images runs/C4/patches --outdir runs/generated
 
-    On several GPUs: torchrun --nproc-per-node 4 gen_images.py ... makes the same patches.
+    On several GPUs, one a process: torchrun --nproc-per-node 4 gen_images.py ... makes the same patches.
     """
     from training.generation import GenerateConfig, generate_patches
 

@@ -258,5 +258,25 @@ def test_a_finished_file_is_left_alone_and_other_options_make_it_again(world, tm
     assert result.exit_code == 0 and (patches_in(path) == patches).all()
 
 
+def test_a_damaged_block_ends_the_call_and_the_next_makes_it_anew(world, tmp_path, monkeypatch):
+    finish = GeneratedH5.finish
+
+    def damage_first(self):
+        block = sorted(tmp_path.glob(".made.h5.parts/block_*"))[1]
+        content = bytearray(block.read_bytes())
+        content[-5] ^= 1
+        block.write_bytes(content)
+        return finish(self)
+
+    options = {"out_h5": tmp_path / "made.h5", "batch_sz": 4}
+    with monkeypatch.context() as patched:
+        patched.setattr(GeneratedH5, "finish", damage_first)
+        result = generate(world, tmp_path / "out", **options)
+    assert result.exit_code == 4 and "damaged" in result.output and not (tmp_path / "made.h5").exists()
+    result = generate(world, tmp_path / "out", **options)
+    assert result.exit_code == 0 and "wrote 16 patches (12 of them were there)" in result.output
+    assert (patches_in(tmp_path / "made.h5") == np.stack(list(made(world, tmp_path / "pngs", batch_sz=4).values()))).all()
+
+
 def test_a_folder_as_the_file_of_patches_is_a_usage_error(world, tmp_path):
     assert generate(world, tmp_path / "out", out_h5=tmp_path).exit_code == 2

@@ -7,14 +7,13 @@ attribute `pixel_size` is NaN.
 """
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 
 from preprocessing.compressed_chunks import pack, unpack
-from preprocessing.outputs import is_done, locked, write_done
+from preprocessing.outputs import is_done, write_done
 from preprocessing.parts import Parts
 from preprocessing.patch_file import compress_patch, read_patch_file, write_compressed_patches
 from training.generation_plan import GenerationPlan
@@ -32,12 +31,8 @@ class GeneratedH5:
         self._parts: Parts | None = None           # None: the file is finished
         self._one_seed = len({request.seed for request in plan.requests}) == 1
 
-    def held(self) -> AbstractContextManager:
-        """Keep other processes off this file (rank 0 does); what killed ones left half-written goes."""
-        return locked(self.path)
-
     def begin(self) -> list[int]:
-        """Batches that are neither in the file nor in a block, the same list on every rank."""
+        """Batches that are neither in the file nor in a block, the same list on every rank. Rank 0 looks; it holds the lock of the file."""
         found = None
         if self.ranks.is_first and not is_done(self.path, config=self.record, inputs={}):
             self._parts = Parts(self.path, config=self.record, inputs={})

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import os
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 
-from preprocessing.outputs import finished_file, locked
+from preprocessing.outputs import finished_file
 from preprocessing.patches import read_patch
 from preprocessing.png_folder import encode_png
 from training.generation_plan import GenerationPlan
+from training.loading import in_order
 from training.sampling_ranks import Ranks
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -61,15 +60,11 @@ class GeneratedPngs:
     def __init__(self, plan: GenerationPlan, folder: Path, ranks: Ranks, workers: int):
         self.plan, self.folder, self.ranks, self.workers = plan, folder, ranks, workers
 
-    def held(self) -> AbstractContextManager:
-        """Keep other processes off these files (rank 0 does); what killed ones left half-written goes."""
-        return locked(self.folder / "samples.csv", covers=[self.folder / "grid.png"])
-
     def _path(self, row: int) -> Path:
         return self.folder / self.plan.requests[row].file_name
 
     def begin(self) -> list[int]:
-        """Batches that are not all there, the same list on every rank."""
+        """Batches that are not all there, the same list on every rank. Rank 0 looks; it holds the lock of the folder."""
         missing = None
         if self.ranks.is_first:
             for left in self.folder.rglob("prompt*_seed*.png.tmp.*"):
@@ -78,8 +73,7 @@ class GeneratedPngs:
             def is_there(number: int) -> bool:
                 return all(carries_mark(self._path(row), self.plan.mark(row)) for row in self.plan.rows(number))
 
-            with ThreadPoolExecutor(self.workers) as pool:
-                missing = [number for number, there in enumerate(pool.map(is_there, range(self.plan.n_batches))) if not there]
+            missing = [number for number, there in enumerate(in_order(range(self.plan.n_batches), is_there, self.workers)) if not there]
         return self.ranks.tell(missing)
 
     def save(self, number: int, pictures: list[np.ndarray]) -> int:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from evaluation.contact_sheet import contact_sheet, save_png
 from networks.snapshot import Snapshot
 from preprocessing.errors import OptionError
+from preprocessing.outputs import fingerprint, locked
 from training.data import ImageGeneDataset, sample_files
 from training.generated_h5 import GeneratedH5
 from training.generated_pngs import GeneratedPngs
@@ -23,6 +24,8 @@ from training.prompts import parse_seeds, plan_requests, read_prompts
 from training.sampling import newest_snapshot, open_snapshot, sample_batches
 from training.sampling_options import SamplingOptions
 from training.sampling_ranks import Ranks, all_ranks
+
+SAMPLES, GRID = "samples.csv", "grid.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +63,19 @@ def generate_patches(config: GenerateConfig, progress: bool = True) -> Generated
     with all_ranks() as ranks, ExitStack() as held:
         device, workers = ranks.device(config.device), ranks.workers(config.workers)
         snapshot = open_snapshot(Path(ranks.tell(str(newest_snapshot(config.network)))), config, device)
+        read_from = fingerprint(config.gex) if config.gex.is_file() else {}     # before it is read: it may be replaced meanwhile
         prompts = read_prompts(config.gex, snapshot, encoded=config.encoded, clusters=config.clusters)
         plan = GenerationPlan(prompts, plan_requests(prompts, seeds, config.n_samples), config, config.same_seed,
                               snapshot.generator.config.img_resolution, snapshot.weights_sha256,
-                              ingredients(snapshot, prompts, config, device))
+                              ingredients(snapshot, read_from, config, device))
         real = _real_patches(config, snapshot) if ranks.is_first else None
-        pngs = GeneratedPngs(plan, config.outdir, ranks, workers)
-        output = pngs if config.out_h5 is None else GeneratedH5(plan, config.out_h5, ranks)
-        if ranks.is_first:
-            for one in dict.fromkeys((pngs, output)):      # the folder of samples.csv, and the .h5
-                held.enter_context(one.held())
+        if config.out_h5 is None:
+            output = GeneratedPngs(plan, config.outdir, ranks, workers)
+        else:
+            output = GeneratedH5(plan, config.out_h5, ranks)
+        for path in (config.outdir / SAMPLES, config.out_h5) if ranks.is_first else ():
+            if path is not None:
+                held.enter_context(locked(path))
         missing = output.begin()
         _make(plan, missing, snapshot, output, ranks, workers, progress)
         if not ranks.is_first:
@@ -82,7 +88,7 @@ def _make(plan: GenerationPlan, missing: list[int], snapshot: Snapshot, output: 
           progress: bool) -> None:
     """This rank's share of the missing batches; returns when all ranks have theirs on the disk."""
     if missing and ranks.is_first:            # what describes other patches goes before they do
-        for name in ("samples.csv", "grid.png"):
+        for name in (SAMPLES, GRID):
             (plan.options.outdir / name).unlink(missing_ok=True)
     ranks.wait()
     own = missing[ranks.rank::ranks.size]
@@ -104,7 +110,7 @@ def _real_patches(config: GenerateConfig, snapshot: Snapshot) -> ImageGeneDatase
 
 def _describe(plan: GenerationPlan, output: GeneratedPngs | GeneratedH5, folder: Path, real: ImageGeneDataset | None) -> list[Path]:
     """Write samples.csv and grid.png: one row a prompt, its real patch first where known."""
-    samples, grid = folder / "samples.csv", folder / "grid.png"
+    samples, grid = folder / SAMPLES, folder / GRID
     shown = plan.grid()
 
     def row_of(prompt: int) -> list[np.ndarray]:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from networks.snapshot import Snapshot
-from preprocessing.outputs import fingerprint, finished_file, program_versions
+from preprocessing.outputs import finished_file, program_versions
 from training.prompts import Prompts, Request
 from training.sampling import Batch
 from training.sampling_options import SamplingOptions
@@ -91,10 +91,13 @@ class GenerationPlan:
         return shown
 
 
-def ingredients(snapshot: Snapshot, prompts: Prompts, options: SamplingOptions, device: str) -> dict:
-    """What every patch of a call depends on. A CPU and a GPU differ by a grey level here and there: they are not mixed."""
+def ingredients(snapshot: Snapshot, prompts: Mapping, options: SamplingOptions, device: str) -> dict:
+    """What every patch of a call depends on; `prompts` is the fingerprint of their file.
+
+    A CPU and a GPU differ by a grey level here and there: they are not mixed.
+    """
     versions = program_versions()
     return {"format": FORMAT, "weights_sha256": snapshot.weights_sha256, "gene_encoder": snapshot.config.get("gene_encoder"),
-            "prompts": fingerprint(prompts.path), "encoded": options.encoded, "truncation": options.truncation,
+            "prompts": dict(prompts), "encoded": options.encoded, "truncation": options.truncation,
             "noise_mode": options.noise_mode, "translate": list(options.translate), "rotate": options.rotate,
             "device": device.partition(":")[0], "versions": {name: versions.get(name) for name in ("genes-to-morphology", "torch")}}

@@ -52,7 +52,7 @@ def sampling_options(command: Callable) -> Callable:
                      help="Per-pixel noise."),
         click.option("--translate", default="0,0", callback=_pair_of_numbers, help="Move what is drawn: x,y in shares of the side."),
         click.option("--rotate", default=0.0, help="Turn what is drawn, degrees."),
-        click.option("--device", help="cpu, cuda, ... Default: a GPU if there is one; under torchrun each process takes its own."),
+        click.option("--device", help="cpu, cuda, ... Default: a GPU if there is one."),
         click.option("--encoded", is_flag=True, help="The .npy holds embeddings, not expression."),
         click.option("--batch-sz", "--batch_sz", default=16, help="Patches at a time; does not change them."),
         click.option("--workers", type=int, help="Threads that draw random numbers, encode and write. Default: one a core."),

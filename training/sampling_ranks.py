@@ -66,11 +66,12 @@ class Ranks:
             dist.barrier()
             length = torch.tensor(len(content))
             dist.broadcast(length, 0)
-            text = torch.tensor(list(content), dtype=torch.uint8) if self.is_first else torch.empty(int(length), dtype=torch.uint8)
+            text = torch.empty(int(length), dtype=torch.uint8)
+            text[:len(content)] = torch.frombuffer(bytearray(content or b" "), dtype=torch.uint8)[:len(content)]
             dist.broadcast(text, 0)
         except RuntimeError as error:
             raise OSError(f"rank {self.rank}: another process of this run ended or did not answer") from error
-        return json.loads(bytes(text.tolist()))
+        return json.loads(text.numpy().tobytes())
 
 
 @contextmanager
