@@ -116,7 +116,8 @@ def begin(run, start, resume_kimg: float | None, name: str, **named: str) -> Non
                                        *start_from(run, start, resume_kimg or 0.0)]
     if start is None and run.config.train_mode != "all":
         report.append(f"--train-mode {run.config.train_mode} without --resume: what it freezes was never trained")
-    run.folder = from_first(next_run_folder(run.folder, name) if is_first() else None)     # only now: what is refused leaves no folder
+    folder = from_first(str(next_run_folder(run.folder, name)) if is_first() else None)     # only now: what is refused leaves no folder
+    run.folder = Path(folder)
     if not is_first():
         return
     start_folder(run.folder, run, started_from=None if start is None else str(start.folder), **named)

@@ -35,6 +35,8 @@ step_once gan "$OUT/gan" python train_gan.py --data "$data/SIM_A/patches" --gex 
     --kimg 100 --budget-minutes "$MINUTES"
 step_once generate "$OUT/generated" python gen_images.py --network "$OUT"/gan/00000-* --gex "$data/SIM_B/gex_filt.h5ad" --clusters cluster \
     --n-samples 60 --images "$data/SIM_B/patches" --seeds 0 --outdir "$OUT/generated"
+step_once walk "$OUT/walk" python interpolate_prompts.py --network "$OUT"/gan/00000-* --prompt1 "$data/SIM_B/gex_filt.h5ad:0" \
+    --prompt2 "$data/SIM_B/gex_filt.h5ad:20" --n-steps 9 --seeds 0-3 --outdir "$OUT/walk"
 step metrics python calculate_image_quality_metrics.py --experiment demo --ref-img-path "$data/SIM_B/patches" --gen-img-path "$OUT/generated" \
     --features efficientnet_lite0 --match-px 64 --out-dir "$OUT" --report "$OUT/index.html"
 [ "$DRY_RUN" = 1 ] || echo "open $OUT/index.html"

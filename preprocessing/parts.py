@@ -58,9 +58,13 @@ class Parts:
     def __len__(self) -> int:
         """How many blocks are finished, from block 0 without a gap."""
         number = 0
-        while number in self._damaged or self._path(number).exists():
+        while number in self:
             number += 1
         return number
+
+    def __contains__(self, number: int) -> bool:
+        """Whether block `number` is finished, for blocks that come in any order."""
+        return number in self._damaged or self._path(number).exists()
 
     def _path(self, number: int) -> Path:
         return self.folder / f"block_{number:06d}.safetensors"

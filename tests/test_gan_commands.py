@@ -79,7 +79,7 @@ def pictures(folder):
             for path in sorted(folder.rglob("prompt*.png"))}
 
 
-@pytest.mark.parametrize("command", ["train_gan.py", "gen_images.py"])
+@pytest.mark.parametrize("command", ["train_gan.py", "gen_images.py", "interpolate_prompts.py"])
 def test_help_answers_quickly_with_an_example(command):
     start = resource.getrusage(resource.RUSAGE_CHILDREN)
     shown = subprocess.run([sys.executable, command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -242,7 +242,8 @@ def test_every_option_changes_what_it_should(world):
 def test_embeddings_and_expression_of_an_npy_are_prompts_row_by_row(world):
     from networks.snapshot import load_snapshot
     from training.prompts import read_prompts
-    snapshot = load_snapshot(gen_images.newest_snapshot(run_folder(world)))
+    from training.sampling import newest_snapshot
+    snapshot = load_snapshot(newest_snapshot(run_folder(world)))
     prompts = read_prompts(world / "gex.h5ad", snapshot)
     np.save(world / "embeddings.npy", prompts.embeddings.numpy())
     (_, from_genes), (result, from_rows) = generate(world, "genes"), generate(world, "rows", gex=world / "embeddings.npy", encoded=True)

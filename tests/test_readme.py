@@ -11,7 +11,9 @@ REAL_TISSUE = "bash assets/real_tissue.sh --data ../shared/data/her2st --train C
 ONE_PASS = ("python preprocessing/extract_patches.py --space-ranger-dir demo_run/SIM_B --wsi-file demo_run/SIM_B/slide.tif "
             "--sample-id SIM_B --out-dir demo_run/one_pass --stride 5 --dump-dir demo_run/one_pass/patches --no-h5")
 COHORT = "snakemake --profile workflow/profiles/local --config samples=workflow/demo_sheet.csv out_dir=demo_run/cohort"
-RUN_ELSEWHERE = {"make demo", "source .venv/bin/activate", REAL_TISSUE, ONE_PASS, COHORT}   # by test_walks, test_one_pass, test_workflow
+TORCHRUN = ("torchrun --nproc-per-node 2 gen_images.py --network demo_run/gan/00000-* --gex demo_run/data/SIM_B/gex_filt.h5ad --seeds 0-3 "
+            "--batch-sz 64 --out-h5 demo_run/many/patches.h5 --outdir demo_run/many")
+RUN_ELSEWHERE = {"make demo", "source .venv/bin/activate", REAL_TISSUE, ONE_PASS, COHORT, TORCHRUN}   # by the tests of each
 
 
 def readme_commands() -> list[str]:

@@ -31,8 +31,10 @@ class Prompts:
 
     path: Path | None                 # None: unconditional
     embeddings: Tensor                # (N, c_dim) float32
-    barcodes: np.ndarray              # (N,) str; empty strings for an .npy
+    barcodes: np.ndarray              # (N,) str "sample_id__barcode"; empty strings for an .npy
     clusters: np.ndarray | None       # (N,) str; NO_CLUSTER where there is none
+    sample_id: str = ""               # of an .h5ad
+    centre_xy_px: np.ndarray | None = None   # (N, 2) float64, level-0 px, of an .h5ad that has them
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -41,6 +43,10 @@ class Prompts:
     def are_rows(self) -> bool:
         """True for an .npy without clusters, and for the empty prompt: every row counts, `--n-samples` times."""
         return self.clusters is None and (self.path is None or self.path.suffix == ".npy")
+
+    def spot_barcode(self, row: int) -> str:
+        """The barcode of a row as its .h5ad has it, without the sample; empty for an .npy."""
+        return str(self.barcodes[row]).removeprefix(f"{self.sample_id}__")
 
 
 def read_prompts(path: Path | str | None, snapshot: Snapshot, *, encoded: bool = False, clusters: str | None = None) -> Prompts:
@@ -56,11 +62,11 @@ def read_prompts(path: Path | str | None, snapshot: Snapshot, *, encoded: bool =
     if path.suffix not in (".h5ad", ".npy"):
         raise InputError(path, "suffix", ".h5ad or .npy", path.suffix or "none")
     if encoded and path.suffix != ".npy":
-        raise OptionError("--encoded", "an .npy of embeddings as --gex", str(path))
+        raise OptionError("--encoded", "an .npy of embeddings as prompts", str(path))
     if not encoded and snapshot.gene_encoder is None:
         raise InputError(path, "--encoded", "a snapshot that names its gene encoder, or prompts that are embeddings",
                          "a snapshot without gene encoder and expression")
-    barcodes, obs = None, None
+    barcodes, obs, sample_id, xy = None, None, "", None
     if path.suffix == ".h5ad":
         encoder = snapshot.gene_encoder
         table = expression_only(path, target_sum=encoder.target_sum, vocabulary=encoder.gene_names)
@@ -68,6 +74,8 @@ def read_prompts(path: Path | str | None, snapshot: Snapshot, *, encoded: bool =
             log.warning("%s: its %d spots are scaled by the sample's own genes: give whole samples, choose with --clusters or --n-samples",
                         path, len(table.barcodes))
         embeddings, barcodes, obs = encoder.embed_expression(table.expression, sample_ids=table.sample_ids), table.barcodes, table.obs
+        sample_id, xy = str(table.sample_ids[0]) if len(table.sample_ids) else "", table.centre_xy_px
+        xy = xy if np.isfinite(xy).all() else None
     else:
         if not encoded and snapshot.gene_encoder.scales_by_sample:
             raise InputError(path, "prompts", "an .h5ad of a whole sample: the gene encoder scales every sample by its own genes",
@@ -78,7 +86,8 @@ def read_prompts(path: Path | str | None, snapshot: Snapshot, *, encoded: bool =
     if embeddings.shape[1] != width:
         raise InputError(path, "width of an embedding", f"{width}, as the snapshot was trained with", str(embeddings.shape[1]))
     labels = None if clusters is None else _read_labels(clusters, obs, path, len(embeddings))
-    return Prompts(path, embeddings, np.full(len(embeddings), "") if barcodes is None else barcodes, labels)
+    barcodes = np.full(len(embeddings), "") if barcodes is None else barcodes
+    return Prompts(path, embeddings, barcodes, labels, sample_id, xy)
 
 
 def _no_prompt(path: Path | str | None, snapshot: Snapshot, encoded: bool, clusters: str | None) -> Prompts:

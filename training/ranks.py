@@ -7,12 +7,13 @@ the gradients, after which all ranks take the same step. In a run of one process
 """
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,6 @@ from preprocessing.errors import OptionError
 
 TIMEOUT_MINUTES = 30.0
 LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|recv|socket", re.IGNORECASE)
-Value = TypeVar("Value")
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -96,13 +96,19 @@ def sum_values(values: Mapping[str, float], device: torch.device | str) -> dict[
     return dict(zip(values, summed.tolist(), strict=True))
 
 
-def from_first(value: Value) -> Value:
-    """What rank 0 has, on every rank."""
+def from_first(value: Any) -> Any:
+    """Rank 0's `value`, plain JSON, on every rank."""
     if rank_and_size()[1] == 1:
         return value
-    held = [value]
-    dist.broadcast_object_list(held)
-    return held[0]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    content = json.dumps(value).encode() if is_first() else b""
+    length = torch.tensor(len(content), device=device)
+    dist.broadcast(length, 0)
+    text = torch.zeros(int(length), dtype=torch.uint8, device=device)
+    if is_first():
+        text.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    dist.broadcast(text, 0)
+    return json.loads(text.cpu().numpy().tobytes())
 
 
 def any_rank(number: int, device: torch.device | str) -> int:

@@ -28,6 +28,7 @@ def test_blocks_count_up_to_the_first_gap(tmp_path):
     for number in (0, 1, 3):
         made.write(number, x=np.zeros(1))
     assert len(parts(tmp_path)) == 2 and len(list(parts(tmp_path).blocks("x"))) == 2
+    assert [number for number in range(5) if number in parts(tmp_path)] == [0, 1, 3]      # made in any order
 
 
 @pytest.mark.parametrize("change", ["config", "input", "no resume"])

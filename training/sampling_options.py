@@ -1,0 +1,70 @@
+"""Options that every command sampling from a snapshot has, as a dataclass and as click options. Loads no torch."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+import click
+
+from preprocessing.errors import OptionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """Which generator is asked, how, and where its patches go."""
+
+    network: Path                       # snapshot folder, or a run folder: its newest snapshot
+    outdir: Path
+    seeds: str = "0"
+    truncation: float = 1.0             # 1 = none
+    noise_mode: str = "random"
+    translate: tuple[float, float] = (0.0, 0.0)   # shares of the side
+    rotate: float = 0.0                 # degrees
+    device: str | None = None
+    encoded: bool = False               # prompts are embeddings
+    batch_sz: int = 16
+    workers: int | None = None          # threads that draw random numbers, encode and write; None: one a core
+    clip: Path | None = None            # where the gene encoder lies now
+
+    def __post_init__(self):
+        for name in ("batch_sz", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"--{name.replace('_', '-')}", "at least 1", str(value))
+        for name in ("truncation", "rotate"):
+            if not isfinite(getattr(self, name)):
+                raise OptionError(f"--{name}", "a finite number", str(getattr(self, name)))
+        if not all(map(isfinite, self.translate)):
+            raise OptionError("--translate", "two finite numbers", ",".join(map(str, self.translate)))
+
+
+def sampling_options(command: Callable) -> Callable:
+    """Add the options of `SamplingOptions` to a click command, in their order."""
+    for option in reversed((
+        click.option("--network", "--network_pkl", "--network-pkl", "network", type=click.Path(path_type=Path), required=True,
+                     help="Snapshot folder, or a run folder (its newest snapshot). Never a pickle."),
+        click.option("--outdir", type=click.Path(path_type=Path), required=True, help="Folder for the patches."),
+        click.option("--seeds", default="0", help="Seeds, as 0,1,4-6; every prompt is drawn once per seed."),
+        click.option("--truncation", default=1.0, help="psi: pulls z's part of the style to its mean; 1 is none."),
+        click.option("--noise-mode", "--noise_mode", type=click.Choice(["const", "random", "none"]), default="random",
+                     help="Per-pixel noise."),
+        click.option("--translate", default="0,0", callback=_pair_of_numbers, help="Move what is drawn: x,y in shares of the side."),
+        click.option("--rotate", default=0.0, help="Turn what is drawn, degrees."),
+        click.option("--device", help="cpu, cuda, ... Default: a GPU if there is one."),
+        click.option("--encoded", is_flag=True, help="The .npy holds embeddings, not expression."),
+        click.option("--batch-sz", "--batch_sz", default=16, help="Patches at a time; does not change them."),
+        click.option("--workers", type=int, help="Threads that draw random numbers, encode and write. Default: one a core."),
+        click.option("--clip", type=click.Path(path_type=Path), help="Where the gene encoder of the snapshot lies now, if it was moved."),
+    )):
+        command = option(command)
+    return command
+
+
+def _pair_of_numbers(_context, _parameter, text: str) -> tuple[float, float]:
+    try:
+        x, y = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"expected two numbers, as 0.1,-0.2; found {text}") from error
+    return x, y
