@@ -9,10 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -33,15 +31,14 @@ from training.gan_data import GanData, mean_colour
 from training.gan_grids import Showcase
 from training.gan_losses import blur_sigma, scheduled_weight
 from training.gan_metrics import Metric, SnapshotMetrics
+from training.gan_progress import SHORT_RUN_FADE, Progress, resolved_fade_kimg, status_line, stop_signals
 from training.gan_step import SIGN, GanStep
 from training.held_out import HeldOut
 from training.ranks import any_rank, from_first, is_first
 from training.run_folder import Checkpoint, NoStats, StatsLog, save_checkpoint
 
 log = logging.getLogger(__name__)
-SHORT_RUN_FADE = 0.1        # share of the run over which the blur fades, unless said in kimg
 MIN_TICKS, MIN_SNAPSHOTS = 20, 5
-OPTIONAL = ("loss/diversity", "loss/rec", "loss/clip", "loss/mismatch", "loss/r1", "logits/gap", "augment/p")   # of a status line
 OPTION_DEFAULTS = {option.name: option.default for option in fields(GanConfig)}   # of options younger than a checkpoint
 MAY_CHANGE = ("kimg", "budget_minutes", "tick", "snap", "max_bad_steps")   # between a run and its continuation
 
@@ -50,22 +47,6 @@ class DivergedError(InputError):
     """The losses stayed NaN or infinite."""
 
     exit_code = 1
-
-
-@dataclass
-class Progress:
-    """Counters of a run; what a checkpoint's state.json keeps."""
-
-    step: int = 0
-    elapsed_s: float = 0.0            # wall time over all parts of the run
-    bad_steps: int = 0                # steps skipped because of NaN or infinite numbers, in all
-    bad_in_a_row: int = 0
-    last_tick: tuple[float, float] = (0.0, 0.0)    # (kimg, share of the run) of the last status line
-    last_snap: tuple[float, float] = (0.0, 0.0)
-    blur_fade_kimg: float | None = None   # when the blur is gone: settled when the run starts, so that a longer --kimg does not blur again
-    augment_p: float = 1.0                # share of images that are augmented; augment_target moves it
-    sigma: float | None = None            # px, blur of the last step: it never rises
-    first_step: int = 0                   # where the run began: more than 0 with --resume-kimg
 
 
 @dataclass
@@ -140,7 +121,7 @@ class GanRun:
             self._snapshot(stats)
         totals: dict[str, float] = {}
         n_steps, n_moved, tick_start = 0, 0, self.progress.elapsed_s
-        with _stop_signals() as stopped:
+        with stop_signals() as stopped:
             while self.share < 1:
                 losses = self.one_step()
                 self.progress.elapsed_s = from_first(time.monotonic() - clock)   # one clock for all ranks
@@ -299,41 +280,6 @@ class GanRun:
 
     def _config_hash(self) -> str:
         return config_sha256({name: value for name, value in asdict(self.config).items() if name not in MAY_CHANGE})
-
-
-def resolved_fade_kimg(said: float | None, kimg: float) -> float:
-    """When the blur is gone: as said, else after a tenth of a run of `kimg`."""
-    return SHORT_RUN_FADE * kimg if said is None else said
-
-
-def status_line(values: Mapping[str, float]) -> str:
-    """One aligned line: always the same fields in the same order."""
-    minutes, seconds = divmod(int(values["elapsed_s"]), 60)
-    fields = [f"kimg {values['kimg']:<8.2f}", f"time {f'{minutes}m {seconds:02d}s':<9}", f"sec/kimg {values['sec_per_kimg']:<7.1f}"]
-    fields += [f"{name} {values.get(name, float('nan')):<8.3f}" for name in ("loss/D", "loss/G", "logits/real", "logits/fake")]
-    fields += [f"{name} {values[name]:<8.3f}" for name in OPTIONAL if name in values]
-    return "  ".join(fields).rstrip()
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and Ctrl-C instead of dying in the middle of a step; a second Ctrl-C ends at once."""
-    received: list[int] = []
-
-    def note(number, _frame):
-        if number in received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:               # not in the main thread (a test, a notebook): signals are not ours
-        before = {}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def start_folder(folder: Path, run: GanRun, *, preset: str, cfg: str, started_from: str | None = None) -> None:
