@@ -21,7 +21,7 @@ import click
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-PUBLISHED = {"model.image_encoder": "efficientnet_lite0", "model.image_encoder_px": 128, "image.cache_features": 8,   # as clip_small has them
+PUBLISHED = {"model.image_encoder": "efficientnet_lite0", "model.image_encoder_px": 128, "image.cache_features": 8,   # as clip_small
              "data.val_fraction": 0, "trainer.select": "last"}
 RECIPES = {   # name -> (configuration of assets/, what differs)
     "published": ("clip_config", PUBLISHED),
