@@ -161,7 +161,7 @@ def use_features(data: ClipData, tower: Encoder, config: ClipConfig, resolve: Ca
 
 
 def centre_features(data: ClipData, tower: Encoder, config: ClipConfig, device: torch.device | str) -> None:
-    """With `model.feature_sample_scaling`, note each sample's mean features; a part held out of a sample is centred as the sample is."""
+    """With `model.feature_sample_scaling`, note each sample's mean features; a part held out of a sample takes its training part's."""
     if config.model.feature_sample_scaling == "none":
         return
     views = turned_views() if config.model.image_views == 8 else plain_views(1)
