@@ -118,12 +118,12 @@ class FeatureBank:
         """(F,) mean features of a sample's patches, by which its own and generated ones are centred; None where the CLIP asks for none."""
         if not clip.centres_features:
             return None
+        chosen = patches_for_mean(np.zeros(len(images), int), 0)
         if clip.config.image_views == 1:
-            features = self.features(name, images, clip.image_encoder)[patches_for_mean(np.zeros(len(images), int), 0)]
+            features = self.features(name, images, clip.image_encoder)[chosen]
         else:
             encoder = ImageEncoder(lambda batch: clip.view_features(batch).mean(1))
-            chosen = images[patches_for_mean(np.zeros(len(images), int), 0)]
-            features = image_features(chosen, encoder, self.batch_size, self.device, self.progress)
+            features = image_features(images[chosen], encoder, self.batch_size, self.device, self.progress)
         return torch.from_numpy(features.mean(axis=0)).to(next(clip.parameters()).device)
 
 

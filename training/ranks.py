@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 4 train_gan.py ...        NCCL on GPUs, gloo on CPUs
 
-No wrapper around the networks: every rank holds them whole and computes its rows of the global batch; one coalesced all-reduce adds
+The GAN's loop runs on these alone; CLIP's ranks are joined by Lightning (training/clip_ranks.py) and share `gather_rows` and `own_rows`.
+No wrapper around the GAN's networks: every rank holds them whole and computes its rows of the global batch; one coalesced all-reduce adds
 the gradients, after which all ranks take the same step. In a run of one process everything here does nothing.
 """
 from __future__ import annotations
