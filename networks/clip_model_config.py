@@ -1,7 +1,8 @@
 """The settings of a CLIP model: everything that its weights need to be built again. Loads neither torch nor data."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 from preprocessing.errors import OptionError
 
@@ -65,6 +66,11 @@ class ClipModelConfig:
             raise OptionError("model.temperature", "above 0", str(self.temperature))
         self._check_gene_encoder()
 
+    @property
+    def needs_whole_samples(self) -> bool:
+        """True if a spot can only be embedded together with its sample."""
+        return (self.gene_sample_scaling, self.feature_sample_scaling) != ("none", "none")
+
     def _check_gene_encoder(self) -> None:
         if self.gene_encoder in OF_GENES and self.gene_components:
             raise OptionError("model.gene_components", f"0: {self.gene_encoder} reads genes, not principal axes", str(self.gene_components))
@@ -74,3 +80,11 @@ class ClipModelConfig:
         if (self.gene_encoder == "pathways") != bool(self.pathways_file):
             raise OptionError("model.pathways_file", "a GMT file of gene sets with model.gene_encoder=pathways, and with no other",
                               f"{self.pathways_file or 'none'} with model.gene_encoder={self.gene_encoder}")
+
+
+def different_settings(trained: Mapping, config: ClipModelConfig) -> list[str]:
+    """Names under which a saved model's settings differ. One it lacks is of a later version, whose default leaves the model as it was;
+    where files lay is no part of a model: their contents are compared by hash."""
+    settings = asdict(ClipModelConfig()) | dict(trained)
+    return [f"model.{name}" for name, value in asdict(config).items()
+            if settings.get(name) != value and name not in ("image_encoder_weights", "pathways_file")]

@@ -38,7 +38,7 @@ the genes of `config.json`, in their order. The image encoder is not part of the
 ## Limits
 
 For research, not for diagnosis. Trained on the samples above alone: other organs, species, stains, scanners and platforms are untested, and
-embeddings carry what separates samples besides biology. Spots of neighbouring sections of one patient are near copies: retrieval
+embeddings carry what separates samples besides biology. {by_sample}Spots of neighbouring sections of one patient are near copies: retrieval
 measured on such is not retrieval on another patient.
 """
 
@@ -56,8 +56,13 @@ def model_card(description: Mapping) -> str:
         image_encoder=f"{model['image_encoder']}, frozen, {description['feature_width']} features; {licence}",
         temperature=f"learned, from {model['temperature']:g}" if model["learn_temperature"] else f"{model['temperature']:g}",
         data=spots, n_genes=len(description["gene_names"]), target_sum=description["target_sum"],
-        chosen=record.get("chosen", "not recorded"), retrieval=_retrieval(record.get("retrieval")),
+        by_sample=_by_sample(model), chosen=record.get("chosen", "not recorded"), retrieval=_retrieval(record.get("retrieval")),
         where=f"get it from {spec.where}" if spec else f"any {model['image_encoder']} file")
+
+
+def _by_sample(model: Mapping) -> str:
+    sides = [side for side, name in (("genes", "gene_sample_scaling"), ("patches", "feature_sample_scaling")) if model[name] != "none"]
+    return f"Its {' and '.join(sides)} are scaled within their sample: embed whole samples, not single spots. " if sides else ""
 
 
 def _retrieval(found: Mapping | None) -> str:

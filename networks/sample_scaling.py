@@ -18,7 +18,7 @@ from networks.gene_encoders import MIN_DEVIATION
 from preprocessing.errors import InputError
 
 MEAN_PATCHES = 1000   # their mean is known to 3 % of the features' own deviation
-MIN_SPOTS = 10        # of a sample that is scaled by its own genes: a spot alone would become all zero
+MIN_SPOTS = 10        # of a sample that is scaled by its own genes or patches: a spot alone would become all zero
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def require_whole_samples(samples: np.ndarray, names: Sequence[str] | None) -> N
     counts = np.bincount(samples)
     if len(counts) and counts.min() < MIN_SPOTS:
         name = "expression" if names is None else str(np.asarray(names)[samples == counts.argmin()][0])
-        raise InputError(name, "spots of a sample", f"a whole sample, at least {MIN_SPOTS}: this gene encoder scales every sample by its "
-                         "own genes", str(counts.min()), "Give the whole sample and choose among its spots afterwards")
+        raise InputError(name, "spots of a sample", f"a whole sample, at least {MIN_SPOTS}: this CLIP scales every sample by its "
+                         "own genes or patches", str(counts.min()), "Give the whole sample and choose among its spots afterwards")
 
 
 def patches_for_mean(samples: np.ndarray, number: int) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Snapshots: a generator for use. A weights folder (averaged generator) that names its gene encoder by path and hash, or holds it.
 
 config.json holds the generator's shapes, what was trained on, and under `gene_encoder` where the CLIP weights lie
-(relative to the snapshot where possible), their hash, and the library size that expression is normalised to; or, where the gene
-encoder was trained with the generator, its genes and shapes (its tensors lie beside the generator's). None: prompts are
-embeddings, or (c_dim 0) there are none.
+(relative to the snapshot, or their repository on the hub), their hash, and the library size that expression is normalised
+to; or, where the gene encoder was trained with the generator, its genes and shapes (its tensors lie beside the
+generator's). None: prompts are embeddings, or (c_dim 0) there are none.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from networks.condition_mlp import ConditionMlp
 from networks.generator import Generator, GeneratorConfig
-from networks.weights import load_into, load_weights_folder, save_weights_folder, weights_sha256
+from networks.weights import load_into, load_weights_folder, local_or_hub, save_weights_folder, weights_sha256
 from preprocessing.errors import InputError, OptionError, WeightsError
 
 KIND = "generator snapshot"
@@ -47,8 +47,9 @@ def save_snapshot(folder: Path | str, generator: Generator, *, gene_encoder: Map
         tensors = {**tensors, **{MLP_PREFIX + name: tensor for name, tensor in gene_encoder.state_dict().items()}}
         gene_encoder = {"kind": MLP_KIND, **gene_encoder.description()}
     elif gene_encoder is not None:
-        relative = os.path.relpath(Path(gene_encoder["path"]).absolute(), folder.absolute())
-        gene_encoder = {**gene_encoder, "path": relative}
+        where = Path(gene_encoder["path"])      # a path of this machine, or `owner/name` on the hub
+        gene_encoder = {**gene_encoder, "path": os.path.relpath(where.absolute(), folder.absolute())} if where.exists() else \
+            {**{name: value for name, value in gene_encoder.items() if name != "path"}, "repo_id": where.as_posix()}
     config = {"kind": KIND, "generator": asdict(generator.config), "gene_encoder": gene_encoder, **facts}
     return save_weights_folder(folder, tensors, config)
 
@@ -99,7 +100,10 @@ def _load_mlp(folder: Path, reference: Mapping, tensors: Mapping[str, Tensor]) -
 def _load_clip(folder: Path, reference: Mapping, moved_to: Path | str | None) -> nn.Module:
     from networks.clip import CLIP, clip_weights_sha256
 
-    path = Path(moved_to) if moved_to else Path(os.path.normpath(folder.absolute() / str(reference["path"])))
+    if moved_to or "repo_id" in reference:
+        path = local_or_hub(moved_to or reference["repo_id"])
+    else:
+        path = Path(os.path.normpath(folder.absolute() / str(reference["path"])))
     if not path.exists():
         raise InputError(path, "gene encoder", "the CLIP weights this snapshot was trained with", "nothing there",
                          "Name where they lie now with --clip, or give prompt embeddings with --encoded")

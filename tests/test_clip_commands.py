@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -17,15 +16,12 @@ from clip_runs import GENES, ROOT, config, write_sample, write_samples
 from clip_embeddings import main as clip_embeddings
 from evaluation.retrieval import retrieval_metrics
 from networks.clip import CLIP
-from networks.histo_models import build_encoder
 from networks.layers import images_to_float
 from networks.sample_scaling import patches_for_mean
 from networks.weights import read_plain_file
 from preprocessing.errors import InputError, OptionError, WeightsError
 from preprocessing.patches import read_patch, read_patch_folder
 from train_clip import quote_paths, train
-from training.clip_config import clip_config
-from training.clip_data import centre_features, load_clip_data, use_features
 from training.clip_module import ClipModule
 
 
@@ -145,17 +141,6 @@ def test_a_large_sample_is_centred_on_some_of_its_patches_and_streamed(samples, 
         expected = clip.encode_images(images, centre)
     assert np.allclose(np.load(tmp_path / "image_clip_emb.npy"), expected, atol=1e-5)
     assert not np.allclose(expected, clip.encode_images(images, clip.image_features(images).mean(0)).detach(), atol=1e-5)
-
-
-def test_a_part_held_out_of_a_sample_is_centred_as_the_sample(samples):
-    told = clip_config(config(val=None, model={"feature_sample_scaling": "centre"}, data={"val_fraction": 0.3, "val_buffer_px": 0},
-                              image={"cache_features": 2}, trainer={"batch_size": 8}))
-    data, tower = load_clip_data(told, lambda path: samples / path), build_encoder("random_tiny")
-    use_features(data, tower, told, Path, "cpu")
-    centre_features(data, tower, told, "cpu")
-    own = data.val.features.mean((0, 1))
-    assert torch.equal(data.val.feature_centres, data.train.feature_centres) and not torch.allclose(data.val.feature_centres[0], own)
-    assert torch.allclose(data.train.feature_centres[0], data.train.features[data.train.sample_numbers == 0].mean((0, 1)), atol=1e-5)
 
 
 @pytest.fixture

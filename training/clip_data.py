@@ -19,13 +19,15 @@ from torch.utils.data import Dataset, Sampler
 
 from networks.clip import CLIP
 from networks.histo_models import Encoder
-from networks.sample_scaling import SampleScaling, fit_sample_scaling, patches_for_mean
+from networks.sample_scaling import SampleScaling, fit_sample_scaling, patches_for_mean, require_whole_samples
 from preprocessing.errors import InputError, OptionError
 from training.augment import N_DRAWS, AugmentConfig, apply_views, plain_views, turned_views, views_from
 from training.clip_config import ClipConfig
 from training.clip_features import cached_features, compute_features, view_table
 from training.data import ImageGeneDataset, SampleFiles, spatial_block_split
 from training.patch_cache import PatchRows
+from training.patch_images import random_subset
+from training.sample_centres import SamplePatches
 
 
 class Batch(NamedTuple):
@@ -48,7 +50,8 @@ class Pairs(Dataset):
     sample_numbers: np.ndarray         # int64 (N,)
     scaling: SampleScaling | None = None   # of expression, by these numbers
     features: Tensor | None = None     # float32 (N, K, F)
-    feature_centres: Tensor | None = None   # float32 (S, F), by these numbers
+    sample_patches: SamplePatches | None = None   # with feature_sample_scaling
+    feature_centres: Tensor | None = None   # float32 (S, F) mean features of these, by these numbers
     augment: AugmentConfig | None = None   # None: the plain view, for validation
     seed: int = 0
 
@@ -124,9 +127,9 @@ def load_clip_data(config: ClipConfig, resolve: Callable[[str], Path]) -> ClipDa
     train_files, val_files = config.data.train_and_val(resolve)
     options = {"target_sum": config.data.target_sum, "already_normalised": config.data.already_normalised, "image_px": config.data.patch_px,
                "hint": "Give the raw counts, or say that it is meant with data.already_normalised=true"}
-    dataset = ImageGeneDataset(train_files, max_size=config.data.max_size, seed=config.seed, **options)
+    dataset = ImageGeneDataset(train_files, **options)
     cache_dir = config.data.patch_cache(resolve)
-    train, split, val = _pairs(dataset, config, cache_dir), None, None
+    train, split, val = _pairs(dataset, config, cache_dir, max_size=config.data.max_size), None, None
     if val_files:
         val = _pairs(ImageGeneDataset(val_files, vocabulary=dataset.gene_names, **options), config, cache_dir, training=False)
         if not len(val):
@@ -161,18 +164,13 @@ def use_features(data: ClipData, tower: Encoder, config: ClipConfig, resolve: Ca
 
 
 def centre_features(data: ClipData, tower: Encoder, config: ClipConfig, device: torch.device | str) -> None:
-    """With `model.feature_sample_scaling`, note each sample's mean features; a part held out of a sample takes its training part's."""
+    """With `model.feature_sample_scaling`, note the mean features of each whole sample."""
     if config.model.feature_sample_scaling == "none":
         return
-    views = turned_views() if config.model.image_views == 8 else plain_views(1)
-
-    def centres(pairs: Pairs) -> Tensor:
-        return torch.stack([_features(pairs, patches_for_mean(pairs.sample_numbers, number), views, tower, device).mean((0, 1))
-                            for number in range(int(pairs.sample_numbers.max()) + 1)])
-
-    data.train.feature_centres = centres(data.train)
+    options = {"n_views": config.model.image_views, "device": device}
+    data.train.feature_centres = data.train.sample_patches.mean_features(tower, **options)
     if data.val is not None:
-        data.val.feature_centres = data.train.feature_centres if data.split else centres(data.val)
+        data.val.feature_centres = data.train.feature_centres if data.split else data.val.sample_patches.mean_features(tower, **options)
 
 
 def fit_inputs(clip: CLIP, data: ClipData, tower: Encoder, device: torch.device | str) -> None:
@@ -181,25 +179,30 @@ def fit_inputs(clip: CLIP, data: ClipData, tower: Encoder, device: torch.device 
     expression = train.dense_expression(np.arange(len(train)))
     shares = None if train.scaling is None else torch.from_numpy((train.expression != 0).mean(axis=0).A1)
     rows = np.arange(len(train)) if train.features is not None else patches_for_mean(np.zeros(len(train), int), 0)
-    features = _features(train, rows, plain_views(1), tower, device)
+    features = compute_features(train.images[torch.from_numpy(rows)], plain_views(1).expand(len(rows), -1, -1), tower, device=device,
+                                progress=False) if train.features is None else train.features[rows]
     centres = None if train.feature_centres is None else \
         train.feature_centres[train.sample_numbers[rows]].repeat_interleave(features.shape[1], dim=0)
     clip.fit_inputs(expression, features.flatten(0, 1), gene_shares=shares, centres=centres)
 
 
-def _features(pairs: Pairs, rows: np.ndarray, views: Tensor, tower: Encoder, device: torch.device | str) -> Tensor:
-    """float32 (n, V, F) of these rows: those cached, or of these views (V, 7) computed now."""
-    if pairs.features is not None:
-        return pairs.features[rows]
-    images = pairs.images[torch.from_numpy(rows)]
-    return compute_features(images, views.expand(len(images), -1, -1), tower, device=device, progress=False)
-
-
-def _pairs(dataset: ImageGeneDataset, config: ClipConfig, cache_dir: Path | str | None, training: bool = True) -> Pairs:
-    images = dataset.open_patches(progress=config.trainer.progress_bar, cache_dir=cache_dir) if len(dataset) else None
+def _pairs(dataset: ImageGeneDataset, config: ClipConfig, cache_dir: Path | str | None, training: bool = True,
+           max_size: int | None = None) -> Pairs:
+    """At most `max_size` rows of the data set. What scales and centres a sample is of all its spots, as wherever it is embedded."""
     numbers = np.unique(dataset.sample_ids, return_inverse=True)[1]
-    scaling = fit_sample_scaling(dataset.expression, numbers, config.model.gene_sample_scaling) if len(dataset) else None
-    return Pairs(dataset.expression, dataset.barcodes, dataset.sample_ids, images, numbers, scaling,
+    model, scaling, sample_patches = config.model, None, None
+    if model.needs_whole_samples:
+        require_whole_samples(numbers, dataset.sample_ids)
+    if len(dataset):
+        scaling = fit_sample_scaling(dataset.expression, numbers, model.gene_sample_scaling)
+    if len(dataset) and model.feature_sample_scaling != "none":
+        sample_patches = SamplePatches.of(dataset, numbers, cache_dir=cache_dir)
+    if max_size is not None:
+        kept = random_subset(len(dataset), max_size, config.seed)
+        dataset.keep(kept)
+        numbers = numbers[kept]
+    images = dataset.open_patches(progress=config.trainer.progress_bar, cache_dir=cache_dir) if len(dataset) else None
+    return Pairs(dataset.expression, dataset.barcodes, dataset.sample_ids, images, numbers, scaling, sample_patches=sample_patches,
                  augment=config.image.augment if training else None, seed=config.seed)
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from evaluation.retrieval import retrieval_by_sample
 from networks.clip import CLIP, clip_weights_sha256
 from networks.layers import images_to_float
-from networks.sample_scaling import patches_for_mean
+from networks.sample_scaling import patches_for_mean, require_whole_samples
 from preprocessing.errors import InputError, OptionError
 from preprocessing.outputs import finished_file, program_versions, strings_sha256, write_json
 from preprocessing.patch_file import read_patch_file
@@ -112,8 +112,7 @@ def embed_sample(clip: CLIP, config: EmbedConfig, device: str) -> tuple[dict[str
         if dataset is not None:
             read, samples = (lambda row: dataset.read_image(row, dataset.image_px)), sample_ids
         else:
-            read, count, barcodes = _patches_alone(config.images, clip.training_record.get("patch_px"))
-            samples = np.full(count, config.images.name)
+            read, samples, barcodes = _patches_alone(config.images, clip.training_record.get("patch_px"))
         arrays["image"] = _embed_patches(clip, read, samples, config.batch_size, device)
     if config.null:
         arrays["null"] = clip.encode_genes(torch.zeros(1, len(clip.gene_names), device=device)).cpu().numpy()
@@ -130,6 +129,8 @@ def _embed_patches(clip: CLIP, read: Callable[[int], np.ndarray], sample_ids: np
             bar.update(len(part))
 
     names, numbers = np.unique(sample_ids, return_inverse=True)
+    if clip.centres_features:
+        require_whole_samples(numbers, sample_ids)
     groups = [(np.arange(len(numbers)), None)] if not clip.centres_features else \
         [(np.flatnonzero(numbers == number), patches_for_mean(numbers, number)) for number in range(len(names))]
     embeddings = np.empty((len(numbers), clip.config.projection), dtype=np.float32)
@@ -146,8 +147,8 @@ def _embed_patches(clip: CLIP, read: Callable[[int], np.ndarray], sample_ids: np
     return embeddings
 
 
-def _patches_alone(images: Path, patch_px: int | None) -> tuple[Callable[[int], np.ndarray], int, list[str]]:
-    """(what reads a patch by row, number, barcodes where known) of a patch folder or imgs.h5 without expression."""
+def _patches_alone(images: Path, patch_px: int | None) -> tuple[Callable[[int], np.ndarray], np.ndarray, list[str]]:
+    """(what reads a patch by row, (N,) its sample, else the folder's name, barcodes where known) of patches without expression."""
     def resized(patch: np.ndarray) -> np.ndarray:
         if patch_px is None or patch.shape[:2] == (patch_px, patch_px):
             return patch
@@ -156,11 +157,12 @@ def _patches_alone(images: Path, patch_px: int | None) -> tuple[Callable[[int], 
 
     if images.is_dir():
         folder = read_patch_folder(images)
-        return lambda row: resized(read_patch(folder.paths[row])), len(folder.paths), list(folder.barcodes or [])
+        samples = np.full(len(folder.paths), images.name) if folder.sample_ids is None else np.asarray(folder.sample_ids)
+        return lambda row: resized(read_patch(folder.paths[row])), samples, list(folder.barcodes or [])
     file = read_patch_file(images)
     if not len(file):
         raise InputError(images, "img", "at least one patch", "none")
-    return lambda row: resized(file.images(row)), len(file), list(file.barcodes or [])
+    return lambda row: resized(file.images(row)), np.full(len(file), images.name), list(file.barcodes or [])
 
 
 def _save(path: Path, array: np.ndarray) -> Path:

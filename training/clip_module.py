@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from evaluation.retrieval import both_ways
 from networks.clip import CLIP
+from networks.clip_model_config import different_settings
 from networks.weights import read_plain_file
 from preprocessing.errors import InputError, OptionError, WeightsError
 from training.clip_checkpoints import StopOnSignal, SummedCheckpoints, same_signals_after
@@ -124,8 +125,9 @@ class ClipModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         trained = json.loads(checkpoint.get("clip", "{}"))
         ours = self.clip.description()
-        different = [name for name in ("model", "vocab_sha256", "gene_sets", "image_encoder_sha256", "target_sum")
-                     if trained.get(name) != ours[name]]
+        facts = ("vocab_sha256", "gene_sets", "image_encoder_sha256", "target_sum")
+        different = [*different_settings(trained.get("model", {}), self.clip.config),
+                     *(name for name in facts if trained.get(name) != ours[name])]
         if different:
             raise WeightsError("ckpt_path", "checkpoint", "the model, genes and encoder of this run", f"another {', '.join(different)}")
         name, trained_with = self.optimizer_config.name, checkpoint.get("optimizer")

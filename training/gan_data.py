@@ -23,6 +23,7 @@ from training.gan_sources import GanSources
 from training.gan_step import TrainingData
 from training.patch_images import read_patch_images
 from training.prompts import read_rows
+from training.sample_centres import SamplePatches
 from training.spot_choice import SpotChoice
 
 ALL_SPOTS = SpotChoice()
@@ -94,6 +95,8 @@ def _new_mlp(gene_names: list[str], seed: int) -> ConditionMlp:
 def _load(spots: ImageGeneDataset, files: Sequence[SampleFiles], rows: np.ndarray, encoder: CLIP | ConditionMlp | None,
           keep_expression: bool, *, img_resolution: int, progress: bool, cache_dir: Path | str | None) -> TrainingData:
     """Patches and prompts of the chosen rows; `spots` keeps these alone. No encoder: the prompts are ready-made."""
+    numbers = np.unique(spots.sample_ids, return_inverse=True)[1]
+    sample_patches = SamplePatches.of(spots, numbers, image_px=img_resolution, cache_dir=cache_dir)
     prompts = None
     if encoder is None:
         prompts = ready_embeddings(files, spots.sample_ids)[torch.from_numpy(rows)]
@@ -103,7 +106,8 @@ def _load(spots: ImageGeneDataset, files: Sequence[SampleFiles], rows: np.ndarra
     if prompts is None:
         prompts = encoder.embed_expression(spots.expression, sample_ids=spots.sample_ids)
     images = spots.load_images(img_resolution, progress=progress, cache_dir=cache_dir)
-    return TrainingData(images, prompts, expression=spots.expression if keep_expression else None)
+    return TrainingData(images, prompts, expression=spots.expression if keep_expression else None, samples=torch.from_numpy(numbers[rows]),
+                        sample_patches=sample_patches)
 
 
 def ready_embeddings(files: Sequence[SampleFiles], sample_ids: np.ndarray) -> Tensor:

@@ -21,6 +21,7 @@ from networks.layers import images_to_float
 from preprocessing.errors import OptionError
 from training.gan_data import GanData
 from training.gan_grids import generate
+from training.gan_step import TrainingData
 from training.ranks import gather_rows, own_rows
 
 DEFAULT_N = 10_000
@@ -89,8 +90,16 @@ class SnapshotMetrics:
         n = min(max((metric.n for metric in self.metrics), default=0), len(pool.images))
         rows = np.sort(np.random.default_rng(self.seed).permutation(len(pool.images))[:n])
         self.images, self.prompts = pool.images[rows], pool.prompts[rows]
+        self.centres = self._centres(pool, rows) if any(metric.kind == "clip_score" for metric in self.metrics) else None
         if self.metrics and n < 2:
             raise OptionError("--metrics", "at least 2 patches to compare with", str(n))
+
+    def _centres(self, pool: TrainingData, rows: np.ndarray) -> Tensor | None:
+        """(n, F) mean image features of the sample of each prompt, where CLIP centres on them."""
+        if not self.clip.centres_features:
+            return None
+        means = pool.sample_patches.mean_features(self.clip.image_encoder, n_views=self.clip.config.image_views, device=self.device)
+        return means[pool.samples[rows]].to(self.device)
 
     @torch.no_grad()
     def measure(self, generator: Generator) -> dict[str, float]:
@@ -109,10 +118,13 @@ class SnapshotMetrics:
         blocks = [encoder(images_to_float(block.to(self.device))).float() for block in images.split(BATCH)]
         return gather_rows(torch.cat(blocks))[:len(self.prompts)].cpu().numpy()
 
+    def _centre_of(self, rows: Tensor) -> Tensor | None:
+        return None if self.centres is None else self.centres[rows.to(self.device)]
+
     def _value(self, metric: Metric, fake: Mapping[FeatureSpec, np.ndarray], made: Tensor, own: Tensor) -> float:
         if metric.kind == "clip_score":
-            cosines = [(self.clip.encode_images(images_to_float(images.to(self.device))).cpu() * prompts).sum(1)
-                       for images, prompts in zip(made.split(BATCH), self.prompts[own].split(BATCH), strict=True)]
+            cosines = [(self.clip.encode_images(images_to_float(made[part].to(self.device)), self._centre_of(own[part])).cpu()
+                        * self.prompts[own[part]]).sum(1) for part in torch.arange(len(own)).split(BATCH)]
             return float(gather_rows(torch.cat(cosines).to(self.device))[:len(self.prompts)].mean())
         real, generated = self.real[metric.features][:metric.n], fake[metric.features][:metric.n]
         return frechet_distance(generated, real) if metric.kind == "fd" else kernel_distance(generated, real, seed=self.seed)[0]

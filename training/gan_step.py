@@ -5,7 +5,7 @@ Gradients are means over the global batch, whatever the micro-batch and the numb
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import scipy.sparse as sp
@@ -22,9 +22,10 @@ from training.gan_config import GanConfig
 from training.gan_draws import D_PHASE, G_PHASE, Draws, batch_rows, draw, real_views, unlike_rows
 from training.gan_losses import blur, discriminator_loss, diversity_loss, feature_penalty, generator_loss, mismatch_loss
 from training.gan_parts import Part, Step
-from training.guidance import clip_guidance, wanted_prompts
+from training.guidance import clip_guidance, guidance_centres, wanted_prompts
 from training.mlp_prompts import MlpPrompts
 from training.ranks import own_part, sum_gradients, sum_values
+from training.sample_centres import SamplePatches
 from training.train_modes import choose_trained
 
 SIGN = "logits/sign"      # E[sign D(real)]: what --augment-target speaks of
@@ -39,10 +40,12 @@ class TrainingData:
     prompts: Tensor                   # (N, c_dim) float32, row i belongs to patch i
     pair_deviations: Tensor | None = None   # (4,) how much two real patches of like prompts differ; with diversity_weight
     expression: sp.csr_matrix | None = None   # (N, G) normalised, on the CPU: what prompts are embedded from; with cond_dropout or an MLP
+    samples: Tensor | None = None     # int64 (N,) sample of each patch; None without expression
+    sample_patches: SamplePatches | None = None   # of these samples, whole: for a CLIP that centres on them
 
     def to(self, device: torch.device | str) -> TrainingData:
         deviations = None if self.pair_deviations is None else self.pair_deviations.to(device)
-        return TrainingData(self.images.to(device), self.prompts.to(device), deviations, self.expression)
+        return replace(self, images=self.images.to(device), prompts=self.prompts.to(device), pair_deviations=deviations)
 
 
 @dataclass
@@ -67,6 +70,14 @@ class GanStep:
         self.cond_dropout = CondDropout(self.clip, self.data.expression, rate, self.config.seed) if rate else None
         self.mlp_prompts = None if self.mlp is None else MlpPrompts(self.mlp, self.data.expression, self.config.seed)
         self.noise_scale = self.config.cond_noise * prompt_deviation(self.data.prompts)
+        self.centres = self._centres() if self.config.clip_weight else None
+
+    def _centres(self) -> Tensor | None:
+        """(N, F) mean image features of each patch's sample, where the CLIP that guides centres on them."""
+        if self.clip is None or not self.clip.centres_features:
+            return None
+        device = self.data.prompts.device
+        return guidance_centres(self.clip, self.data.sample_patches, device)[self.data.samples.to(device)]
 
     def gradients(self, step: int, *, sigma: float, clip_weight: float) -> dict[str, float]:
         """Fill both networks' gradients for step `step`; returns the losses. Does not move any weight."""
@@ -78,7 +89,8 @@ class GanStep:
         totals: dict[str, float] = {}
         self._z = draws.z
         d_draws = draws if self.config.shared_pass else self._draw(step, phase=D_PHASE)
-        wanted = wanted_prompts(self.data.prompts, rows, in_pairs=self.config.diversity_weight > 0) if clip_weight else None
+        wanted = wanted_prompts(self.data.prompts, rows, in_pairs=self.config.diversity_weight > 0, centres=self.centres) \
+            if clip_weight else None
         now = Step(step, rows, self._prompts(rows, step), sigma, clip_weight, wanted)
         for start in own_part(self.config.batch, self.config.batch_gpu):
             if self.config.shared_pass:

@@ -132,7 +132,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(context, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)   # others may read what autograd handed us
         dist.all_reduce(gradient)
         share = len(gradient) // dist.get_world_size()
         start = share * dist.get_rank()
