@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from preprocessing.errors import Command, InputError, OptionError
+from preprocessing.errors import Command, OptionError
 
 RUN_OPTIONS = ("outdir", "n_train", "mask", "train_clusters", "cache_dir", "resume", "resume_kimg", "suffix", "dry_run", "tensorboard")
 SOURCES = ("data", "gex", "samples", "val_data", "val_gex", "embeddings", "val_embeddings", "encoder", "network")
@@ -14,6 +14,7 @@ PRESETS, SIZES = ("reference", "best"), ("small", "lite", "full", "custom")   # 
 PRESET = " Default: the preset's."
 GUIDANCE = ("spherical", "infonce")
 MODES = ("all", "text_encoder", "freeze8", "freeze16", "freeze32", "freeze64", "freeze128")
+COMPILE = ("off", "blocks", "max")
 SCHEDULES, LR_SCHEDULES = ("const", "step", "linear", "exp"), ("const", "step")
 
 
@@ -23,121 +24,30 @@ def option(name: str, **kwargs) -> Callable:
     return click.option(*spellings, name.replace("-", "_"), **kwargs)
 
 
-def train_gan(*, preset: str, cfg: str, device: str | None, metrics: str, timeout_minutes: float, val_clusters: str | None,
-              **said: object) -> Path | None:
+def train_gan(*, preset: str, cfg: str, device: str | None, fp32: bool | None, nobench: bool, metrics: str, timeout_minutes: float,
+              val_clusters: str | None, **said: object) -> Path | None:
     """Resolve options, join the ranks of a torchrun job, train; returns the run folder (None on a dry run and on silent ranks)."""
     from evaluation.features import pick_device
     from training.gan_config import resolve
     from training.gan_metrics import parse_metrics
+    from training.gan_run import run_gan
     from training.gan_sources import gan_sources
+    from training.gan_speed import default_precision, set_up_gpu
     from training.ranks import joined_ranks, local_device, own_part
 
     sources = gan_sources(**{name: said.pop(name) for name in SOURCES}, guided=bool(said["clip_weight"]))
     run_options = {name: said.pop(name) for name in RUN_OPTIONS}
-    config, watched = resolve(preset, cfg, encoder=sources.encoder, **said), parse_metrics(metrics)
+    device = local_device(pick_device(device or "auto"))
+    precision = default_precision(device, fp32)
+    config, watched = resolve(preset, cfg, encoder=sources.encoder, precision=precision, **said), parse_metrics(metrics)
     if val_clusters and not (sources.validation or sources.val_patches):
         raise OptionError("--val-clusters", "spots to show: --val-data and --val-gex, or a sample of split val", "none")
     if watched and sources.encoder == "mlp":
         raise OptionError("--metrics", "none with --encoder mlp, whose prompts move in training", metrics)
-    device = local_device(pick_device(device or "auto"))
+    set_up_gpu(precision, search_kernels=not nobench)
     with joined_ranks(device, timeout_minutes):
         own_part(config.batch, config.batch_gpu)     # refuses a batch that the ranks cannot share
         return run_gan(config, sources, watched, device, preset=preset, cfg=cfg, val_clusters=val_clusters, **run_options)
-
-
-def run_gan(config, sources, watched, device: str, *, preset: str, cfg: str, outdir: Path, n_train: int | None, mask: str | None,
-            train_clusters: str | None, val_clusters: str | None, cache_dir: str, resume: str | None, resume_kimg: float | None,
-            suffix: str | None, dry_run: bool, tensorboard: bool) -> Path | None:
-    """Read data and train, on every rank."""
-    from networks.histo_models import build_encoder
-    from training.gan_data import load_gan_data
-    from training.gan_loop import GanRun
-    from training.patch_cache import cache_place
-    from training.ranks import from_first, is_first, rank_and_size
-    from training.spot_choice import SpotChoice
-    from training.warm_start import find_start
-
-    backbone = build_encoder(config.backbone, config.backbone_weights)
-    gan_data = load_gan_data(sources, config.img_resolution, choice=SpotChoice(mask, train_clusters, val_clusters, n_train),
-                             seed=config.seed, keep_expression=config.cond_dropout > 0, cache_dir=cache_place(cache_dir))
-    width, n_ranks = gan_data.training.prompts.shape[1], rank_and_size()[1]
-    say(f"{gan_data.name}: {len(gan_data.training.images):,} patches at {config.img_resolution} px, "
-        f"{f'prompts {width} wide' if width else 'no prompts'}, backbone {backbone.name}, {device}, {n_ranks} process(es)")
-    say(f"config: {config}")
-    if dry_run:
-        return None
-    name = "-".join(filter(None, (f"{gan_data.name}@{config.img_resolution}", cfg, f"gpus{n_ranks}-b{config.batch}", suffix)))
-    start = find_start(outdir, from_first(name), resume, config)
-    clip = _clip(sources.network, config, width, scored=any(metric.kind == "clip_score" for metric in watched))
-    run = GanRun(config, gan_data, backbone, Path(outdir), clip=clip, tensorboard=tensorboard, device=device, watched=watched)
-    begin(run, start, resume_kimg, name, preset=preset, cfg=cfg)
-    show_progress(run)
-    return run.folder if is_first() else None
-
-
-def say(line: str) -> None:
-    """Print a line, on the first rank."""
-    from training.ranks import is_first
-
-    if is_first():
-        click.echo(line)
-
-
-def _clip(network: Path | None, config, width: int, scored: bool):
-    """CLIP weights where a run needs them: to guide, to embed prompts with dropout at every step, to score snapshots."""
-    from networks.clip import CLIP
-
-    if network is None or not (config.clip_weight or config.cond_dropout or scored):
-        return None
-    clip = CLIP.from_pretrained(network, image_encoder=config.clip_weight > 0 or scored)
-    if clip.config.projection != width:
-        raise InputError(network, "width of an embedding", f"{width}, as the prompts are", str(clip.config.projection))
-    return clip
-
-
-def begin(run, start, resume_kimg: float | None, name: str, **named: str) -> None:
-    """Go on from a checkpoint in its folder, or make the folder of a new run, with the weights of another where they are given."""
-    from training.gan_loop import start_folder
-    from training.ranks import from_first, is_first
-    from training.run_folder import Checkpoint, next_run_folder
-    from training.warm_start import start_from
-
-    if isinstance(start, Checkpoint):
-        if resume_kimg is not None:
-            raise OptionError("--resume-kimg", "weights of a lower resolution or a snapshot as --resume; a checkpoint knows its kimg",
-                              f"{resume_kimg:g}")
-        run.folder = start.folder.parent
-        run.load(start)
-        say(f"resuming at kimg {run.kimg:.2f} from {start.folder}")
-        return
-    if start is None and resume_kimg is not None:
-        raise OptionError("--resume-kimg", "with --resume of a snapshot or of a checkpoint of a lower resolution", "a new run")
-    report = [] if start is None else [f"starting at kimg {resume_kimg or 0:g} from the weights of {start.folder}",
-                                       *start_from(run, start, resume_kimg or 0.0)]
-    if start is None and run.config.train_mode != "all":
-        report.append(f"--train-mode {run.config.train_mode} without --resume: what it freezes was never trained")
-    folder = from_first(str(next_run_folder(run.folder, name)) if is_first() else None)     # only now: what is refused leaves no folder
-    run.folder = Path(folder)
-    if not is_first():
-        return
-    start_folder(run.folder, run, started_from=None if start is None else str(start.folder), **named)
-    for line in report:
-        click.echo(line)
-    if report:
-        (run.folder / "log.txt").write_text("\n".join(report) + "\n")
-
-
-def show_progress(run) -> None:
-    """Train with one progress bar in kimg."""
-    from tqdm import tqdm
-
-    from training.ranks import is_first
-
-    shape = "{percentage:3.0f}%|{bar}| {desc}, {elapsed}<{remaining}"
-    with tqdm(total=1.0, disable=not is_first(), initial=run.share, bar_format=shape) as bar:
-        for _ in run.train():
-            bar.set_description_str(f"{run.kimg:.2f} kimg", refresh=False)
-            bar.update(run.share - bar.n)
 
 
 @click.command(cls=Command)
@@ -204,6 +114,12 @@ def show_progress(run) -> None:
         "if they are many; none: read into memory.")
 @option("metrics", default="none", help="Measured at every snapshot, on validation patches where given: fid10k, kid10k, fd_ENCODER, "
         "kd_ENCODER (fd_uni@2k=weights.safetensors), clip_score, by commas.")
+@click.option("--fp32/--bf16", default=None, help="Type of convolutions and frozen towers; weights and losses stay float32. "
+              "Default: bf16 on a GPU, fp32 on a CPU.")
+@option("compile", type=click.Choice(COMPILE), default="off", help="blocks: compile every resolution of the generator, the heads and the "
+        "backbone, minutes at the start; max: also search for the fastest kernels.")
+@option("nobench", is_flag=True, help="Do not let a GPU try several convolution kernels for the fastest one.")
+@option("workers", type=int, default=3, help="Threads that read patches ahead where they do not lie on the device.")
 @option("seed", type=int, default=0, help="Of everything random.")
 @option("max-bad-steps", type=int, default=10, help="Steps with NaN or infinite losses in a row that end the run.")
 @option("resume", help="auto: the newest run of this name under OUTDIR, if any; or a run or checkpoint folder: goes on exactly. A snapshot "

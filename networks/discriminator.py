@@ -7,7 +7,7 @@ Papers: Sauer et al., Projected GANs (2021), StyleGAN-T (2023).
 """
 from __future__ import annotations
 
-from math import sqrt
+from math import log2, sqrt
 
 import torch
 import torch.nn.functional as F
@@ -109,8 +109,15 @@ class FeatureTaps(nn.Module):
         self.body = body.to(memory_format=torch.channels_last)
         self.is_vit = hasattr(body, "patch_embed") and hasattr(body, "cls_token")
         self.has_class_token = getattr(body, "cls_token", None) is not None
+        self.compute_dtype: torch.dtype | None = None     # of the body; None: the weights'. Token maps are of the images' type
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        if self.compute_dtype is None:
+            return self._tokens(images)
+        with torch.autocast(images.device.type, dtype=self.compute_dtype):
+            return [x.to(images.dtype) for x in self._tokens(images)]
+
+    def _tokens(self, images: Tensor) -> list[Tensor]:
         if self.is_vit:
             return self._vit_tokens(images)
         maps = self._maps(images.contiguous(memory_format=torch.channels_last))
@@ -137,7 +144,7 @@ class FeatureTaps(nn.Module):
             x = stage(x)
             if x.dim() != 4 or x.shape[3] < MIN_MAP_PX:
                 break
-            deepest[2 ** round(torch.tensor(images.shape[3] / x.shape[3]).log2().item())] = x
+            deepest[2 ** round(log2(images.shape[3] / x.shape[3]))] = x
         return [deepest[stride] for stride in STRIDES if stride in deepest]
 
 

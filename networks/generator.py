@@ -146,17 +146,19 @@ class ModulatedConv(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | None) -> Tensor:
         """x (N, I, n, n); noise broadcastable to (N, 1, r, r) or None."""
-        if self.norm is not None:
-            x = self.norm(x)
+        dtype = x.dtype              # of the convolution; what is small is computed in the weights' own
+        if self.norm is not None:    # sums in float32 whatever the type
+            x = F.group_norm(x, self.norm.num_groups, self.norm.weight.to(dtype), self.norm.bias.to(dtype), self.norm.eps)
         style = self.style(w)
         demodulation = (style.square() @ self.weight.square().sum(dim=(2, 3)).T + 1e-8).rsqrt()   # (N, O)
-        y = x * style[:, :, None, None]
-        y = upsample_conv(y, self.weight) if self.up else F.conv2d(y, self.weight, padding=1)
-        shift = self.bias[:, None, None] if noise is None else noise * self.noise_strength + self.bias[:, None, None]
-        y = torch.addcmul(shift, y, demodulation[:, :, None, None])
+        y, weight = x * style[:, :, None, None].to(dtype), self.weight.to(dtype)
+        y = upsample_conv(y, weight) if self.up else F.conv2d(y, weight, padding=1)
+        y = torch.addcmul(self.bias[:, None, None].to(dtype), y, demodulation[:, :, None, None].to(dtype))
+        if noise is not None:
+            y = torch.addcmul(y, noise.to(dtype), self.noise_strength.to(dtype))
         limit = self.CLAMP * self.gain
         y = lrelu(y, sqrt(2) * self.gain).clamp(-limit, limit)
-        return y if self.norm is None else sqrt(2) * torch.addcmul(x, y, self.gamma)
+        return y if self.norm is None else sqrt(2) * torch.addcmul(x, y, self.gamma.to(dtype))
 
     def noise(self, mode: NoiseMode, values: Tensor) -> Tensor | None:
         """The (·, 1, r, r) noise of this layer; `values` (N, r * r) are what mode "random" uses."""
@@ -175,7 +177,7 @@ class ToRGB(nn.Module):
         self.bias = nn.Parameter(torch.zeros(3))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        style = self.style(w) / sqrt(x.shape[1])
+        style, x = self.style(w) / sqrt(x.shape[1]), x.to(self.weight.dtype)
         return F.conv2d(x * style[:, :, None, None], self.weight, self.bias).clamp(-RGB_CLAMP, RGB_CLAMP)
 
 
@@ -195,6 +197,19 @@ class Block(nn.Module):
         self.convs = nn.ModuleList(convs)
         self.to_rgb = ToRGB(width, w_dim)
         self.num_ws = len(convs) + (self.input is not None)
+        self.compute_dtype: torch.dtype | None = None        # of the convolutions; None: the weights'
+        self.memory_format = torch.contiguous_format
+
+    def forward(self, x: Tensor | None, image: Tensor | None, w: Tensor, noise: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Features and image (None: at 8 px there are none yet) of half the side, w (N, num_ws + 1, w_dim) and a noise for every
+        convolution -> features and image of this side."""
+        if self.input is not None:
+            x = self.input(w[:, 0]).to(dtype=self.compute_dtype, memory_format=self.memory_format)
+        first = self.num_ws - len(self.convs)
+        for row, (conv, values) in enumerate(zip(self.convs, noise, strict=True), first):
+            x = conv(x, w[:, row], values)
+        colour = self.to_rgb(x, w[:, self.num_ws])
+        return x, colour if image is None else upsample_image(image) + colour
 
 
 class Generator(nn.Module):
@@ -211,6 +226,12 @@ class Generator(nn.Module):
 
     def _convs(self) -> list[ModulatedConv]:
         return [conv for block in self.blocks for conv in block.convs]
+
+    def compute_in(self, dtype: torch.dtype | None, *, channels_last: bool) -> None:
+        """Type of the convolutions (None: the weights', which stay float32 in any case) and the layout of the features."""
+        for block in self.blocks:
+            block.compute_dtype = dtype
+            block.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     @torch.no_grad()
     def start_at_colour(self, colour: Tensor, contrast: float = 0.5) -> None:
@@ -233,14 +254,13 @@ class Generator(nn.Module):
         x = image = None
         row = offset = 0
         for block in self.blocks:
-            if block.input is not None:
-                x, row = block.input(w[:, row]), row + 1
+            values = []
             for conv in block.convs:
-                values = noise[:, offset:offset + conv.resolution ** 2] if noise_mode == "random" else w
-                x = conv(x, w[:, row], conv.noise(noise_mode, values))
-                row, offset = row + 1, offset + conv.resolution ** 2
-            colour = block.to_rgb(x, w[:, row])
-            image = colour if image is None else upsample_image(image) + colour
+                own = noise[:, offset:offset + conv.resolution ** 2] if noise_mode == "random" else w
+                values.append(conv.noise(noise_mode, own))
+                offset += conv.resolution ** 2
+            x, image = block(x, image, w[:, row:row + block.num_ws + 1], values)
+            row += block.num_ws
         return image
 
     def forward(self, z: Tensor, c: Tensor, truncation_psi: float = 1.0, noise_mode: NoiseMode = "random",

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -215,6 +216,22 @@ def test_patches_are_named_by_prompt_and_seed_and_listed(world):
     grid = np.asarray(Image.open(outdir / "grid.png"))
     windows = np.lib.stride_tricks.sliding_window_view(grid, (PX, PX, 3))[:, :, 0]
     assert (windows == first).all(axis=(2, 3, 4)).any()      # the real patch is in the sheet
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    ({}, "precision='fp32', compile='off', workers=3"),
+    ({"bf16": True, "compile": "max", "workers": 1}, "precision='bf16', compile='max', workers=1"),
+    ({"fp32": True, "nobench": True}, "precision='fp32'")])
+def test_how_a_run_computes_is_said_and_told_to_the_libraries(world, options, told):
+    before = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        result = call(train_gan, **train_options(world, outdir=world / "how"), dry_run=True, **options)
+        assert result.exit_code == 0 and told in result.output, result.output
+        assert torch.backends.cudnn.benchmark == ("nobench" not in options)
+        assert torch.get_float32_matmul_precision() == ("high" if "bf16" in options else "highest")
+    finally:
+        torch.backends.cudnn.benchmark, precision, torch.backends.cudnn.allow_tf32 = before
+        torch.set_float32_matmul_precision(precision)
 
 
 def test_the_same_seed_gives_the_same_picture_at_any_batch_size(world):

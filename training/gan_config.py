@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isfinite
-from typing import Literal
+from typing import Literal, get_args
 
 from networks.discriminator import GROUP
 from networks.generator import GeneratorConfig
 from networks.layers import CondNormKind
 from preprocessing.errors import OptionError
 from training.gan_losses import GuidanceKind, Schedule
+from training.gan_speed import Compile, Precision
 from training.train_modes import TRAIN_MODES, first_trained_px
 
 #            channels at resolution r: min(cbase // r, cmax); residual pairs; GroupNorm groups
@@ -103,6 +104,9 @@ class GanConfig:
     emas: str = "1"                           # averages kept: multiples of the published half-life, 1 among them
     seed: int = 0
     max_bad_steps: int = 10                   # steps with NaN or infinite numbers in a row that end the run
+    precision: Precision = "fp32"             # bf16: convolutions and frozen towers, weights stay float32
+    compile: Compile = "off"                  # blocks: every resolution, head and the backbone; max: with a search for fast kernels
+    workers: int = 3                          # threads that read patches ahead, where they do not lie on the device
 
     def __post_init__(self):
         self._require_numbers()
@@ -117,6 +121,9 @@ class GanConfig:
             raise OptionError("--augment-target", "0 up to 1, the mean of signs", str(self.augment_target))
         if self.clip_loss != "spherical" and not self.clip_weight:
             raise OptionError("--clip-loss", "a --clip-weight above 0 to give it", f"{self.clip_loss} with --clip-weight 0")
+        for name, choices in (("precision", get_args(Precision)), ("compile", get_args(Compile))):
+            if getattr(self, name) not in choices:
+                raise OptionError(f"--{name}", f"one of {', '.join(choices)}", getattr(self, name))
         _ = self.ema_multiples                # checks them
         if self.max_shift_px >= self.img_resolution:
             raise OptionError("--max-shift-px", f"less than the patch's {self.img_resolution} px", str(self.max_shift_px))

@@ -19,8 +19,8 @@ from preprocessing.errors import InputError, require_file
 from preprocessing.outputs import strings_sha256
 from training.data import ImageGeneDataset, SampleFiles
 from training.gan_losses import pair_deviations
+from training.gan_parts import TrainingData
 from training.gan_sources import GanSources
-from training.gan_step import TrainingData
 from training.patch_images import read_patch_images
 from training.prompts import read_rows
 from training.sample_centres import SamplePatches

@@ -23,7 +23,7 @@ from networks.histo_models import Encoder
 from networks.snapshot import save_snapshot
 from networks.weights import load_into
 from preprocessing.errors import InputError, WeightsError
-from preprocessing.outputs import config_sha256, strings_sha256, write_json
+from preprocessing.outputs import config_sha256, strings_sha256
 from training.diff_augment import adapted_p
 from training.ema import Averages, ema_beta, frozen_copy, half_life_kimg, update_average
 from training.gan_config import GanConfig
@@ -32,6 +32,7 @@ from training.gan_grids import Showcase
 from training.gan_losses import blur_sigma, scheduled_weight
 from training.gan_metrics import Metric, SnapshotMetrics
 from training.gan_progress import SHORT_RUN_FADE, Progress, resolved_fade_kimg, status_line, stop_signals
+from training.gan_speed import prepare
 from training.gan_step import SIGN, GanStep
 from training.held_out import HeldOut
 from training.ranks import any_rank, from_first, is_first
@@ -40,7 +41,9 @@ from training.run_folder import Checkpoint, NoStats, StatsLog, save_checkpoint
 log = logging.getLogger(__name__)
 MIN_TICKS, MIN_SNAPSHOTS = 20, 5
 OPTION_DEFAULTS = {option.name: option.default for option in fields(GanConfig)}   # of options younger than a checkpoint
-MAY_CHANGE = ("kimg", "budget_minutes", "tick", "snap", "max_bad_steps")   # between a run and its continuation
+# what may change between a run and its continuation
+MAY_CHANGE = ("kimg", "budget_minutes", "tick", "snap", "max_bad_steps",
+              "precision", "compile", "workers")   # between a run and its continuation
 
 
 class DivergedError(InputError):
@@ -90,6 +93,8 @@ class GanRun:
         self.gan = GanStep(config, generator, discriminator, self.training, clip, self.mlp, augment_p=self.progress.augment_p)
         self.averages = Averages(generator, config.ema_multiples, config.batch)
         self.average = self.averages.published
+        prepare(generator, discriminator, precision=config.precision, compiled=config.compile, on_gpu=str(self.device).startswith("cuda"),
+                penalised=config.r1_weight > 0)      # after the averages were copied: they stay as they are
         self.mlp_average = None if self.mlp is None else frozen_copy(self.mlp)
         self.held_out = HeldOut(self.data.training, None if self.mlp else self.data.validation, config.seed)   # its prompts move
         self.showcase = Showcase(self.data, config.seed)
@@ -280,11 +285,3 @@ class GanRun:
 
     def _config_hash(self) -> str:
         return config_sha256({name: value for name, value in asdict(self.config).items() if name not in MAY_CHANGE})
-
-
-def start_folder(folder: Path, run: GanRun, *, preset: str, cfg: str, started_from: str | None = None) -> None:
-    """Write config.json of a new run; `started_from`: the folder of the weights that it began with."""
-    write_json(folder / "config.json", {"preset": preset, "cfg": cfg, "config": asdict(run.config), "data": run.data.record,
-                                        "started_from": started_from,
-                                        "samples": run.data.sources, "gene_encoder": run.data.gene_encoder,
-                                        "backbone": {"name": run.encoder.name, "source": run.encoder.source}})

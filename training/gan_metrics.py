@@ -21,7 +21,7 @@ from networks.layers import images_to_float
 from preprocessing.errors import OptionError
 from training.gan_data import GanData
 from training.gan_grids import generate
-from training.gan_step import TrainingData
+from training.gan_parts import TrainingData
 from training.ranks import gather_rows, own_rows
 
 DEFAULT_N = 10_000

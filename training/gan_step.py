@@ -5,10 +5,9 @@ Gradients are means over the global batch, whatever the micro-batch and the numb
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,31 +20,15 @@ from training.diff_augment import augment_some
 from training.gan_config import GanConfig
 from training.gan_draws import D_PHASE, G_PHASE, Draws, batch_rows, draw, real_views, unlike_rows
 from training.gan_losses import blur, discriminator_loss, diversity_loss, feature_penalty, generator_loss, mismatch_loss
-from training.gan_parts import Part, Step
+from training.gan_parts import Part, Step, TrainingData
+from training.gan_speed import PatchesAhead
 from training.guidance import clip_guidance, guidance_centres, wanted_prompts
 from training.mlp_prompts import MlpPrompts
 from training.ranks import own_part, sum_gradients, sum_values
-from training.sample_centres import SamplePatches
 from training.train_modes import choose_trained
 
 SIGN = "logits/sign"      # E[sign D(real)]: what --augment-target speaks of
 ADAM = {"betas": (0.0, 0.99), "eps": 1e-8}
-
-
-@dataclass
-class TrainingData:
-    """What the discriminator may see, held on the device: patches in memory as uint8, prompts embedded once."""
-
-    images: Tensor                    # (N, 3, H, H) uint8
-    prompts: Tensor                   # (N, c_dim) float32, row i belongs to patch i
-    pair_deviations: Tensor | None = None   # (4,) how much two real patches of like prompts differ; with diversity_weight
-    expression: sp.csr_matrix | None = None   # (N, G) normalised, on the CPU: what prompts are embedded from; with cond_dropout or an MLP
-    samples: Tensor | None = None     # int64 (N,) sample of each patch; None without expression
-    sample_patches: SamplePatches | None = None   # of these samples, whole: for a CLIP that centres on them
-
-    def to(self, device: torch.device | str) -> TrainingData:
-        deviations = None if self.pair_deviations is None else self.pair_deviations.to(device)
-        return replace(self, images=self.images.to(device), prompts=self.prompts.to(device), pair_deviations=deviations)
 
 
 @dataclass
@@ -66,6 +49,8 @@ class GanStep:
         self.g_parameters = choose_trained(self.config.train_mode, self.generator, self.mlp)
         self.g_optimiser = torch.optim.Adam(self.g_parameters, lr=self.config.g_lr, **ADAM)
         self.d_optimiser = torch.optim.Adam(self.discriminator.heads.parameters(), lr=self.config.d_lr, **ADAM)
+        self.own = own_part(self.config.batch, self.config.batch_gpu)
+        self.patches = PatchesAhead(self.data.images, self._own_rows, self.data.prompts.device, self.config.workers)
         rate = self.config.cond_dropout
         self.cond_dropout = CondDropout(self.clip, self.data.expression, rate, self.config.seed) if rate else None
         self.mlp_prompts = None if self.mlp is None else MlpPrompts(self.mlp, self.data.expression, self.config.seed)
@@ -81,7 +66,7 @@ class GanStep:
 
     def gradients(self, step: int, *, sigma: float, clip_weight: float) -> dict[str, float]:
         """Fill both networks' gradients for step `step`; returns the losses. Does not move any weight."""
-        rows = batch_rows(self.config.seed, step, self.config.batch, len(self.data.images))
+        rows = self._rows(step)
         draws = self._draw(step)
         self.generator.train()
         self.g_optimiser.zero_grad()
@@ -91,8 +76,8 @@ class GanStep:
         d_draws = draws if self.config.shared_pass else self._draw(step, phase=D_PHASE)
         wanted = wanted_prompts(self.data.prompts, rows, in_pairs=self.config.diversity_weight > 0, centres=self.centres) \
             if clip_weight else None
-        now = Step(step, rows, self._prompts(rows, step), sigma, clip_weight, wanted)
-        for start in own_part(self.config.batch, self.config.batch_gpu):
+        now = Step(step, rows, self.patches.of_step(step), self._prompts(rows, step), sigma, clip_weight, wanted)
+        for start in self.own:
             if self.config.shared_pass:
                 self._shared_part(now, self._part(now, start, draws), totals)
             else:
@@ -103,11 +88,19 @@ class GanStep:
         sum_gradients((*self.g_parameters, *self.discriminator.heads.parameters()))
         return sum_values(totals, self.data.prompts.device)
 
+    def _rows(self, step: int) -> np.ndarray:
+        """(batch,) of the whole global batch."""
+        return batch_rows(self.config.seed, step, self.config.batch, len(self.data.images))
+
+    def _own_rows(self, step: int) -> np.ndarray:
+        return self._rows(step)[self.own.start:self.own.stop]
+
     def _part(self, now: Step, start: int, draws: Draws, phase: int = G_PHASE) -> Part:
         """One micro-batch; the generator is asked with D's prompts or, with `cond_dropout`, with those embedded anew with dropout."""
         places = slice(start, start + self.config.batch_gpu)
         rows = now.rows[places]
-        c, real, draws = now.prompts[places], images_to_float(self.data.images[rows]), draws.part(places.start, places.stop)
+        own = slice(start - self.own.start, start - self.own.start + self.config.batch_gpu)
+        c, real, draws = now.prompts[places], images_to_float(now.patches[own]), draws.part(places.start, places.stop)
         asked = c if self.cond_dropout is None else self.cond_dropout.prompts(rows, now.number, phase, start, c.device)
         return Part(places, rows, c.detach(), asked, real, draws)
 
@@ -115,7 +108,7 @@ class GanStep:
         """(batch, c_dim) of the whole global batch: kept ones, or embedded at this step by the MLP, whose spread sets the noise."""
         if self.mlp_prompts is None:
             return self.data.prompts[rows]
-        prompts = self.mlp_prompts.embed(rows, step, self.data.images.device)
+        prompts = self.mlp_prompts.embed(rows, step, self.data.prompts.device)
         self.noise_scale = self.config.cond_noise * prompt_deviation(prompts.detach())
         return prompts
 
@@ -127,7 +120,7 @@ class GanStep:
         generator = self.generator.config
         draws = draw(self.config.seed, step, n, z_dim=generator.z_dim, noise_size=self.generator.noise_size,
                      c_dim=generator.c_dim, **phase)
-        return draws.to(self.data.images.device)
+        return draws.to(self.data.prompts.device)
 
     def _share(self) -> float:
         return self.config.batch_gpu / self.config.batch
@@ -207,7 +200,8 @@ class GanStep:
             terms["loss/rec"] = F.mse_loss(fake, paired)
             total = total + config.rec_weight * terms["loss/rec"]
         if now.clip_weight:
-            terms["loss/clip"] = clip_guidance(self.clip, config.clip_loss, fake, part.draws.crop_fake, now.wanted, part.places)
+            terms["loss/clip"] = clip_guidance(self.clip, config.clip_loss, fake, part.draws.crop_fake, now.wanted, part.places,
+                                               reduced=config.precision == "bf16")
             total = total + now.clip_weight * terms["loss/clip"]
         (total * self._share()).backward()
         self._add(totals, terms)

@@ -43,12 +43,16 @@ def guidance_centres(clip: nn.Module, patches: SamplePatches, device: torch.devi
     return patches.mean_features(tower, device=device).to(device)
 
 
-def clip_guidance(clip: nn.Module, kind: GuidanceKind, images: Tensor, crops: Tensor, wanted: Wanted, part: slice) -> Tensor:
-    """Loss of the images (N, 3, H, W) at the places `part` of the global batch; `crops` (N, 3) as `guidance_crops` takes them."""
+def clip_guidance(clip: nn.Module, kind: GuidanceKind, images: Tensor, crops: Tensor, wanted: Wanted, part: slice, *,
+                  reduced: bool = False) -> Tensor:
+    """Loss of the images (N, 3, H, W) at the places `part` of the global batch; `crops` (N, 3) as `guidance_crops` takes them.
+    `reduced`: the tower computes in bfloat16."""
     # not CLIP.encode_images, which gives no gradient to the images
     index = wanted.index[part]
     centres = None if wanted.centres is None else wanted.centres[index]
-    embeds = clip.project_image_features(clip.image_encoder(guidance_crops(images, crops)), centres)
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=reduced):
+        features = clip.image_encoder(guidance_crops(images, crops))
+    embeds = clip.project_image_features(features.to(images.dtype), centres)
     if kind == "infonce":
         return contrastive_guidance(embeds, wanted.prompts, index, clip.temperature)
     return guidance_loss(embeds, wanted.prompts[index])

@@ -15,8 +15,8 @@ from torch import Tensor
 from networks.discriminator import GROUP
 from networks.layers import images_to_float
 from training.gan_draws import MEASURING
-from training.gan_parts import Part
-from training.gan_step import GanStep, TrainingData
+from training.gan_parts import Part, TrainingData
+from training.gan_step import GanStep
 
 N_SPOTS = 32        # of either kind: a tick should cost little of the time between two
 
@@ -46,7 +46,7 @@ def _some_spots(data: TrainingData, seed: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def real_logits(gan: GanStep, images: Tensor, c: Tensor, sigma: float) -> Tensor:
     """Logits (N, T) of real patches, uint8 (N, 3, H, H) with prompts (N, c_dim), as a training step sees them; N a multiple of 8."""
-    logits, device = [], gan.data.images.device
+    logits, device = [], gan.data.prompts.device
     for part in _parts(gan, images.to(device), c.to(device)):
         if gan.config.shared_pass:
             _, features, prompts = gan.alternating(part, sigma)

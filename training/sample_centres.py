@@ -9,6 +9,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,7 +19,9 @@ from networks.sample_scaling import patches_for_mean
 from training.augment import plain_views, turned_views
 from training.clip_features import compute_features
 from training.patch_cache import PatchRows
-from training.patch_images import PatchImages
+
+if TYPE_CHECKING:      # a machine that only times the networks has no readers of patches
+    from training.patch_images import PatchImages
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from networks.discriminator import Discriminator
 from networks.generator import Generator
 from networks.histo_models import ENCODERS, Encoder, build_body, build_encoder
 from training.gan_config import GanConfig, resolve
-from training.gan_step import GanStep, TrainingData
+from training.gan_parts import TrainingData
+from training.gan_step import GanStep
 from training.guidance import clip_guidance, wanted_prompts
 
 SEEN_SHARE = 0.1

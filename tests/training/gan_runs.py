@@ -8,7 +8,7 @@ from networks.histo_models import build_encoder
 from training.gan_config import resolve
 from training.gan_data import gan_data
 from training.gan_loop import GanRun
-from training.gan_step import TrainingData
+from training.gan_parts import TrainingData
 
 TINY = {"img_resolution": 16, "batch": 8, "cbase": 128, "cmax": 8, "res_blocks": 1, "norm_groups": 4, "backbone": "random_tiny",
         "blur_init": 2.0, "kimg": 0.08}

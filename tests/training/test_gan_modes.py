@@ -14,7 +14,7 @@ from preprocessing.errors import OptionError
 from training.gan_config import PRESETS, resolve
 from training.gan_data import gan_data
 from training.gan_loop import GanRun
-from training.gan_step import TrainingData
+from training.gan_parts import TrainingData
 from training.mlp_prompts import MlpPrompts
 from training.run_folder import latest_checkpoint
 from training.train_modes import TRAIN_MODES

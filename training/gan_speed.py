@@ -1,0 +1,87 @@
+"""How a GAN run computes: in bfloat16 or float32, compiled or not, with patches on the device or fetched ahead. No formula changes.
+
+Weights, styles, statistics, colours, logits and losses stay float32 in any case; bfloat16 is for convolutions and frozen towers.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from networks.discriminator import Discriminator
+from networks.generator import Generator
+
+Precision = Literal["fp32", "bf16"]
+Compile = Literal["off", "blocks", "max"]
+COMPILE_MODES: dict[str, str | None] = {"blocks": None, "max": "max-autotune-no-cudagraphs"}
+DEVICE_SHARE = 0.5         # of its free memory that patches may take
+
+
+def default_precision(device: str, fp32: bool | None) -> Precision:
+    """What `--fp32` / `--bf16` say; nothing said: bfloat16 on a GPU, float32 on a CPU."""
+    reduced = device.startswith("cuda") if fp32 is None else not fp32
+    return "bf16" if reduced else "fp32"
+
+
+def set_up_gpu(precision: Precision, *, search_kernels: bool) -> None:
+    """Process-wide switches of the GPU's libraries: TF32 for what stays float32 unless all is to be exact, search for fast kernels."""
+    torch.set_float32_matmul_precision("high" if precision == "bf16" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "bf16"
+    torch.backends.cudnn.benchmark = search_kernels
+
+
+def prepare(generator: Generator, discriminator: Discriminator, *, precision: Precision, compiled: Compile, on_gpu: bool,
+            penalised: bool, backend: str = "inductor") -> None:
+    """Set both networks up to train. `penalised`: heads whose gradient is differentiated again, which compiled code cannot do."""
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    generator.compute_in(dtype, channels_last=on_gpu)
+    discriminator.taps.compute_dtype = dtype
+    if compiled == "off":
+        return
+    torch._dynamo.config.recompile_limit = 64      # one graph a resolution, training and sampling: more than the default of 8
+    options = {"dynamic": False, "mode": COMPILE_MODES[compiled], "backend": backend}
+    for module in (*generator.blocks, discriminator.taps):
+        module.compile(**options)
+    for head in () if penalised else discriminator.heads:
+        head.judge = torch.compile(head.judge, **options)
+
+
+def place_patches(images: Tensor, device: torch.device | str) -> Tensor:
+    """The patches (N, 3, H, H) on the device, or where they are if they would take too much of its free memory."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return images.to(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    return images.to(device) if images.numel() <= DEVICE_SHARE * free else images
+
+
+class PatchesAhead:
+    """The real patches of every step. Patches in host memory, or mapped from a file, are read by threads before they are asked for.
+
+    `rows_of(step)` says which; the patches do not depend on the number of threads.
+    """
+
+    def __init__(self, images: Tensor, rows_of: Callable[[int], np.ndarray], device: torch.device | str, workers: int):
+        self.images, self.rows_of, self.device = images, rows_of, torch.device(device)
+        self.workers = workers if images.device.type == "cpu" else 0
+        self.pool = ThreadPoolExecutor(self.workers, "patches") if self.workers else None
+        self.waiting: dict[int, Future] = {}
+
+    def of_step(self, step: int) -> Tensor:
+        """uint8 (n, 3, H, H) on the device."""
+        if self.pool is None:
+            return self._read(step).to(self.device)
+        for number in [number for number in self.waiting if not step <= number <= step + self.workers]:
+            self.waiting.pop(number).cancel()
+        for number in range(step, step + self.workers + 1):
+            if number not in self.waiting:
+                self.waiting[number] = self.pool.submit(self._read, number)
+        return self.waiting.pop(step).result().to(self.device, non_blocking=True)
+
+    def _read(self, step: int) -> Tensor:
+        images = self.images[torch.from_numpy(self.rows_of(step)).to(self.images.device)]
+        return images.pin_memory() if self.device.type == "cuda" and images.device.type == "cpu" else images
