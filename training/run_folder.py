@@ -121,7 +121,8 @@ class Checkpoint:
 
 def save_checkpoint(folder: Path | str, step: int, *, state: Mapping, tensors: Mapping[str, Mapping[str, Tensor]],
                     optimisers: Mapping[str, Mapping], keep: int = KEEP_CHECKPOINTS) -> Path:
-    """Write `folder/checkpoint-<step>`; older ones beyond `keep` go once this one was read back. Returns its path."""
+    """Write `folder/checkpoint-<step>`; older ones beyond `keep`, and what killed runs left half-written, go once this one was read
+    back. Returns its path."""
     path = Path(folder) / f"checkpoint-{step:08d}"
     with finished_folder(path, validate=read_checkpoint) as temporary:
         for part, values in tensors.items():
@@ -133,7 +134,7 @@ def save_checkpoint(folder: Path | str, step: int, *, state: Mapping, tensors: M
         files = sorted(path.name for path in temporary.iterdir())
         (temporary / SUMS_FILE).write_text("".join(f"{file_sha256(temporary / name)}  {name}\n" for name in files))
         _write_and_sync(temporary / COMMIT, f"{step}\n")
-    for old in _checkpoint_folders(folder)[keep:]:
+    for old in (*_checkpoint_folders(folder)[keep:], *Path(folder).glob("checkpoint-*.tmp.*")):
         shutil.rmtree(old, ignore_errors=True)
     return path
 
