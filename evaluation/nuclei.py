@@ -22,9 +22,9 @@ from preprocessing.stain import TARGET_VECTORS, optical_density
 
 BLUR_UM = 0.5              # of the haematoxylin before the threshold: smaller than chromatin clumps
 SEED_BLUR_UM = 0.6         # of what nuclei are told apart by
-SEED_APART_UM = 1.5        # centres of two nuclei lie at least so far apart
+SEED_APART_UM = 1.8        # centres of two nuclei lie at least so far apart
 DARKNESS = 1.5             # µm of depth inside the mask that one unit of haematoxylin counts for, when nuclei are told apart
-DEPTH_UM = 2.5             # deeper than this, haematoxylin alone tells nuclei apart: dense tissue has no ground between them
+DEPTH_UM = 3.0             # about where depth fades and haematoxylin tells nuclei apart: dense tissue has no ground between them
 MIN_AREA_UM2 = 5.0         # smaller is debris
 LEAST_THRESHOLD = 0.25     # haematoxylin below it is ground, also on patches without a nucleus
 FIT_PATCHES = 1000         # at most: enough for a histogram
@@ -63,7 +63,7 @@ def _segment(haematoxylin: np.ndarray, settings: NucleiSettings) -> np.ndarray:
     if not mask.any():
         return np.zeros(mask.shape, np.int32)
     depth = ndimage.distance_transform_edt(np.pad(mask, 1, mode="edge"))[1:-1, 1:-1] * px      # the tissue goes on beyond the border
-    depth = np.minimum(depth, DEPTH_UM)
+    depth = depth / (1 + depth / DEPTH_UM)
     relief = _blurred(depth, SEED_BLUR_UM / px) + DARKNESS * _blurred(haematoxylin, SEED_BLUR_UM / px)
     peaks = peak_local_max(relief, min_distance=max(1, round(SEED_APART_UM / px)), labels=mask.astype(np.int32), exclude_border=False)
     seeds = np.zeros(mask.shape, np.int32)
