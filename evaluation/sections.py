@@ -38,6 +38,7 @@ class Section:
     expression: sp.csr_matrix        # (N, G) normalised as the CLIP wants it
     judge_expression: sp.csr_matrix  # (N, G) normalised as the judge wants it
     clusters: np.ndarray | None      # (N,) str
+    centre_xy_px: np.ndarray | None = None   # (N, 2) level-0 px
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def read_prompts(path: Path | str | None, snapshot: Snapshot, *, encoded: bool =
     width = snapshot.generator.config.c_dim
     if embeddings.shape[1] != width:
         raise InputError(path, "width of an embedding", f"{width}, as the snapshot was trained with", str(embeddings.shape[1]))
-    labels = None if clusters is None else _read_labels(clusters, obs, path, len(embeddings))
+    labels = None if clusters is None else read_labels(clusters, obs, path, len(embeddings))
     barcodes = np.full(len(embeddings), "") if barcodes is None else barcodes
     return Prompts(path, embeddings, barcodes, labels, sample_id, xy)
 
@@ -137,8 +137,9 @@ def _require_normalised(path: Path, rows: np.ndarray) -> None:
         raise InputError(path, "normalised expression", "log1p of scaled counts", f"whole numbers up to {rows.max():g}: raw counts", how)
 
 
-def _read_labels(clusters: str, obs, gex: Path, n_prompts: int) -> np.ndarray:
-    """One label a prompt: from a file of that name, else from an obs column. A CSV's last column counts, its first line is a header."""
+def read_labels(clusters: str, obs, gex: Path, n_rows: int, *, option: str = "--clusters", rows_are: str = "prompts") -> np.ndarray:
+    """(N,) str, one label a row: from a file of that name, else from an obs column. A CSV's last column counts, its first line is a
+    header. `NO_CLUSTER` where an obs column has none; a file must have all."""
     import pandas as pd
 
     path = Path(clusters)
@@ -153,14 +154,14 @@ def _read_labels(clusters: str, obs, gex: Path, n_prompts: int) -> np.ndarray:
         labels = obs[clusters].to_numpy()
     else:
         columns = "none" if obs is None else ", ".join(map(str, obs.columns)) or "none"
-        raise InputError(gex, "--clusters", "an .npy or CSV file of labels, or an obs column", f"{clusters}; columns: {columns}")
-    if labels.shape != (n_prompts,):
-        raise InputError(path if path.is_file() else gex, "cluster labels", f"one for each of the {n_prompts:,} prompts", str(labels.shape))
+        raise InputError(gex, option, "an .npy or CSV file of labels, or an obs column", f"{clusters}; columns: {columns}")
+    if labels.shape != (n_rows,):
+        raise InputError(path if path.is_file() else gex, "cluster labels", f"one for each of the {n_rows:,} {rows_are}", str(labels.shape))
     missing = pd.isna(labels) | np.array([not str(label).strip() for label in labels])
     if missing.all() or (missing.any() and path.is_file()):
         raise InputError(path if path.is_file() else gex, "cluster labels", "no gaps", f"{int(missing.sum()):,} missing")
     if missing.any():      # clustering leaves out spots without reads: they are nobody's prompt
-        log.warning("%s: %d of %d spots have no %s and are left out", gex, missing.sum(), n_prompts, clusters)
+        log.warning("%s: %d of %d spots have no %s and are left out", gex, missing.sum(), n_rows, clusters)
     return np.where(missing, NO_CLUSTER, labels.astype(str))
 
 
