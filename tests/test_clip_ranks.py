@@ -60,7 +60,8 @@ def test_a_device_that_is_not_there_is_a_usage_error():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["image.cache_features=3", "model.gene_scaling=centre", "model.feature_components=4",
-                                          "model.learn_temperature=true", "model.image_views=8"],
+                                          "model.learn_temperature=true", "model.image_views=8",
+                                          "model.feature_sample_scaling=centre", "model.gene_sample_scaling=centre"],
                                      ["image.cache_features=2", "model.gene_encoder=gene_tokens", "model.gene_tokens=6",
                                       "model.gene_token_width=8", "trainer.contrast=within_sample", "trainer.batch_mmd=0.5"]],
                          ids=["online", "cached features", "gene tokens, samples told apart"])

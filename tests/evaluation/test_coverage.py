@@ -15,13 +15,15 @@ def brute(real, generated, k):
             "density": inside.sum(0).mean() / k, "coverage": inside.any(1).mean()}
 
 
-def test_the_four_numbers_are_their_definitions(rng=np.random.default_rng(0)):
+def test_the_four_numbers_are_their_definitions():
+    rng = np.random.default_rng(0)
     real, generated = rng.normal(size=(60, 4)), rng.normal(0.5, 0.7, size=(45, 4))
     assert coverage_metrics(real, generated, k=3) == pytest.approx(brute(real, generated, 3))
     assert own_radius(np.array([[0.0], [1.0], [3.0]]), 1).tolist() == [1, 1, 2]
 
 
-def test_two_sets_of_one_distribution_cover_each_other_and_a_collapsed_one_does_not(rng=np.random.default_rng(1)):
+def test_two_sets_of_one_distribution_cover_each_other_and_a_collapsed_one_does_not():
+    rng = np.random.default_rng(1)
     real, same = rng.normal(size=(1000, 8)), rng.normal(size=(1000, 8))
     found = coverage_metrics(real, same)
     assert abs(found["coverage"] - (1 - 0.5 ** 5)) < 0.03 and abs(found["density"] - 1) < 0.1
