@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
 from preprocessing.errors import Command, OptionError
 
-RUN_OPTIONS = ("outdir", "n_train", "mask", "train_clusters", "cache_dir", "resume", "resume_kimg", "suffix", "dry_run", "tensorboard")
+RUN_OPTIONS = ("outdir", "n_train", "mask", "train_clusters", "cache_dir", "resume", "resume_kimg", "suffix", "dry_run", "tensorboard",
+               "wandb")
 SOURCES = ("data", "gex", "samples", "val_data", "val_gex", "embeddings", "val_embeddings", "encoder", "network")
 PRESETS, SIZES = ("reference", "best"), ("small", "lite", "full", "custom")   # the tables of training/gan_config.py, without torch
 PRESET = " Default: the preset's."
@@ -37,6 +39,8 @@ def train_gan(*, preset: str, cfg: str, device: str | None, fp32: bool | None, n
 
     sources = gan_sources(**{name: said.pop(name) for name in SOURCES}, guided=bool(said["clip_weight"]))
     run_options = {name: said.pop(name) for name in RUN_OPTIONS}
+    if run_options["wandb"] and find_spec("wandb") is None:
+        raise OptionError("--wandb", "the package wandb (pip install wandb)", "it is not installed")
     device = local_device(pick_device(device or "auto"))
     precision = default_precision(device, fp32)
     config, watched = resolve(preset, cfg, encoder=sources.encoder, precision=precision, **said), parse_metrics(metrics)
@@ -128,6 +132,7 @@ def train_gan(*, preset: str, cfg: str, device: str | None, fp32: bool | None, n
 @option("suffix", help="Added to the run folder's name.")
 @option("device", help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")
 @click.option("--tensorboard/--no-tensorboard", default=True, help="Mirror stats.jsonl for TensorBoard.")
+@option("wandb", metavar="PROJECT", help="Mirror it to this project of Weights & Biases, whose package and login are yours to set up.")
 @option("timeout-minutes", type=float, default=30.0, help="Of several processes: how long one waits for another before the job ends.")
 @option("dry-run", is_flag=True, help="Check options and data, print the config, train nothing.")
 def main(**options):

@@ -4,7 +4,9 @@ import json
 import resource
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -232,6 +234,23 @@ def test_how_a_run_computes_is_said_and_told_to_the_libraries(world, options, to
     finally:
         torch.backends.cudnn.benchmark, precision, torch.backends.cudnn.allow_tf32 = before
         torch.set_float32_matmul_precision(precision)
+
+
+def test_a_run_is_mirrored_to_weights_and_biases_under_one_id(world, monkeypatch):
+    result = call(train_gan, **train_options(world, outdir=world / "mirrored"), wandb="morphology")
+    assert result.exit_code == 2 and "--wandb: expected the package wandb (pip install wandb); found it is not installed" in result.output
+    seen = {"init": [], "log": []}
+    module = ModuleType("wandb")
+    module.__spec__ = ModuleSpec("wandb", None)
+    module.init = lambda **told: seen["init"].append(told) or SimpleNamespace(
+        log=lambda values, step: seen["log"].append((step, values)), finish=lambda: seen["log"].append("finished"))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    for kimg in (0.016, 0.024):
+        result = call(train_gan, **train_options(world, outdir=world / "mirrored", kimg=kimg), wandb="morphology", resume="auto")
+        assert result.exit_code == 0, result.output
+    first, second = seen["init"]
+    assert first == second and first["project"] == "morphology" and first["resume"] == "allow" and first["config"]["batch"] == 8
+    assert seen["log"].count("finished") == 2 and {"loss/G", "kimg"} <= seen["log"][1][1].keys()
 
 
 def test_the_same_seed_gives_the_same_picture_at_any_batch_size(world):

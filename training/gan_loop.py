@@ -62,6 +62,7 @@ class GanRun:
     folder: Path
     clip: nn.Module | None = None     # with image tower for guidance and clip_score; its gene encoder for cond_dropout
     tensorboard: bool = True
+    wandb_project: str | None = None
     device: str = "cpu"
     watched: Sequence[Metric] = ()    # measured at every snapshot
     progress: Progress = field(default_factory=Progress)
@@ -119,7 +120,7 @@ class GanRun:
 
     def train(self) -> Iterator[dict[str, float]]:
         """Train to the end of the run or its budget; yields the losses of every step. Saves, also when stopped by a signal."""
-        stats = StatsLog(self.folder, self.tensorboard) if is_first() else NoStats()
+        stats = StatsLog(self.folder, self.tensorboard, self.wandb_project) if is_first() else NoStats()
         stats.forget_after(self.progress.step)
         clock = time.monotonic() - self.progress.elapsed_s
         if self.progress.step == self.progress.first_step:

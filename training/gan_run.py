@@ -26,7 +26,8 @@ from training.warm_start import Weights, find_start, start_from
 
 def run_gan(config: GanConfig, sources: GanSources, watched: Sequence[Metric], device: str, *, preset: str, cfg: str, outdir: Path,
             n_train: int | None, mask: str | None, train_clusters: str | None, val_clusters: str | None, cache_dir: str,
-            resume: str | None, resume_kimg: float | None, suffix: str | None, dry_run: bool, tensorboard: bool) -> Path | None:
+            resume: str | None, resume_kimg: float | None, suffix: str | None, dry_run: bool, tensorboard: bool,
+            wandb: str | None) -> Path | None:
     """Read data and train, on every rank; returns the run folder (None on a dry run and on silent ranks)."""
     backbone = build_encoder(config.backbone, config.backbone_weights)
     gan_data = load_gan_data(sources, config.img_resolution, choice=SpotChoice(mask, train_clusters, val_clusters, n_train),
@@ -40,7 +41,8 @@ def run_gan(config: GanConfig, sources: GanSources, watched: Sequence[Metric], d
     name = "-".join(filter(None, (f"{gan_data.name}@{config.img_resolution}", cfg, f"gpus{n_ranks}-b{config.batch}", suffix)))
     start = find_start(outdir, from_first(name), resume, config)
     clip = _clip(sources.network, config, width, scored=any(metric.kind == "clip_score" for metric in watched))
-    run = GanRun(config, gan_data, backbone, Path(outdir), clip=clip, tensorboard=tensorboard, device=device, watched=watched)
+    run = GanRun(config, gan_data, backbone, Path(outdir), clip=clip, tensorboard=tensorboard, wandb_project=wandb,
+                 device=device, watched=watched)
     begin(run, start, resume_kimg, name, preset=preset, cfg=cfg)
     show_progress(run)
     return run.folder if is_first() else None

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from preprocessing.errors import InputError, WeightsError
-from preprocessing.outputs import file_sha256, finished_file, finished_folder
+from preprocessing.outputs import file_sha256, finished_file, finished_folder, strings_sha256
 
 log = logging.getLogger(__name__)
 COMMIT, SUMS_FILE, STATE_FILE = "COMMIT", "SHA256SUMS", "state.json"
@@ -45,11 +45,17 @@ def next_run_folder(outdir: Path | str, name: str) -> Path:
 
 
 class StatsLog:
-    """Write the numbers of one tick to stats.jsonl, log.txt, TensorBoard and (returned) a status line."""
+    """Write the numbers of one tick to stats.jsonl, and a status line to the screen and log.txt; as asked, also to TensorBoard and to
+    a project of Weights & Biases."""
 
-    def __init__(self, folder: Path | str, tensorboard: bool = True):
+    def __init__(self, folder: Path | str, tensorboard: bool = True, wandb_project: str | None = None):
         self.folder = Path(folder)
-        self.writer = None
+        self.writer = self.wandb_run = None
+        if wandb_project:
+            import wandb
+            about = json.loads((self.folder / "config.json").read_text())
+            self.wandb_run = wandb.init(project=wandb_project, name=self.folder.name, id=wandb_id(self.folder), resume="allow",
+                                        dir=str(self.folder), config=about["config"])
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(log_dir=str(self.folder))
@@ -75,6 +81,8 @@ class StatsLog:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
+        if self.wandb_run is not None:
+            self.wandb_run.log(dict(values), step=step)
 
     def note(self, line: str) -> None:
         """Say a line, and append it to log.txt."""
@@ -85,6 +93,13 @@ class StatsLog:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
+
+
+def wandb_id(folder: Path) -> str:
+    """The same for a run and its continuation."""
+    return strings_sha256([str(folder.absolute())])[:16]
 
 
 class NoStats:
