@@ -12,6 +12,7 @@ from scipy.stats import t as students_t
 
 from evaluation.nuclei import STATISTICS
 
+NEGLIGIBLE = 0.05          # deviations: a change below it is nothing to speak of, however sure
 DIFFERENCE_RANGE = 80      # grey levels that have the full colour in a difference map
 
 
@@ -38,9 +39,10 @@ class Effect:
 
     @property
     def stands_out(self) -> bool:
-        """The interval leaves out 0, and no more than one in twenty random sets does as much."""
+        """The interval leaves out 0, no more than one in twenty random sets does as much, and it is not negligible."""
         low, high = self.interval
-        return bool((low > 0 or high < 0) and (not len(self.controls) or self.p_value <= 0.05))
+        is_rare = not len(self.controls) or self.p_value <= 0.05
+        return bool((low > 0 or high < 0) and is_rare and abs(self.change) >= NEGLIGIBLE * self.spread)
 
     def to_json(self) -> dict[str, object]:
         return {"before": self.before, "change": self.change, "ci95_over_seeds": list(self.interval), "spread_before": self.spread,

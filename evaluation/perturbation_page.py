@@ -32,10 +32,10 @@ def write_perturbation_page(path: Path, title: str, changes: str, effects: Seque
              page.picture(sheet, "A row a spot; three patches a seed, of the same noise. Difference: blue is darker after the change, "
                           "orange lighter."),
              page.heading("How to read this"), page.paragraph(
-                 "An effect counts if its interval leaves out 0 and at most one in twenty random gene sets does as much: a generator "
-                 "answers to any change of its input, so the question is whether it answers to these genes. What is seen is what the "
-                 "generator has learnt from its training sections, not an experiment: genes that went together there change together "
-                 "here."),
+                 "An effect counts if its interval leaves out 0, at most one in twenty random gene sets does as much, and it is a "
+                 "twentieth of a deviation or more: a generator answers to any change of its input, so the question is whether it "
+                 "answers to these genes. What is seen is what the generator has learnt from its training sections, not an experiment: "
+                 "genes that went together there change together here."),
              page.heading("Settings, weights, versions"), page.facts(settings)]
     page.write_page(path, page.page(title, parts))
 

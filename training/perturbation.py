@@ -23,7 +23,7 @@ from evaluation.perturbation_page import pairs_sheet, write_perturbation_page
 from networks.sample_scaling import fit_sample_scaling, require_whole_samples
 from networks.snapshot import Snapshot
 from preprocessing.errors import InputError, OptionError, first_few
-from preprocessing.outputs import fingerprint, finished_file, locked, program_versions, write_json
+from preprocessing.outputs import fingerprint, finished_file, locked, nan_to_none, program_versions, write_json
 from training.data import ExpressionTable, expression_only
 from training.gene_changes import GeneChanges, read_gene_changes
 from training.prompts import parse_seeds, read_labels
@@ -217,7 +217,7 @@ def _write(config: PerturbConfig, found: Perturbed, changes: str, rows: np.ndarr
                 for j, seed in enumerate(seeds):
                     numbers = [*found.before_statistics[i, j], *found.after_statistics[i, j]]
                     writer.writerow([row, barcodes[i], seed, *(f"{value:.6g}" if np.isfinite(value) else "" for value in numbers)])
-        write_json(record, {"changes": changes, "effects": {effect.name: effect.to_json() for effect in found.effects},
+        write_json(record, {"changes": changes, "effects": {effect.name: nan_to_none(effect.to_json()) for effect in found.effects},
                             "settings": settings})
         write_perturbation_page(page, f"Perturbation: {changes}"[:120], changes, found.effects,
                                 pairs_sheet(found.before, found.after, barcodes, seeds), settings)
