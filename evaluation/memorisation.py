@@ -105,6 +105,16 @@ class Turned(nn.Module):
         return self.encoder(torch.rot90(images.flip(-1) if self.flip else images, self.turns, (-2, -1)).contiguous())
 
 
+class Pixels(nn.Module):
+    """The picture itself, small: a second space that needs no weights."""
+
+    name, side = "pixels", 16
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, 768)."""
+        return nn.functional.interpolate(images, (self.side, self.side), mode="area").flatten(1)
+
+
 def nearest(queries: np.ndarray, training: np.ndarray) -> Nearest:
     """Features (N, V, F) of N patches in V views, and (T, F) of the training patches."""
     training = training.astype(np.float64)

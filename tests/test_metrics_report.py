@@ -56,7 +56,8 @@ def test_the_report_says_whether_patches_follow_their_genes_and_whether_they_are
     assert readout["generated"]["score"] > readout["shuffled"]["score"] + 0.1 and readout["share_of_ceiling"] > 0.5
     assert abs(readout["null"]["score"]) < readout["generated"]["score"]
     assert record["faithfulness"]["n_prompts"] == N and record["faithfulness"]["judge_sha256"]
-    assert record["memorisation"]["copies"] == 0 and record["memorisation"]["n_training"] == N
+    assert set(record["memorisation"]["encoders"]) == {"random_tiny", "pixels"} and record["memorisation"]["copies"] == 0
+    assert record["memorisation"]["n_training"] == N
     page = (tmp_path / "index.html").read_text()
     for heading in ("Do they follow their genes?", "Are they copies?", "retrieval: R@10 by the judge"):
         assert heading in page

@@ -15,7 +15,7 @@ from torch import nn
 from evaluation.faithfulness import score_all
 from evaluation.faithfulness_page import faithfulness_parts, memorisation_parts
 from evaluation.features import list_images, resize_by_area
-from evaluation.memorisation import closest_pairs, find_memorised
+from evaluation.memorisation import Pixels, closest_pairs, find_memorised
 from evaluation.sections import FeatureBank, Section, read_generated
 from evaluation.tissue_map import maps_side_by_side
 from networks.clip import CLIP, clip_weights_sha256
@@ -123,6 +123,8 @@ def _memorisation(config: ReportConfig, encoders: Mapping[str, nn.Module], devic
                            for folders in (config.generated, config.reference))
     training = [path for folder in config.training for path in list_images(folder).paths]
     px = min(read_patch(paths[0]).shape[0] for paths in (generated, held_out, training))
+    if len(encoders) == 1:
+        encoders = {**encoders, Pixels.name: Pixels()}
     memorised = find_memorised(generated, held_out, training, encoders, batch_size=config.batch_size, device=device, progress=progress,
                                match_px=px)
     summary = memorised.summary(config.seed)
