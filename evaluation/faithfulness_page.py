@@ -7,11 +7,10 @@ import numpy as np
 
 from evaluation import page
 from evaluation.contact_sheet import contact_sheet
-from evaluation.nuclei import NucleiSettings, outlined
+from evaluation.nuclei import SAID, NucleiSettings, outlined
 
-NUMBERS = {"retrieval": "retrieval: R@10 by the judge", "readout": "expression read-out: mean Pearson",
-           "clusters": "cluster agreement: balanced accuracy", "nuclei": "nuclei and stain: mean Pearson with the real patch",
-           "spatial": "spatial pattern: mean Moran's I"}
+NUMBERS = {"retrieval": "retrieval (R@10)", "readout": "expression read-out (Pearson)", "clusters": "cluster agreement (accuracy)",
+           "nuclei": "nuclei and stain (Pearson)", "spatial": "spatial pattern (Moran's I)"}
 SHOWN, CELL_PX = 8, 96
 
 
@@ -22,14 +21,14 @@ def faithfulness_parts(scores: Mapping[str, object], real: np.ndarray, generated
     rows = [[NUMBERS[name], *(entry(scores[name].get(label)) for label in sets), scores[name]["share_of_ceiling"]] for name in known]
     heads = {"generated": "generated", "shuffled": "shuffled (floor)", "null": "null prompt", "real": "real (ceiling)"}
     nuclei = scores["nuclei"]
-    by_name = [[statistic, nuclei["real"]["mean"][statistic], nuclei["generated"]["mean"][statistic],
+    by_name = [[SAID[statistic], nuclei["real"]["mean"][statistic], nuclei["generated"]["mean"][statistic],
                 nuclei["generated"]["pearson"][statistic], *([scores["spatial"][side]["morans_i"][statistic] for side in
                                                              ("real", "generated")] if "spatial" in scores else [])]
                for statistic in nuclei["real"]["mean"]]
     moran = ["Moran's I, real", "Moran's I, generated"] if "spatial" in scores else []
     parts = [page.heading("Do they follow their genes?"),
              page.table(["", *(heads[label] for label in sets), "share of the way"], rows,
-                        f"{scores['n_prompts']:,} spots, {scores['n_seeds']} seeds; intervals over spots; last: from floor to ceiling"),
+                        f"{scores['n_prompts']:,} spots, seeds: {scores['n_seeds']}; in brackets the 95 % interval over spots"),
              page.table(["per patch", "mean, real", "mean, generated", "Pearson", *moran], by_name, "Nuclei and stain")]
     if "clusters" in scores:
         parts.append(confusion(scores["clusters"]["generated"]["confusion"], scores["cluster_names"]))
@@ -38,7 +37,7 @@ def faithfulness_parts(scores: Mapping[str, object], real: np.ndarray, generated
     sheet = contact_sheet([[images[i] if plain else outlined(images[i], settings) for i in chosen]
                            for images in (real, generated) for plain in (True, False)],
                           ["real", "its nuclei", "generated", "its nuclei"], cell_px=CELL_PX)
-    parts.append(page.picture(sheet, "Real and generated patches of the same spots, and the nuclei that were counted."))
+    parts.append(page.picture(sheet, "Real and generated patches of the same spots, and the nuclei that were counted, in yellow."))
     if tissue is not None:
         parts.append(page.picture(tissue, "The section: real patches at their spots (left), generated ones (right)."))
     return parts

@@ -9,9 +9,8 @@ import numpy as np
 from evaluation import page
 from evaluation.contact_sheet import contact_sheet
 from evaluation.effects import Effect, difference_map
+from evaluation.nuclei import SAID
 
-UNITS = {"nuclei": "nuclei a patch", "nuclear_area_um2": "area of a nucleus, µm²", "nuclear_haematoxylin": "haematoxylin in nuclei",
-         "haematoxylin": "haematoxylin of the patch", "eosin": "eosin of the patch"}
 SHOWN_SPOTS, SHOWN_SEEDS, CELL_PX = 8, 3, 96
 FIGURE_DPI = 100
 
@@ -20,7 +19,7 @@ def write_perturbation_page(path: Path, title: str, changes: str, effects: Seque
                             settings: Mapping[str, object]) -> None:
     """`sheet` is what `pairs_sheet` makes."""
     n_controls = len(effects[0].controls)
-    rows = [[UNITS[effect.name], effect.before, page.with_interval(effect.change, *effect.interval), in_spreads(effect),
+    rows = [[SAID[effect.name], effect.before, page.with_interval(effect.change, *effect.interval), in_spreads(effect),
              f"{page.number(effect.control_range[0])} to {page.number(effect.control_range[1])}" if n_controls else None,
              effect.p_value if n_controls else None] for effect in effects]
     parts = [page.paragraph(lead(effects), "lead"), page.paragraph(f"Changed: {changes}."), page.heading("Effects"),
@@ -42,7 +41,7 @@ def write_perturbation_page(path: Path, title: str, changes: str, effects: Seque
 
 def lead(effects: Sequence[Effect]) -> str:
     """What stands out, in a sentence."""
-    said = [f"{UNITS[effect.name]} {'+' if effect.change > 0 else ''}{page.with_interval(effect.change, *effect.interval)}"
+    said = [f"{SAID[effect.name]} {'+' if effect.change > 0 else ''}{page.with_interval(effect.change, *effect.interval)}"
             for effect in effects if effect.stands_out]
     if not said:
         return "No number of nuclei or stain changes more than with random gene sets." if len(effects[0].controls) else \
@@ -80,7 +79,7 @@ def effects_figure(effects: Sequence[Effect]) -> np.ndarray:
         if np.isfinite(low):
             axes.plot([low, high], [place, place], color="#2563a8", linewidth=2.5, solid_capstyle="butt")
         axes.plot(effect.change / effect.spread, place, "o", color="#2563a8", markersize=7)
-    axes.set_yticks(range(len(effects)), [UNITS[effect.name] for effect in reversed(effects)])
+    axes.set_yticks(range(len(effects)), [SAID[effect.name] for effect in reversed(effects)])
     axes.set_ylim(-0.6, len(effects) - 0.4)
     axes.set_xlabel("change, in deviations before")
     for side in ("top", "right"):

@@ -59,7 +59,7 @@ def test_the_report_says_whether_patches_follow_their_genes_and_whether_they_are
     assert set(record["memorisation"]["encoders"]) == {"random_tiny", "pixels"} and record["memorisation"]["copies"] == 0
     assert record["memorisation"]["n_training"] == N
     page = (tmp_path / "index.html").read_text()
-    for heading in ("Do they follow their genes?", "Are they copies?", "retrieval: R@10 by the judge"):
+    for heading in ("Do they follow their genes?", "Are they copies?", "retrieval (R@10)"):
         assert heading in page
     assert page.count("data:image/png;base64,") == 4            # contact sheet, nuclei, tissue, nearest pairs
     assert "readout: generated" in answer.output and "memorisation: 0 of 30" in answer.output
