@@ -6,12 +6,16 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from preprocessing.errors import Command
+from preprocessing.errors import Command, OptionError
+
+MORE = ("gex", "judge", "null", "training", "patch_um", "judge_encoder_weights")     # options of what goes beyond distances
 
 
-def calculate_image_quality(out_dir: Path, report: Path | None = None, progress: bool = True, **settings) -> list[dict[str, object]]:
-    """Measure, append to the CSV in `out_dir`, write the page if one is asked for; returns the rows."""
+def calculate_image_quality(out_dir: Path, report: Path | None = None, progress: bool = True,
+                            **settings) -> tuple[list[dict[str, object]], list[str]]:
+    """Measure, append to the CSV in `out_dir`, write the page if one is asked for; returns the rows, and what else was found, in lines."""
     from evaluation import features, image_quality, image_quality_page
+    more = more_config(report, settings)
     chosen = features.feature_specs(settings.pop("features"), inception_weights=settings.pop("weights"))
     config = image_quality.QualityConfig(features=tuple(chosen), **settings)
     reference, generated = image_quality.collect_both(config)
@@ -19,9 +23,27 @@ def calculate_image_quality(out_dir: Path, report: Path | None = None, progress:
         tqdm.write(line)
     rows = list(image_quality.measure(config, reference, generated, progress))
     image_quality.append_rows(out_dir / image_quality.CSV_NAME, rows)
-    if report is not None:
+    if report is None:
+        return rows, []
+    if more is None:
         image_quality_page.write_quality_report(report, config, reference, generated, rows)
-    return rows
+        return rows, []
+    from training.faithfulness_run import score_extra
+    encoders = {spec.label: features.build_features(spec) for spec in chosen}
+    found = score_extra(more, encoders, features.pick_device(config.device), progress)
+    image_quality_page.write_quality_report(report, config, reference, generated, rows, found.parts, found.numbers)
+    return rows, found.lines
+
+
+def more_config(report: Path | None, settings: dict):
+    """What is asked beyond distances, taken out of `settings`; None for nothing."""
+    asked = {name: settings.pop(name) for name in MORE if name in settings}
+    if not any(asked.values()):
+        return None
+    if report is None:
+        raise OptionError("--gex, --train-img-path", "--report, the page and JSON that hold what they ask for", "none")
+    from training.faithfulness_run import ReportConfig
+    return ReportConfig(**{name: settings[name] for name in ("reference", "generated", "num", "batch_size", "seed")}, **asked)
 
 
 def describe(row: dict[str, object]) -> str:
@@ -54,14 +76,24 @@ def folders(_context, _parameter, value: str) -> tuple[Path, ...]:
 @click.option("--splits", "n_splits", default=20, help="Random halves behind floors and intervals.")
 @click.option("--match-px", type=int, help="Bring both sides to this side by area first. Default: as they are.")
 @click.option("--report", type=click.Path(path_type=Path), help="Also write this HTML page, and the same as JSON beside it.")
+@click.option("--gex", type=click.Path(path_type=Path), help="Report: expression of the reference's spots (.h5ad); with samples.csv in the "
+              "generated folder: do patches follow their genes?")
+@click.option("--judge", type=click.Path(path_type=Path), help="Report: weights of a second CLIP, trained on other spots or with another "
+              "seed than the generator's, for retrieval.")
+@click.option("--judge-encoder-weights", type=click.Path(path_type=Path), help="Weight file of the judge's image tower, if it has moved.")
+@click.option("--null-img-path", "null", type=click.Path(path_type=Path), help="Report: patches of the null prompt, a second floor.")
+@click.option("--train-img-path", "training", default="", callback=folders, help="Report: the generator's training patches: are generated "
+              "ones copies? The reference must be held out.")
+@click.option("--patch-um", type=float, help="Report: side of a patch, µm.  [default: as the .h5ad says, else 55]")
 def main(**options):
     """Append one row a feature set to image_quality_metrics.csv: FID and KID of generated patches against real ones.
 
     Example: python calculate_image_quality_metrics.py --experiment C4 --ref-img-path C4/patches --gen-img-path runs/C4
     --features efficientnet_lite0 --report runs/C4.html
     """
-    for row in calculate_image_quality(**options):
-        click.echo(describe(row))
+    rows, lines = calculate_image_quality(**options)
+    for line in [*map(describe, rows), *lines]:
+        click.echo(line)
     for path in filter(None, (options["out_dir"] / "image_quality_metrics.csv", options["report"])):
         click.echo(f"wrote {path}")
 

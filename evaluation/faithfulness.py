@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from evaluation.features import resize_by_area
-from evaluation.nuclei import STATISTICS, NucleiSettings, fit_nuclei, measure_nuclei
+from evaluation.nuclei import STATISTICS, fit_nuclei, measure_nuclei
 from evaluation.readout import (
     CrossFitted,
     balanced_accuracy,
@@ -89,8 +89,9 @@ def score_all(section: Section, generated: Generated, encoder: nn.Module, bank: 
     scores = score_sets(sets, yardstick, seed)
     if judge is not None:
         scores = {"retrieval": _retrieval(section, generated, judge, bank, seed), **scores}
-    return {**scores, "n_prompts": len(generated.rows), "n_seeds": len(generated.seeds), "n_spots": len(section.barcodes),
-            "um_per_px": um_per_px, "haematoxylin_threshold": settings.threshold}
+    return {**scores, "cluster_names": yardstick.cluster_names.tolist(), "n_prompts": len(generated.rows),
+            "n_seeds": len(generated.seeds), "n_spots": len(section.barcodes), "um_per_px": um_per_px,
+            "haematoxylin_threshold": settings.threshold}
 
 
 def fit_yardstick(section: Section, rows: np.ndarray, real: PatchSet, seed: int = 0) -> Yardstick:
@@ -211,7 +212,3 @@ def _spatial(patches: PatchSet, yardstick: Yardstick, _seed: int, _draws: int) -
                for column in range(len(STATISTICS))]
     return {"score": float(np.mean(by_name)), "morans_i": dict(zip(STATISTICS, by_name, strict=True))}
 
-
-def settings_of(scores: dict[str, object]) -> NucleiSettings:
-    """How nuclei were found, to draw them."""
-    return NucleiSettings(scores["um_per_px"], scores["haematoxylin_threshold"])

@@ -1,7 +1,7 @@
 """The page of `calculate_image_quality_metrics.py --report`: numbers with n, floors and intervals, and patches to look at."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +18,22 @@ CELL_PX = 96
 
 
 def write_quality_report(path: Path, config: QualityConfig, reference: ImageSet, generated: ImageSet,
-                         rows: Sequence[dict[str, object]]) -> None:
-    """Write the page, and the same numbers and settings as JSON beside it."""
+                         rows: Sequence[dict[str, object]], more_parts: Sequence[str] = (),
+                         more_numbers: Mapping[str, object] | None = None) -> None:
+    """Write the page, and the same numbers and settings as JSON beside it. `more_parts` and `more_numbers`: what else was measured."""
     settings = {"experiment": config.experiment, "reference": reference.name, "generated": generated.name, "seed": config.seed,
                 "images a side at most": config.num, "splits": config.n_splits,
                 **{f"weights of {row['features']} (SHA-256)": row["weights_sha256"] for row in rows}}
     sheet, caption = patches_side_by_side(reference, generated, np.random.default_rng(config.seed))
     parts = [page.paragraph(lead(rows), "lead"), *number_tables(rows), page.heading("Real and generated"), page.picture(sheet, caption),
-             page.heading("How to read this"), page.paragraph(
+             *more_parts, page.heading("How to read this"), page.paragraph(
                  "Both distances grow as n shrinks, so compare the generated patches with the real-vs-real floor at the same n, never with "
                  "a number from elsewhere. Neither sees whether a patch follows its genes. Intervals are 95 %: of the whole by "
                  "delete-half jackknife, at the floor's n over random halves."),
              page.heading("Settings, weights, versions"), page.facts({**settings, **program_versions()})]
     page.write_page(path, page.page(f"Image quality: {config.experiment}", parts))
-    write_json(path.with_suffix(".json"), {"rows": list(rows), "settings": settings, "versions": program_versions()})
+    write_json(path.with_suffix(".json"), {"rows": list(rows), **(more_numbers or {}), "settings": settings,
+                                          "versions": program_versions()})
 
 
 def lead(rows: Sequence[dict[str, object]]) -> str:

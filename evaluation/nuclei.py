@@ -29,6 +29,8 @@ MIN_AREA_UM2 = 5.0         # smaller is debris
 LEAST_THRESHOLD = 0.25     # haematoxylin below it is ground, also on patches without a nucleus
 FIT_PATCHES = 1000         # at most: enough for a histogram
 STATISTICS = ("nuclei", "nuclear_area_um2", "nuclear_haematoxylin", "haematoxylin", "eosin")
+SAID = dict(zip(STATISTICS, ("nuclei a patch", "area of a nucleus, µm²", "haematoxylin in nuclei", "haematoxylin of the patch",
+                             "eosin of the patch"), strict=True))             # how pages name them
 UNMIX = np.linalg.pinv(np.array(TARGET_VECTORS)).T         # (3, 2): optical density -> haematoxylin, eosin
 
 

@@ -20,8 +20,8 @@ def neighbours(centre_xy: np.ndarray, count: int = NEIGHBOURS) -> np.ndarray:
 
 def morans_i(values: np.ndarray, near: np.ndarray) -> float:
     """Moran's I with equal weights on the neighbours (N, k): 1 = neighbours are alike, about 0 = no pattern. NaN counts as the mean."""
-    z = values - np.nanmean(values)
-    z = np.where(np.isfinite(z), z, 0.0)
+    known = np.isfinite(values)
+    z = np.where(known, values - (values[known].mean() if known.any() else 0.0), 0.0)
     total = float((z ** 2).sum())
     return float((z * z[near].mean(axis=1)).sum() / total) if total > 0 else 0.0
 

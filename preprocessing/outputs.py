@@ -9,6 +9,7 @@ import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -131,6 +132,15 @@ def write_json(path: Path | str, content: object) -> None:
     """Write JSON by the rule of this module; keys keep their order."""
     with finished_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def nan_to_none(content: object) -> object:
+    """Plain data for `write_json` in which numbers that are not finite, which JSON does not know, are null."""
+    if isinstance(content, Mapping):
+        return {name: nan_to_none(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [nan_to_none(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def file_sha256(path: Path | str) -> str:

@@ -13,7 +13,15 @@ ONE_PASS = ("python preprocessing/extract_patches.py --space-ranger-dir demo_run
 COHORT = "snakemake --profile workflow/profiles/local --config samples=workflow/demo_sheet.csv out_dir=demo_run/cohort"
 TORCHRUN = ("torchrun --nproc-per-node 2 gen_images.py --network demo_run/gan/00000-* --gex demo_run/data/SIM_B/gex_filt.h5ad --seeds 0-3 "
             "--batch-sz 64 --out-h5 demo_run/many/patches.h5 --outdir demo_run/many")
-RUN_ELSEWHERE = {"make demo", "source .venv/bin/activate", REAL_TISSUE, ONE_PASS, COHORT, TORCHRUN}   # by the tests of each
+REPORT = ("python calculate_image_quality_metrics.py --experiment demo --ref-img-path demo_run/data/SIM_B/patches --gen-img-path "
+          "demo_run/generated --features efficientnet_lite0 --match-px 64 --out-dir demo_run --report demo_run/faithful.html "
+          "--gex demo_run/data/SIM_B/gex_filt.h5ad --train-img-path demo_run/data/SIM_A/patches")
+GENES = ("python interpretability.py --network demo_run/clip/clip --gex demo_run/data/SIM_B/gex_filt.h5ad --cluster-labs cluster "
+         "--out-file demo_run/genes.csv")
+PERTURB = ("python perturb.py --network demo_run/gan/00000-* --gex demo_run/data/SIM_B/gex_filt.h5ad "
+           "--genes Sim00011:+1,Sim00047:+1,Sim00056:+1 --seeds 0-7 --outdir demo_run/perturbed")
+RUN_ELSEWHERE = {"make demo", "source .venv/bin/activate", REAL_TISSUE, ONE_PASS, COHORT, TORCHRUN, REPORT, GENES,
+                 PERTURB}                                                              # by the tests of each
 
 
 def readme_commands() -> list[str]:

@@ -40,20 +40,20 @@ class SamplingOptions:
             raise OptionError("--translate", "two finite numbers", ",".join(map(str, self.translate)))
 
 
-def sampling_options(command: Callable) -> Callable:
-    """Add the options of `SamplingOptions` to a click command, in their order."""
+def sampling_options(command: Callable, *, seeds: str = "0", encoded: bool = True) -> Callable:
+    """Add the options of `SamplingOptions` to a click command, in their order; `seeds` is a default, `encoded` whether that is one."""
     for option in reversed((
         click.option("--network", "--network_pkl", "--network-pkl", "network", type=click.Path(path_type=Path), required=True,
                      help="Snapshot folder, or a run folder (its newest snapshot). Never a pickle."),
         click.option("--outdir", type=click.Path(path_type=Path), required=True, help="Folder for the patches."),
-        click.option("--seeds", default="0", help="Seeds, as 0,1,4-6; every prompt is drawn once per seed."),
+        click.option("--seeds", default=seeds, help="Seeds, as 0,1,4-6; every prompt is drawn once per seed."),
         click.option("--truncation", default=1.0, help="psi: pulls z's part of the style to its mean; 1 is none."),
         click.option("--noise-mode", "--noise_mode", type=click.Choice(["const", "random", "none"]), default="random",
                      help="Per-pixel noise."),
         click.option("--translate", default="0,0", callback=_pair_of_numbers, help="Move what is drawn: x,y in shares of the side."),
         click.option("--rotate", default=0.0, help="Turn what is drawn, degrees."),
         click.option("--device", help="cpu, cuda, ... Default: a GPU if there is one."),
-        click.option("--encoded", is_flag=True, help="The .npy holds embeddings, not expression."),
+        *([click.option("--encoded", is_flag=True, help="The .npy holds embeddings, not expression.")] if encoded else []),
         click.option("--batch-sz", "--batch_sz", default=16, help="Patches at a time; does not change them."),
         click.option("--workers", type=int, help="Threads that draw random numbers, encode and write. Default: one a core."),
         click.option("--clip", type=click.Path(path_type=Path), help="Where the gene encoder of the snapshot lies now, if it was moved."),

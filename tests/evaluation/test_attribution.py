@@ -73,11 +73,10 @@ def test_planted_genes_of_a_cluster_come_first_in_its_lists(trained, method):
 
 
 def test_an_encoder_that_jumps_is_reported_not_hidden():
-    clip, means = train("gene_tokens", n_steps=40, gene_tokens=24)       # the 24 highest of 60 genes: others join along the line
-    found = list(Attributer(clip.encode_genes).between_clusters(means, NAMES))
-    assert max(attribution.delta for attribution in found) > MAX_DELTA
-    for attribution in found:
-        assert attribution.delta == pytest.approx(abs(attribution.values.sum() - attribution.change) / attribution.change, rel=1e-6)
+    clip, means = train("gene_tokens", n_steps=15, gene_tokens=24)       # the 24 highest of 60 genes: others join along the line
+    found = next(Attributer(clip.encode_genes).between_clusters(means, NAMES))
+    assert found.delta > MAX_DELTA
+    assert found.delta == pytest.approx(abs(found.values.sum() - found.change) / found.change, rel=1e-6)
 
 
 def test_distances_to_a_picture_are_attributed_from_the_average_spot(trained):

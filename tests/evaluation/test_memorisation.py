@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.memorisation import VIEWS, closest_pairs, find_memorised, turned_back
+from evaluation.memorisation import VIEWS, Pixels, closest_pairs, find_memorised, turned_back
 from networks.histo_models import build_encoder
 from preprocessing.errors import InputError
 
@@ -95,6 +95,14 @@ def test_files_are_compared_at_one_size(tmp_path, encoders, write_images):
     held_out = write_images(tmp_path / "held_out", draw(rng, 12))
     found = find_memorised(*(sorted(path.iterdir()) for path in (copies, held_out, folder)), encoders, progress=False, match_px=24)
     assert found.copies.all()
+
+
+def test_pixels_are_a_space_of_their_own():
+    rng = np.random.default_rng(7)
+    training, held_out, fresh = draw(rng, 30), draw(rng, 20), draw(rng, 20)
+    copies = np.stack([turn(training[k], k) for k in range(8)])
+    found = find_memorised(np.concatenate([fresh, copies]), held_out, training, {"pixels": Pixels()}, progress=False)
+    assert found.copies.tolist() == [False] * 20 + [True] * 8
 
 
 def test_too_few_held_out_patches_are_refused(encoders):

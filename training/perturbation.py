@@ -1,0 +1,224 @@
+"""Change genes and look: what perturb.py does. Patches before and after have the same noise, so that only the genes differ.
+
+Reads a GAN snapshot and the expression of a sample; writes the patches, a table of their nuclei and stain, the effects and a page.
+"""
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from evaluation.contact_sheet import save_png
+from evaluation.effects import Effect, difference_map, effects_of
+from evaluation.nuclei import STATISTICS, fit_nuclei, measure_nuclei
+from evaluation.perturbation_page import pairs_sheet, write_perturbation_page
+from networks.sample_scaling import fit_sample_scaling, require_whole_samples
+from networks.snapshot import Snapshot
+from preprocessing.errors import InputError, OptionError, first_few
+from preprocessing.outputs import fingerprint, finished_file, locked, nan_to_none, program_versions, write_json
+from training.data import ExpressionTable, expression_only
+from training.gene_changes import GeneChanges, read_gene_changes
+from training.prompts import parse_seeds, read_labels
+from training.sampling import Batch, newest_snapshot, open_snapshot, sample_batches
+from training.sampling_options import SamplingOptions
+from training.sampling_ranks import Ranks
+
+LEAST_CONTROLS = 19
+PATCH_UM = 55.0            # side of a patch where the expression file does not say
+Make = Callable[[Tensor, Sequence[tuple[int, int]], str], Iterator[np.ndarray]]   # prompts (m, D), keys, what for -> patches, in order
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerturbConfig(SamplingOptions):
+    """One call of `perturb`."""
+
+    gex: Path                              # .h5ad of raw counts
+    genes: str                             # changes, see `read_gene_changes`
+    gene_sets: Path | None = None          # GMT: sets that `genes` may name
+    spots: str | None = None               # barcodes or row numbers, by commas
+    cluster: str | None = None             # or: spots of this cluster
+    cluster_labs: str = "cluster"          # labels: .npy, CSV, or an obs column
+    n_spots: int = 8                       # at most, drawn with the first seed; not of --spots
+    controls: int = 20                     # random gene sets
+    patch_um: float | None = None          # side of a patch; None: as the .h5ad says
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.spots and self.cluster:
+            raise OptionError("--spots", "these, or --cluster, not both", f"{self.spots} and {self.cluster}")
+        if self.n_spots < 1:
+            raise OptionError("--n-spots", "at least 1", str(self.n_spots))
+        if self.controls and self.controls < LEAST_CONTROLS:
+            raise OptionError("--controls", f"0, or at least {LEAST_CONTROLS}: of fewer none can be one in twenty", str(self.controls))
+        if self.patch_um is not None and not self.patch_um > 0:
+            raise OptionError("--patch-um", "more than 0", str(self.patch_um))
+
+
+@dataclass(frozen=True)
+class Perturbed:
+    """Patches uint8 (n, k, px, px, 3) of n spots and k seeds, their statistics (n, k, 5), and the effects."""
+
+    before: np.ndarray
+    after: np.ndarray
+    before_statistics: np.ndarray
+    after_statistics: np.ndarray
+    effects: list[Effect]
+    haematoxylin_threshold: float
+
+
+def perturb(config: PerturbConfig, progress: bool = True) -> tuple[list[Effect], list[Path]]:
+    """Make and write everything; returns the effects, and the files that are not one a patch."""
+    seeds, ranks = parse_seeds(config.seeds), Ranks()
+    device, workers = ranks.device(config.device), ranks.workers(config.workers)
+    snapshot = open_snapshot(newest_snapshot(config.network), config, device)
+    encoder = _gene_encoder(snapshot, config)
+    table = expression_only(config.gex, target_sum=encoder.target_sum, vocabulary=encoder.gene_names)
+    changes = read_gene_changes(config.genes, encoder.gene_names, config.gene_sets)
+    rows = choose_spots(config, table, seeds[0])
+    px = snapshot.generator.config.img_resolution
+    patch_um = config.patch_um or _recorded_patch_um(config.gex) or PATCH_UM
+
+    def make(prompts: Tensor, keys: Sequence[tuple[int, int]], what: str) -> Iterator[np.ndarray]:
+        batches = (Batch(start, prompts[start:start + config.batch_sz], keys[start:start + config.batch_sz])
+                   for start in range(0, len(keys), config.batch_sz))
+        with tqdm(total=len(keys), desc=f"patches {what}", unit="patch", disable=not progress) as bar:
+            for pictures in sample_batches(snapshot.generator, batches, config, lambda _, made: made, workers):
+                bar.update(len(pictures))
+                yield from pictures
+
+    found = compare(Embedder(encoder, table), changes, rows, seeds, make, um_per_px=patch_um / px, controls=config.controls,
+                    workers=workers)
+    barcodes = [table.barcodes[row].split("__", 1)[-1] for row in rows]
+    settings = {"network": str(config.network), "weights (SHA-256)": snapshot.weights_sha256, "expression": str(config.gex),
+                "expression file": fingerprint(config.gex), "genes": config.genes, "gene sets": str(config.gene_sets or "none"),
+                "spots": ", ".join(barcodes), "seeds": config.seeds, "random sets": config.controls, "truncation": config.truncation,
+                "noise": config.noise_mode, "patch side, µm": patch_um, "patch side, px": px,
+                "haematoxylin threshold": found.haematoxylin_threshold, **program_versions()}
+    return found.effects, _write(config, found, changes.describe(encoder.gene_names), rows, barcodes, seeds, settings)
+
+
+def _gene_encoder(snapshot: Snapshot, config: PerturbConfig):
+    if config.gex.suffix != ".h5ad":
+        raise InputError(config.gex, "suffix", ".h5ad of raw counts", config.gex.suffix or "none")
+    if snapshot.gene_encoder is None:
+        raise InputError(config.network, "gene encoder", "a snapshot that draws from expression", "one without gene encoder")
+    return snapshot.gene_encoder
+
+
+def _recorded_patch_um(path: Path) -> float | None:
+    adata = ad.read_h5ad(path, backed="r")
+    try:
+        value = adata.uns.get("morphology", {}).get("patch_um")
+    finally:
+        adata.file.close()
+    return float(value) if value else None
+
+
+def choose_spots(config: PerturbConfig, table: ExpressionTable, seed: int) -> np.ndarray:
+    """Ascending rows, or those of --spots in their order."""
+    if config.spots:
+        place = {barcode.split("__", 1)[-1]: row for row, barcode in enumerate(table.barcodes)}
+        asked = [part.strip() for part in config.spots.split(",") if part.strip()]
+        rows = [place.get(name, int(name) if name.isascii() and name.isdigit() else -1) for name in asked]
+        unknown = [name for name, row in zip(asked, rows, strict=True) if not 0 <= row < len(table.barcodes)]
+        if unknown or not rows or len(set(rows)) < len(rows):
+            raise InputError(config.gex, "--spots", f"barcodes, or rows 0 to {len(table.barcodes) - 1}, each once",
+                             first_few(unknown) if unknown else config.spots)
+        return np.array(rows)
+    rows = np.arange(len(table.barcodes))
+    if config.cluster:
+        labels = read_labels(config.cluster_labs, table.obs, config.gex, len(rows), option="--cluster-labs", rows_are="spots")
+        rows = np.flatnonzero(labels == config.cluster)
+        if not len(rows):
+            raise InputError(config.gex, "--cluster", f"one of {', '.join(map(str, np.unique(labels[labels != ''])))}", config.cluster)
+    return np.sort(np.random.default_rng(seed).choice(rows, min(config.n_spots, len(rows)), replace=False))
+
+
+class Embedder:
+    """Embeds changed rows of a sample. An encoder that scales samples scales them as the unchanged sample: else a change of all spots
+    would be scaled away."""
+
+    def __init__(self, encoder, table: ExpressionTable):
+        self.encoder, self.table = encoder, table
+        self.scaling = None
+        if encoder.scales_by_sample:
+            self.samples = np.unique(table.sample_ids, return_inverse=True)[1]
+            require_whole_samples(self.samples, table.sample_ids)
+            self.scaling = fit_sample_scaling(table.expression, self.samples, encoder.config.gene_sample_scaling)
+
+    @property
+    def mean_expression(self) -> np.ndarray:
+        """(G,) over the sample."""
+        return np.asarray(self.table.expression.mean(axis=0)).ravel()
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """float32 (n, G) normalised expression."""
+        return self.table.expression[rows].toarray().astype(np.float32)
+
+    @torch.no_grad()
+    def embed(self, rows: np.ndarray, changed: np.ndarray) -> Tensor:
+        """(n, D) of the expression (n, G) that the spots `rows` now have."""
+        if self.scaling is None:
+            return self.encoder.embed_expression(sp.csr_matrix(changed))
+        scaled = self.scaling(torch.from_numpy(changed), torch.from_numpy(self.samples[rows]))
+        return self.encoder.encode_genes(scaled.to(next(self.encoder.parameters()).device)).cpu()
+
+
+def compare(embedder: Embedder, changes: GeneChanges, rows: np.ndarray, seeds: Sequence[int], make: Make, *, um_per_px: float,
+            controls: int, workers: int = 1) -> Perturbed:
+    """Patches and statistics before and after the changes, and after the same changes of `controls` random gene sets.
+
+    A patch of a spot and a seed takes the random numbers that `gen_images.py` would give it.
+    """
+    expression, n, k = embedder.rows(rows), len(rows), len(seeds)
+    keys = [(seed, int(row)) for row in rows for seed in seeds]
+
+    def patches(rows_now: np.ndarray, what: str) -> Iterator[np.ndarray]:
+        return make(embedder.embed(rows, rows_now).repeat_interleave(k, dim=0), keys, what)
+
+    def measured(pictures, settings) -> np.ndarray:
+        return measure_nuclei(pictures, settings, workers=workers, progress=False).reshape(n, k, len(STATISTICS))
+
+    before, after = (np.stack(list(patches(part, what))) for part, what in ((expression, "before"), (changes.apply(expression), "after")))
+    settings = fit_nuclei(before, um_per_px)
+    rng = np.random.default_rng(seeds[0])
+    random_sets = [changes.random_like(embedder.mean_expression, rng) for _ in range(controls)]
+    by_control = [measured(patches(control.apply(expression), f"random set {number + 1}"), settings)
+                  for number, control in enumerate(random_sets)]
+    statistics = measured(before, settings), measured(after, settings)
+    shape = (n, k, *before.shape[1:])
+    return Perturbed(before.reshape(shape), after.reshape(shape), *statistics,
+                     effects_of(*statistics, np.array(by_control).reshape(-1, n, k, len(STATISTICS))), settings.threshold)
+
+
+def _write(config: PerturbConfig, found: Perturbed, changes: str, rows: np.ndarray, barcodes: list[str], seeds: list[int],
+           settings: dict) -> list[Path]:
+    table, record, page = (config.outdir / name for name in ("perturbation.csv", "perturbation.json", "index.html"))
+    with locked(table, covers=[record, page]):
+        for old in (table, record, page):            # what describes other patches goes before they do
+            old.unlink(missing_ok=True)
+        for i, row in enumerate(rows):
+            for j, seed in enumerate(seeds):
+                pair = found.before[i, j], found.after[i, j]
+                for name, picture in zip(("before", "after", "difference"), (*pair, difference_map(*pair)), strict=True):
+                    save_png(config.outdir / f"spot{row:05d}_seed{seed:04d}_{name}.png", picture)
+        with finished_file(table) as temporary, open(temporary, "w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["spot", "barcode", "seed", *(f"{name}_{when}" for when in ("before", "after") for name in STATISTICS)])
+            for i, row in enumerate(rows):
+                for j, seed in enumerate(seeds):
+                    numbers = [*found.before_statistics[i, j], *found.after_statistics[i, j]]
+                    writer.writerow([row, barcodes[i], seed, *(f"{value:.6g}" if np.isfinite(value) else "" for value in numbers)])
+        write_json(record, {"changes": changes, "effects": {effect.name: nan_to_none(effect.to_json()) for effect in found.effects},
+                            "settings": settings})
+        write_perturbation_page(page, f"Perturbation: {changes}"[:120], changes, found.effects,
+                                pairs_sheet(found.before, found.after, barcodes, seeds), settings)
+    return [table, record, page]
