@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from evaluation.coverage import NEIGHBOURS, coverage_metrics
 from evaluation.distances import (
     RELIABLE_N,
     distances_to_halves,
@@ -29,6 +30,7 @@ from preprocessing.outputs import finished_file, locked
 from preprocessing.patches import read_patch
 
 KID_SUBSET, KID_SUBSETS = 1000, 100      # torch-fidelity's
+SHARES = ("precision", "recall", "density", "coverage")   # at equal n; empty for fewer than 6 images a side
 CSV_NAME = "image_quality_metrics.csv"
 COLUMNS = (
     "experiment", "FID", "KID_mean", "KID_std", "seed",                                # the original's five
@@ -36,6 +38,7 @@ COLUMNS = (
     "n_floor", "FID_at_floor_n", "FID_at_floor_n_low", "FID_at_floor_n_high", "FID_floor", "FID_floor_low", "FID_floor_high",
     "KID_at_floor_n", "KID_at_floor_n_low", "KID_at_floor_n_high", "KID_floor", "KID_floor_low", "KID_floor_high",
     "kid_subset", "match_px", "n_ignored", "flags", "reference", "generated", "weights_sha256",
+    *SHARES,
 )
 
 
@@ -126,7 +129,15 @@ def distance_columns(real: np.ndarray, fake: np.ndarray, config: QualityConfig) 
             summary = mean_and_interval(splits[key])
             columns[column], (columns[f"{column}_low"], columns[f"{column}_high"]) = summary["mean"], summary["ci95"]
     columns["flags"] = flags_of(len(real), len(fake))
-    return columns
+    return columns | share_columns(real, fake, np.random.default_rng([config.seed, 2]))
+
+
+def share_columns(real: np.ndarray, fake: np.ndarray, rng: np.random.Generator) -> dict[str, object]:
+    """`coverage_metrics` of as many images a side as the smaller has: all four numbers depend on n."""
+    n = min(len(real), len(fake))
+    if n <= NEIGHBOURS:
+        return dict.fromkeys(SHARES, "")
+    return coverage_metrics(*(side[np.sort(rng.choice(len(side), n, replace=False))] for side in (real, fake)))
 
 
 def flags_of(n_reference: int, n_generated: int) -> list[str]:
