@@ -67,7 +67,7 @@ def test_noise_lies_above_the_floor_and_more_of_the_same_kind_does_not(folders, 
         assert alike[f"{name}_at_floor_n_low"] < alike[f"{name}_floor_high"]
         assert alike[f"{name}_floor"] == pytest.approx(noise[f"{name}_floor"], rel=1e-4)      # the floor is the reference's alone
     assert alike["FID"] < blurred["FID"] < noise["FID"]
-    assert alike["coverage"] > 0.8 and noise["coverage"] == noise["precision"] == noise["density"] == 0
+    assert all(alike[name] > 0.7 > 0.2 > noise[name] for name in ("precision", "density", "coverage"))
     assert all(row["FID_low"] <= row["FID"] <= row["FID_high"] for row in (alike, blurred, noise))
 
 
