@@ -64,6 +64,11 @@ def _paired(source: Path, file: Path, n_rows: int) -> tuple[list[Path], np.ndarr
         order = _order(source, file, list(barcodes), None, record, n_rows)
         return [source] * len(order), order
     folder = read_patch_folder(source)
+    if folder.barcodes is None and folder.rows is not None:          # dump_metadata.py without --gex
+        _require_count(file, n_rows, len(folder.paths), source)
+        if sorted(folder.rows) != list(range(n_rows)):
+            raise InputError(source, "gex_emb", f"every row 0..{n_rows - 1} once", "others")
+        return [folder.paths[i] for i in np.argsort(folder.rows)], np.full(n_rows, -1)
     if folder.barcodes is None:
         names = _recorded_barcodes(file, record) or [str(row) for row in range(n_rows)]
         _require_count(file, n_rows, len(names), source)
