@@ -41,7 +41,7 @@ def dump_metadata(image_dir: Path | str, gex: Path | str | None = None) -> Path:
 
 
 @click.command(cls=Command)
-@option("image-dir", type=click.Path(path_type=Path), required=True, help="Folder of images whose names are barcodes, or carry row numbers.")
+@option("image-dir", type=click.Path(path_type=Path), required=True, help="Folder of images named by barcode or row number.")
 @option("gex", type=click.Path(path_type=Path), help="Their expression (.h5ad): adds barcode, sample and position.")
 def main(image_dir: Path, gex: Path | None):
     """Write metadata.jsonl into a folder of patches that was not made by this project.

@@ -14,6 +14,7 @@ def option(name: str, **how) -> Callable:
 
 def switch(name: str, default: bool, **how) -> Callable:
     """`--use-ema / --no-use-ema`, and with underscores."""
-    on, off = name, f"no-{name}"
-    pair = dict.fromkeys((f"--{on}/--{off}", f"--{on.replace('-', '_')}/--{off.replace('-', '_')}"))
-    return click.option(*pair, name.replace("-", "_"), default=default, **how)
+    pairs = [f"--{name}/--no-{name}"]
+    if "-" in name:
+        pairs.append(f"--{name.replace('-', '_')}/--no_{name.replace('-', '_')}")
+    return click.option(*pairs, name.replace("-", "_"), default=default, **how)
