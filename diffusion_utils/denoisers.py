@@ -102,7 +102,7 @@ def scheduler_config(prediction: str) -> dict:
         return {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": FLOW_KIND, "use_flow_sigmas": True, "flow_shift": 1.0,
                 "num_train_timesteps": 1000}
     return {"_class_name": "DDIMScheduler", **SD_BETAS, "num_train_timesteps": 1000, "prediction_type": prediction, "clip_sample": False,
-            "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "trailing",
+            "set_alpha_to_one": True, "timestep_spacing": "trailing",
             "rescale_betas_zero_snr": prediction == "v_prediction"}
 
 

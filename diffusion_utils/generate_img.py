@@ -15,6 +15,7 @@ from preprocessing.errors import Command
 @option("gen-img-path", type=click.Path(path_type=Path), required=True, help="Folder for the patches, samples.csv and grid.png.")
 @option("num-imgs", default=5, help="Patches a prompt: seeds 0, 1, ...")
 @option("seeds", help="Instead: these seeds, as 0,1,4-6.")
+@option("n-prompts", type=int, help="Draw for so many of the prompts, evenly chosen. Default: all.")
 @switch("classifier-free-guidance", True, help="Weigh the prompt against the null prompt.")
 @option("guidance-scale", default=3.0, help="Weight of the prompt over the null prompt; 1 is off, and half the work.")
 @option("guidance-interval", default="0,1", help="Where guidance acts: lo,hi of the noise schedule, 0 clean, 1 noise. 0.2,0.8 saves work.")

@@ -40,6 +40,7 @@ class GenerateConfig:
     gen_img_path: Path                # folder of the pictures
     num_imgs: int = 5                 # a prompt, seeds 0, 1, ...
     seeds: str | None = None          # instead, as 0,1,4-6
+    n_prompts: int | None = None      # so many rows of prompt_file, evenly chosen; None: all
     classifier_free_guidance: bool = True
     guidance_scale: float = 3.0
     guidance_interval: str = "0,1"    # shares of the noise schedule
@@ -58,7 +59,7 @@ class GenerateConfig:
     progress: bool = True
 
     def __post_init__(self):
-        for name in ("num_imgs", "batch_size", "output_px"):
+        for name in ("num_imgs", "batch_size", "output_px", "n_prompts"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"--{name.replace('_', '-')}", "at least 1", str(value))
@@ -107,7 +108,7 @@ def generate_images(config: GenerateConfig) -> list[Path]:
     prompts = read_embeddings(config.prompt_file, pipeline.prompts.embedding_width)
     pipeline.noise_shape(config.resolution)            # refuses a resolution that the layers cannot halve
     asked = [Request(row, seed, null) for null in ((False, True) if config.null_control else (False,))
-             for row in range(len(prompts)) for seed in seeds]
+             for row in _chosen_rows(len(prompts), config.n_prompts) for seed in seeds]
     folder = config.gen_img_path
     samples, grid, latents = folder / SAMPLES, folder / GRID, folder / LATENTS
     with locked(samples, covers=[grid, latents]):
@@ -120,6 +121,11 @@ def generate_images(config: GenerateConfig) -> list[Path]:
             files, names = _save_pictures(pipeline, prompts, asked, solver, config), [request.file_name for request in asked]
         _write_samples(samples, asked, names, solver, pipeline.weights_sha256)
     return [*files, samples]
+
+
+def _chosen_rows(n_rows: int, n_prompts: int | None) -> list[int]:
+    """`n_prompts` of the rows, from the first to the last at even distances."""
+    return sorted({int(row) for row in np.linspace(0, n_rows - 1, min(n_prompts or n_rows, n_rows))})
 
 
 def draw(pipeline: GenePipeline, prompts: Tensor, asked: list[Request], solver: Solver, config: GenerateConfig
@@ -147,10 +153,10 @@ def _save_pictures(pipeline: GenePipeline, prompts: Tensor, asked: list[Request]
             picture = picture if config.output_px is None else as_cell(picture, config.output_px)
             files.append(config.gen_img_path / request.file_name)
             save_png(files[-1], picture)
-            row = shown.setdefault((request.prompt, request.null), []) if request.prompt < GRID_PROMPTS else []
-            row += [picture] if len(row) < GRID_SEEDS else []
+            row = shown.setdefault((request.prompt, request.null), [])
+            row += [picture] if len(row) < GRID_SEEDS and len(shown) <= GRID_PROMPTS else []
     grid = config.gen_img_path / GRID
-    rows = sorted(shown)
+    rows = sorted(row for row in shown if shown[row])
     save_png(grid, contact_sheet([shown[row] for row in rows], [f"{'null ' if null else ''}prompt {prompt}" for prompt, null in rows]))
     return [*files, grid]
 

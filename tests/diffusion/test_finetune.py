@@ -12,7 +12,7 @@ from diffusion_utils import finetune
 from diffusion_utils.denoisers import scheduler_config
 from diffusion_utils.ema import Ema
 from diffusion_utils.finetune import DivergedError, open_run
-from diffusion_utils.latents import OnlineLatents, Pixels, cached_latents
+from diffusion_utils.latents import OnlineLatents, cached_latents
 from diffusion_utils.noising import noising_of
 from diffusion_utils.sampling import make_scheduler
 from preprocessing.errors import InputError, OptionError, WeightsError
@@ -41,8 +41,9 @@ def test_a_run_stopped_in_an_epoch_and_resumed_equals_the_run_that_was_not(world
 
 
 def test_saving_and_validating_every_step_leaves_live_weights_as_without(world, straight, tmp_path):
+    np.save(tmp_path / "shown.npy", np.load(world / "emb.npy")[:1])
     made = run(world, tmp_path / "run", train_batch_size=2, gradient_accumulation_steps=2, checkpointing_steps=1, validation_steps=1,
-               validation_prompts=str(world / "emb.npy"), val_data_dir=str(world / "patches"), val_embs=str(world / "emb.npy"))
+               validation_prompts=str(tmp_path / "shown.npy"), val_data_dir=str(world / "patches"), val_embs=str(world / "emb.npy"))
     assert differing(weights(made), straight) == []
     assert made.live.training
     assert [path.name for path in sorted((tmp_path / "run" / "samples").iterdir())] == [f"step-{step:08d}.png" for step in range(1, 5)]
@@ -81,7 +82,7 @@ def test_the_average_moves_by_its_decay_and_shares_what_is_frozen():
 
 def test_the_run_learns_and_prompts_matter(tmp_path):
     world = write_world(tmp_path, n=32)
-    made = run(world, tmp_path / "run", max_train_steps=150, train_batch_size=16, learning_rate=3e-3, ema_decay=0.9, validation_steps=150,
+    made = run(world, tmp_path / "run", max_train_steps=70, train_batch_size=8, learning_rate=5e-3, ema_decay=0.9, validation_steps=70,
                val_data_dir=str(world / "patches"), val_embs=str(world / "emb.npy"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "stats.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -129,14 +130,14 @@ def test_the_loss_on_cached_latents_is_the_online_loss(world, tmp_path, kind):
 
 
 def test_a_killed_latent_cache_goes_on_where_it_was(tmp_path, monkeypatch):
-    images, vae = PatchRows(torch.randint(0, 255, (700, 3, 4, 4), dtype=torch.uint8)), tiny_vae("AutoencoderTiny")
+    images, vae = PatchRows(torch.randint(0, 255, (520, 3, 4, 4), dtype=torch.uint8)), tiny_vae("AutoencoderTiny")
     from diffusion_utils import latents
     whole = np.array(cached_latents(images, vae, tmp_path / "whole", progress=False).posteriors)
     real, calls = latents.posterior_of, []
 
     def killed(*arguments):
         calls.append(1)
-        if len(calls) == 8 * 60:
+        if len(calls) == 8 * 50:
             raise KeyboardInterrupt
         return real(*arguments)
     monkeypatch.setattr(latents, "posterior_of", killed)
@@ -145,7 +146,7 @@ def test_a_killed_latent_cache_goes_on_where_it_was(tmp_path, monkeypatch):
     assert not list((tmp_path / "cut").glob("*.npy"))
     n_before = len(calls)
     again = cached_latents(images, vae, tmp_path / "cut", progress=False).posteriors
-    assert len(calls) - n_before < 8 * 88 - 8 * 30 and np.array_equal(again, whole)
+    assert len(calls) - n_before < 8 * 65 - 8 * 30 and np.array_equal(again, whole)
 
 
 # ---- objectives -----------------------------------------------------------------------------------------------------
@@ -199,7 +200,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(world, tmp_path
     file = tmp_path / "run" / "checkpoint-00000004" / "denoiser.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
-    {"cut": lambda: file.write_bytes(content[:100]), "flipped byte": lambda: file.write_bytes(content), "missing file": file.unlink}[damage]()
+    if damage == "missing file":
+        file.unlink()
+    else:
+        file.write_bytes(content[:100] if damage == "cut" else content)
     assert latest_checkpoint(tmp_path / "run").state["step"] == 3 and "damaged" in caplog.text
     with pytest.raises(WeightsError):
         open_run(config(world, tmp_path / "run", resume_from_checkpoint=str(file.parent)))
