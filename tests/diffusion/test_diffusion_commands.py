@@ -58,7 +58,7 @@ def test_a_mistake_ends_in_one_line(world, tmp_path, more, code, message):
 
 def finish(process) -> tuple[int, str, str]:
     try:
-        told, errors = process.communicate(timeout=150)
+        told, errors = process.communicate(timeout=500)
     except subprocess.TimeoutExpired:
         process.kill()
         pytest.fail("the run hangs")
