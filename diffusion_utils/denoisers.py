@@ -120,6 +120,8 @@ def load_base(folder: Path, vae_folder: Path | str | None, prompts: PromptEncode
               pixel_space: bool = False) -> Base:
     """A base in diffusers' layout. Its first layer of the prompts is made new for learned tokens, kept for published ones."""
     denoiser = load_denoiser(folder, prompts if prompts.kind == "learned" else None, seed=seed)
+    if pixel_space and type(denoiser).__name__ != UNET:
+        raise OptionError("--pixel-space", f"a base with a {UNET}", type(denoiser).__name__)
     vae = None if pixel_space else load_vae(vae_folder or folder / "vae")
     channels = 3 if vae is None else vae.config.latent_channels
     if denoiser.config.in_channels != channels:

@@ -5,6 +5,7 @@ steps that was resumed for m, bit for bit on a CPU. Saving, validating and avera
 """
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import time
@@ -37,6 +38,7 @@ from training.run_folder import Checkpoint, NoStats, StatsLog, latest_checkpoint
 
 log = logging.getLogger(__name__)
 SHOWN_PROMPTS, SHOWN_SEEDS = 8, 4
+MOST_LINES = 500          # about so many lines of a run; steps between two are averaged
 TIMEOUT_MINUTES = 30
 
 
@@ -121,18 +123,21 @@ class FinetuneRun:
         clock = time.monotonic() - standing.elapsed_s
         keys = itertools.product(range(standing.step, self.n_steps), range(config.gradient_accumulation_steps))
         ready = in_order(keys, self.batches.read, config.dataloader_num_workers)
-        n_moved = 0
+        n_moved, tick, losses = 0, max(1, self.n_steps // MOST_LINES), []
         with stop_signals() as stopped:
             while standing.step < self.n_steps:
                 loss = self._one_step(ready)
                 standing.elapsed_s = time.monotonic() - clock
                 if loss is not None:
                     n_moved += 1
-                    self._say(stats, loss)
+                    losses.append(loss)
                     yield loss
                 last = standing.step == self.n_steps
                 if last and not n_moved:
                     raise self._diverged("in every step; nothing was learned")
+                if losses and (last or standing.step % tick == 0):
+                    self._say(stats, sum(losses) / len(losses))
+                    losses = []
                 if last or standing.step % config.validation_steps == 0:
                     self.validate(stats)
                 if last or standing.step % config.checkpointing_steps == 0:
@@ -190,6 +195,7 @@ class FinetuneRun:
                              "Lower --learning-rate, then --resume-from-checkpoint latest")
 
     def _say(self, stats: StatsLog, loss: float) -> None:
+        """The line of a tick; `loss` is the mean of its steps."""
         standing, images = self.standing, self.standing.step * self.batches.global_batch
         values = {"images": images, "epoch": images / len(self.data), "loss": loss, "lr": self.optimiser.param_groups[0]["lr"],
                   "elapsed_s": standing.elapsed_s, "bad_steps": standing.bad_steps}
@@ -243,10 +249,21 @@ class FinetuneRun:
         tensors = {"denoiser": self._trained_state()} | ({} if self.ema is None else {"ema": self.ema.state()})
         return save_checkpoint(self.config.output_dir, self.standing.step, keep=self.config.checkpoints_total_limit, tensors=tensors,
                                state={**self.standing.__dict__, "config": self.config.record, "data_sha256": self.data.sha256,
-                                      "base": self.base.source}, optimisers={"optimiser": self.optimiser.state_dict()})
+                                      "base": self.base.source, "frozen_sha256": self._frozen_sha256()},
+                               optimisers={"optimiser": self.optimiser.state_dict()})
 
     def _trained_state(self) -> dict[str, torch.Tensor]:
         return {name: parameter for name, parameter in self.live.named_parameters() if parameter.requires_grad}
+
+    def _frozen_sha256(self) -> str | None:
+        """Over what adapters stand on, which a checkpoint does not hold; None where all weights are trained."""
+        if not self.config.lora_rank:
+            return None
+        digest = hashlib.sha256()
+        for name, parameter in self.live.named_parameters():
+            if not parameter.requires_grad:
+                digest.update(name.encode() + parameter.detach().cpu().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
@@ -256,7 +273,8 @@ class FinetuneRun:
         changed = [name for name in ours if name not in MAY_CHANGE and name in theirs and ours[name] != theirs[name]]
         for what, expected, found in (
                 ("config", "the options it was started with", ", ".join(f"{name} {theirs[name]} -> {ours[name]}" for name in changed)),
-                ("data", "the patches and prompts it was started with", "" if state.get("data_sha256") == self.data.sha256 else "others")):
+                ("data", "the patches and prompts it was started with", "" if state.get("data_sha256") == self.data.sha256 else "others"),
+                ("base", f"the weights of {state.get('base')}", "" if state.get("frozen_sha256") == self._frozen_sha256() else "others")):
             if found:
                 raise WeightsError(checkpoint.folder, what, expected, found)
         parts = {"denoiser": self._trained_state()} | ({} if self.ema is None else {"ema": self.ema.state()})

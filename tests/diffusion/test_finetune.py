@@ -105,6 +105,11 @@ def test_adapters_learn_alone_resume_and_are_worked_into_the_folder(world, tmp_p
     resumed = run(world, tmp_path / "run", resume_from_checkpoint="latest", **options)
     assert differing(weights(resumed), weights(straight)) == []
 
+    other = run(world, tmp_path / "other", seed=5)
+    with pytest.raises(WeightsError, match="base"):
+        open_run(config(world, tmp_path / "run", resume_from_checkpoint="latest",
+                        **{**options, "pretrained_model_name_or_path": str(other.config.output_dir / "pipeline")}))
+
     from diffusion_utils.pipeline import load_pipeline
     plain, x = load_pipeline(tmp_path / "straight").denoiser, torch.randn(2, 3, PX, PX)
     tokens = straight.prompts(straight.data.embeddings[:2])
