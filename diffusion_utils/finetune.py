@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -323,7 +324,8 @@ def make_accelerator(config: FinetuneConfig):
 
     precision = config.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
     waits = InitProcessGroupKwargs(timeout=timedelta(minutes=TIMEOUT_MINUTES))
-    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[waits])
+    ranks_on_cpus = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()     # accelerate joins these only if it is told to
+    accelerator = Accelerator(mixed_precision=precision, cpu=ranks_on_cpus, kwargs_handlers=[waits])
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise OptionError("accelerate launch", "one process, or data-parallel ones", str(accelerator.distributed_type.value))
     return accelerator

@@ -75,8 +75,7 @@ def tiny_script(folder):
 
 
 def test_two_processes_train_save_and_resume_as_one_with_their_batch(world, tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-              "--dynamo_backend", "no", tiny_script(tmp_path)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tiny_script(tmp_path)]     # gloo, on CPUs
     more = ["--train_batch_size", "2", "--checkpointing_steps", "1"]
     code, told, errors = finish(start(*launch, *arguments(world, tmp_path / "two", *more, "--max_train_steps", "1")))
     assert code == 0 and told.count("wrote ") == 1 and "2 process(es), 4 images a step" in told, errors[-2000:]
