@@ -74,6 +74,7 @@ def tiny_script(folder):
     return str(folder / "tiny.py")
 
 
+@pytest.mark.slow
 def test_two_processes_train_save_and_resume_as_one_with_their_batch(world, tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tiny_script(tmp_path)]     # gloo, on CPUs
     more = ["--train_batch_size", "2", "--checkpointing_steps", "1"]
@@ -88,6 +89,7 @@ def test_two_processes_train_save_and_resume_as_one_with_their_batch(world, tmp_
     assert np.allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_term_signal_saves_and_the_same_command_goes_on(world, tmp_path):
     out = tmp_path / "run"
     process = start(tiny_script(tmp_path), *arguments(world, out, "--max_train_steps", "5000"))
