@@ -80,9 +80,10 @@ def test_the_average_moves_by_its_decay_and_shares_what_is_frozen():
     assert ema.decay() == 2 / 11
 
 
+@pytest.mark.slow
 def test_the_run_learns_and_prompts_matter(tmp_path):
     world = write_world(tmp_path, n=32)
-    made = run(world, tmp_path / "run", max_train_steps=70, train_batch_size=8, learning_rate=5e-3, ema_decay=0.9, validation_steps=70,
+    made = run(world, tmp_path / "run", max_train_steps=150, train_batch_size=16, learning_rate=3e-3, ema_decay=0.9, validation_steps=150,
                val_data_dir=str(world / "patches"), val_embs=str(world / "emb.npy"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "stats.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
