@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 COHORT := .venv/.cohort
 
-.PHONY: setup cohort demo test lint bench clean
+.PHONY: setup cohort demo demo-diffusion test lint bench clean
 setup: $(STAMP)            ## create .venv and install requirements.txt
 
 $(STAMP): requirements.txt pyproject.toml
@@ -22,6 +22,9 @@ $(COHORT): $(STAMP) requirements-cohort.txt
 
 demo: $(STAMP)             ## the whole walk on a simulated sample: demo_run/index.html
 	bash assets/demo.sh
+
+demo-diffusion: demo       ## Stable Diffusion on the demo's patches, in pixel space: demo_run/diffusion.html
+	bash assets/demo_diffusion.sh
 
 test: $(COHORT)            ## every test, one file at a time on each core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations=15

@@ -1,0 +1,173 @@
+"""Count and time the published diffusion recipe and ours: FLOPs of SD-1.4 without its weights, images/s of a small UNet with random ones.
+
+FLOPs are those torch's counter sees, on the meta device: training with the autoencoder at every step and gradient checkpointing, 77
+tokens (published), against cached latents and 8 tokens (ours); sampling with 50 guided steps against ours. Timings run both ways in one
+process, taking turns, on the same weights: what else the machine does falls on both.
+Example: python -m benchmarks.diffusion --parts flops
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import click
+
+SD_UNET = {"sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "block_out_channels": (320, 640, 1280, 1280),
+           "cross_attention_dim": 768, "attention_head_dim": 8,
+           "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+           "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3}
+SD_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
+          "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+SMALL_VAE = {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 16,
+             "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+EMBEDDING, PUBLISHED_TOKENS, OUR_TOKENS = 512, 77, 8
+PUBLISHED_STEPS, OUR_STEPS, OUR_INTERVAL = 50, 20, (0.2, 0.75)
+
+
+def flops(run: Callable[[], object]) -> float:
+    """GFLOP (a multiplication and an addition are two) of what `run` does."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / 1e9
+
+
+def forwards(steps: int, guidance: float, interval: tuple[float, float]) -> int:
+    """Pictures that the denoiser looks at for one picture."""
+    from diffusion_utils.denoisers import scheduler_config
+    from diffusion_utils.sampling import Solver, make_scheduler
+
+    solver = Solver(steps=steps, guidance_scale=guidance, interval=interval)
+    scheduler = make_scheduler(scheduler_config("epsilon"), "dpm++", steps)
+    return sum(2 if solver.guides(float(timestep) / 1000) else 1 for timestep in scheduler.timesteps)
+
+
+def count_flops(sides: list[int]) -> None:
+    """Print GFLOP an image of both ways at each side, px."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    with torch.device("meta"):
+        published = UNet2DConditionModel(**SD_UNET)
+        ours = UNet2DConditionModel(**SD_UNET, encoder_hid_dim=OUR_TOKENS * EMBEDDING, encoder_hid_dim_type="text_proj")
+        vae = AutoencoderKL(**SD_VAE)
+    click.echo(f"{'px':>5} {'':<34}{'published':>12}{'ours':>12}{'ratio':>8}   GFLOP an image, SD-1.4")
+    for side in sides:
+        def learn(unet, tokens: int, width: int, checkpointing: bool, h: int = side // 8) -> float:
+            unet.train()
+            unet.enable_gradient_checkpointing() if checkpointing else unet.disable_gradient_checkpointing()
+            with torch.device("meta"):
+                return flops(lambda: unet(torch.randn(1, 4, h, h), torch.zeros(1), torch.randn(1, tokens, width)).sample.sum().backward())
+
+        def look(unet, tokens: int, width: int, h: int = side // 8) -> float:
+            with torch.no_grad(), torch.device("meta"):
+                return flops(lambda: unet(torch.randn(1, 4, h, h), torch.zeros(1), torch.randn(1, tokens, width)))
+
+        with torch.no_grad(), torch.device("meta"):
+            encode = flops(lambda px=side: vae.encode(torch.randn(1, 3, px, px)))
+            decode = flops(lambda px=side: vae.decode(torch.randn(1, 4, px // 8, px // 8)))
+        theirs = look(published, PUBLISHED_TOKENS, 768)
+        mine = look(ours, OUR_TOKENS, OUR_TOKENS * EMBEDDING)
+        n_theirs, n_ours, n_full = (forwards(*how) for how in ((PUBLISHED_STEPS, 3.0, (0.0, 1.0)), (OUR_STEPS, 3.0, OUR_INTERVAL),
+                                                               (OUR_STEPS, 3.0, (0.0, 1.0))))
+        interval = f"{OUR_INTERVAL[0]:g}-{OUR_INTERVAL[1]:g}"
+        for name, a, b in (
+                ("UNet forward", theirs, mine), ("encode, decode", encode, decode),
+                ("training", encode + learn(published, PUBLISHED_TOKENS, 768, True),
+                 learn(ours, OUR_TOKENS, OUR_TOKENS * EMBEDDING, False)),
+                (f"sampling, guided at {interval}", n_theirs * theirs + decode, n_ours * mine + decode),
+                ("sampling, guided throughout", n_theirs * theirs + decode, n_full * mine + decode)):
+            ratio = "" if name.startswith("encode") else f"{a / b:>8.2f}"
+            click.echo(f"{side:>5} {name:<34}{a:>12.1f}{b:>12.1f}{ratio}")
+
+
+def timed(ways: dict[str, Callable[[], object]], n_images: dict[str, int], rounds: int, device: str) -> dict[str, float]:
+    """images/s of each way: the median of `rounds` goes, taking turns, after one that is not counted."""
+    import torch
+
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, run in ways.items():
+            start = time.perf_counter()
+            run()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: n_images[name] / median(times) for name, times in seconds.items()}
+
+
+def time_both(device: str, side: int, size: str, batch: int, rounds: int) -> None:
+    """Print images/s of training and sampling, both ways."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from diffusion_utils.denoisers import denoise, from_scratch, scheduler_config
+    from diffusion_utils.latents import posterior_of
+    from diffusion_utils.noising import noising_of
+    from diffusion_utils.pipeline import GenePipeline
+    from diffusion_utils.prompts import PromptEncoder
+    from diffusion_utils.sampling import Solver, make_scheduler
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**SMALL_VAE).eval().requires_grad_(False).to(device)
+    prompts = PromptEncoder(EMBEDDING, "learned", OUR_TOKENS).to(device)
+    unet = from_scratch(size, side // 4, vae, prompts, seed=0, prediction="epsilon").denoiser.to(device)
+    noising = noising_of(make_scheduler(scheduler_config("epsilon"), "ddim", 1))
+    optimiser = torch.optim.AdamW(unet.parameters(), lr=1e-5)
+    images, embeddings = torch.rand(batch, 3, side, side, device=device) * 2 - 1, torch.randn(batch, EMBEDDING, device=device)
+    cached = posterior_of(vae, images)[0]
+    timesteps = torch.arange(batch, device=device) * 1000 // batch
+    tokens = prompts(embeddings)
+
+    def learn(x0: torch.Tensor, given: torch.Tensor) -> None:
+        noise = torch.randn_like(x0)
+        noising.losses(denoise(unet, noising.noisy(x0, noise, timesteps), timesteps, given), x0, noise, timesteps).mean().backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    def published_step() -> None:
+        unet.train().enable_gradient_checkpointing()
+        learn(posterior_of(vae, images)[0], tokens[:, :1].expand(-1, PUBLISHED_TOKENS, -1).contiguous())
+
+    def our_step() -> None:
+        unet.train().disable_gradient_checkpointing()
+        learn(cached, tokens)
+
+    pipeline = GenePipeline(unet, vae, scheduler_config("epsilon"), prompts, side, "")
+    keys = [(0, number) for number in range(batch)]
+    one_by_one = Solver(sampler="ddpm", steps=PUBLISHED_STEPS, guidance_scale=3.0)
+    batched = Solver(sampler="dpm++", steps=OUR_STEPS, guidance_scale=3.0, interval=OUR_INTERVAL)
+    ways = {"training": {"published": published_step, "ours": our_step},
+            "sampling": {"published": lambda: pipeline.generate(embeddings[:1].cpu(), keys[:1], one_by_one),
+                         "ours": lambda: pipeline.generate(embeddings.cpu(), keys, batched)}}
+    click.echo(f"\n{size} UNet, {side} px, batch {batch} (the published sampling: 1), {device}, {torch.get_num_threads()} thread(s)")
+    for name, both in ways.items():
+        found = timed(both, {"published": batch if name == "training" else 1, "ours": batch}, rounds, device)
+        click.echo(f"{name:<12} published {found['published']:.2f} images/s, ours {found['ours']:.2f}: "
+                   f"{found['ours'] / found['published']:.2f} x")
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--parts", default="flops,time", help="flops, time.")
+@click.option("--sides", default="64,128,256", help="Of the FLOPs, px.")
+@click.option("--device", default="cpu", help="Of the timings: cpu or cuda.")
+@click.option("--side", default=64, help="Of the timings, px.")
+@click.option("--size", default="small", type=click.Choice(["small", "base"]), help="Of the timed UNet.")
+@click.option("--batch", default=16, help="Images at a time.")
+@click.option("--rounds", default=3, type=click.IntRange(min=1), help="Goes a row.")
+def main(parts: str, sides: str, **timing):
+    """Print GFLOP an image for SD-1.4, and images/s of a small UNet, of the published recipe and ours."""
+    chosen = parts.split(",")
+    if unknown := set(chosen) - {"flops", "time"}:
+        raise click.BadParameter(f"expected flops, time; found {', '.join(sorted(unknown))}")
+    if "flops" in chosen:
+        count_flops([int(side) for side in sides.split(",")])
+    if "time" in chosen:
+        time_both(**timing)
+
+
+if __name__ == "__main__":
+    main()

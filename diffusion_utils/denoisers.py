@@ -1,0 +1,257 @@
+"""Denoisers, autoencoders and schedulers: read from a folder in diffusers' layout, or made new; and one way to call each denoiser.
+
+A folder is `unet/` or `transformer/`, `vae/`, `scheduler/`, each a `config.json` beside safetensors (or `.bin`, read without running
+code). Only the classes named here are ever built: a file cannot choose another. Nothing is downloaded but a base named `owner/name`.
+"""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_utils.noising import FLOW_KIND
+from diffusion_utils.prompts import PromptEncoder
+from networks.weights import load_into, read_state_dict
+from preprocessing.errors import InputError, OptionError, WeightsError, read_json
+
+Size = Literal["small", "base"]
+UNET, PIXART, SD3 = "UNet2DConditionModel", "PixArtTransformer2DModel", "SD3Transformer2DModel"
+VAES = ("AutoencoderKL", "AutoencoderTiny")
+PROMPT_LAYER = {UNET: "encoder_hid_proj", PIXART: "caption_projection", SD3: "context_embedder"}   # first to see the tokens
+PROMPT_WIDTH = {PIXART: "caption_channels", SD3: "joint_attention_dim"}
+SIZES = {   # channels by level, residual blocks a level, width of cross-attention; attention from the second level on
+    "small": {"block_out_channels": (32, 64, 128), "layers_per_block": 1, "cross_attention_dim": 128, "attention_head_dim": 4},
+    "base": {"block_out_channels": (128, 256, 384, 512), "layers_per_block": 2, "cross_attention_dim": 512, "attention_head_dim": 8},
+}
+SD_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a fine-tune starts from."""
+
+    denoiser: nn.Module
+    vae: nn.Module | None             # None: the denoiser works on pixels
+    scheduler: dict                   # config of a diffusers scheduler
+    source: str                       # folder or from-scratch size
+
+    @property
+    def pixels_a_latent(self) -> int:
+        """Side of the square of pixels behind one latent; 1 in pixel space."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+
+# ---- calling one ----------------------------------------------------------------------------------------------------
+
+def denoise(denoiser: nn.Module, x: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+    """What a denoiser (or its data-parallel wrapper) predicts of noisy x (N, C, H, W), told timesteps (N,) and tokens (N, L, W)."""
+    name = type(getattr(denoiser, "module", denoiser)).__name__
+    if name == SD3:
+        pooled = x.new_zeros(len(x), getattr(denoiser, "module", denoiser).config.pooled_projection_dim)
+        return denoiser(x, encoder_hidden_states=tokens, pooled_projections=pooled, timestep=timesteps, return_dict=False)[0]
+    if name == PIXART:
+        out = denoiser(x, encoder_hidden_states=tokens, timestep=timesteps, return_dict=False,
+                       added_cond_kwargs={"resolution": None, "aspect_ratio": None})[0]
+        return out[:, :x.shape[1]]                   # the rest is a learned variance, which no loss here trains
+    return denoiser(x, timesteps, tokens, return_dict=False)[0]
+
+
+def prompt_width(config: Mapping) -> int:
+    """Width of the tokens a denoiser reads, by its config."""
+    name = config["_class_name"]
+    if name == UNET:
+        width = config.get("encoder_hid_dim") or config["cross_attention_dim"]
+        return width if isinstance(width, int) else width[0]
+    return config[PROMPT_WIDTH[name]]
+
+
+# ---- from scratch ---------------------------------------------------------------------------------------------------
+
+def from_scratch(size: Size, side: int, vae: nn.Module | None, prompts: PromptEncoder, *, seed: int, prediction: str) -> Base:
+    """A new UNet for inputs of `side` px or latents that reads the tokens of `prompts`."""
+    from diffusers import UNet2DConditionModel
+
+    layout = dict(SIZES[size])
+    n_levels = len(layout["block_out_channels"])
+    if side % 2 ** (n_levels - 1):
+        raise OptionError("--resolution", f"a multiple of {2 ** (n_levels - 1)} pixels or latents for --from-scratch {size}", str(side))
+    channels = 3 if vae is None else vae.config.latent_channels
+    if prompts.kind == "learned":
+        layout |= {"encoder_hid_dim": prompts.width, "encoder_hid_dim_type": "text_proj"}
+    else:
+        layout["cross_attention_dim"] = prompts.width
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(sample_size=side, in_channels=channels, out_channels=channels, norm_num_groups=16,
+                                    down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * (n_levels - 1)),
+                                    up_block_types=(*["CrossAttnUpBlock2D"] * (n_levels - 1), "UpBlock2D"), **layout)
+        if prompts.kind == "learned":
+            _start_prompt_layer(unet, prompts.embedding_width)
+    return Base(unet, vae, scheduler_config(prediction), f"from-scratch {size}")
+
+
+def scheduler_config(prediction: str) -> dict:
+    """Config of the scheduler that belongs to a way of predicting."""
+    if prediction == "flow":
+        return {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": FLOW_KIND, "use_flow_sigmas": True, "flow_shift": 1.0,
+                "num_train_timesteps": 1000}
+    return {"_class_name": "DDIMScheduler", **SD_BETAS, "num_train_timesteps": 1000, "prediction_type": prediction, "clip_sample": False,
+            "set_alpha_to_one": True, "timestep_spacing": "trailing",
+            "rescale_betas_zero_snr": prediction == "v_prediction"}
+
+
+def _start_prompt_layer(denoiser: nn.Module, n_filled: int) -> None:
+    """A new first layer of the prompts: of tokens with so many entries of unit second moment it makes values of unit variance."""
+    layer = getattr(denoiser, PROMPT_LAYER[type(denoiser).__name__])
+    linear = layer if isinstance(layer, nn.Linear) else layer.linear_1
+    nn.init.normal_(linear.weight, std=n_filled ** -0.5)
+    nn.init.zeros_(linear.bias)
+
+
+# ---- from a folder --------------------------------------------------------------------------------------------------
+
+def load_base(folder: Path, vae_folder: Path | str | None, prompts: PromptEncoder, *, seed: int, prediction: str | None = None,
+              pixel_space: bool = False) -> Base:
+    """A base in diffusers' layout. Its first layer of the prompts is made new for learned tokens, kept for published ones."""
+    denoiser = load_denoiser(folder, prompts if prompts.kind == "learned" else None, seed=seed)
+    if pixel_space and type(denoiser).__name__ != UNET:
+        raise OptionError("--pixel-space", f"a base with a {UNET}", type(denoiser).__name__)
+    vae = None if pixel_space else load_vae(vae_folder or folder / "vae")
+    channels = 3 if vae is None else vae.config.latent_channels
+    if denoiser.config.in_channels != channels:
+        raise WeightsError(folder, "input channels of the denoiser",
+                           f"{channels}, as {'pixels have' if vae is None else 'the autoencoder gives'}", str(denoiser.config.in_channels))
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "the config of a scheduler")
+    own = own_prediction(scheduler, folder)
+    return Base(denoiser, vae, scheduler if prediction in (None, own) else scheduler_config(prediction), str(folder))
+
+
+def token_width_of(folder: Path) -> int:
+    """Width of the tokens that the denoiser of a pipeline folder reads."""
+    return prompt_width(_denoiser_config(denoiser_folder(folder)))
+
+
+def _denoiser_config(path: Path) -> dict:
+    config = read_json(path / "config.json", "the config of a denoiser")
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if name not in PROMPT_LAYER:
+        raise InputError(path / "config.json", "_class_name", f"one of {', '.join(PROMPT_LAYER)}", str(name))
+    return config
+
+
+def own_prediction(scheduler: Mapping, folder: Path | str) -> str:
+    """epsilon, v_prediction or flow, as a scheduler's config says."""
+    kind = scheduler.get("prediction_type", "epsilon")
+    if "FlowMatch" in str(scheduler.get("_class_name")) or kind == FLOW_KIND:
+        return "flow"
+    if kind not in ("epsilon", "v_prediction"):
+        raise InputError(folder, "scheduler: prediction_type", "epsilon, v_prediction or flow matching", str(kind))
+    return kind
+
+
+def denoiser_folder(folder: Path) -> Path:
+    """`unet/` or `transformer/` of a pipeline folder."""
+    for name in ("unet", "transformer"):
+        if (folder / name / "config.json").is_file():
+            return folder / name
+    raise InputError(folder, "content", "unet/ or transformer/, vae/ and scheduler/ of a diffusers pipeline", "neither",
+                     "Name a folder with local weights, or train without any: --from-scratch small")
+
+
+def load_denoiser(folder: Path, learned: PromptEncoder | None = None, *, seed: int = 0) -> nn.Module:
+    """The denoiser of a pipeline folder in float32; with `learned` prompts its first layer of them is new."""
+    import diffusers
+
+    path = denoiser_folder(folder)
+    config, new = _denoiser_config(path), ""
+    name = config["_class_name"]
+    if learned is not None:
+        first = {"encoder_hid_dim": learned.width, "encoder_hid_dim_type": "text_proj"}
+        config |= first if name == UNET else {PROMPT_WIDTH[name]: learned.width}
+        new = f"{PROMPT_LAYER[name]}."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        denoiser = _built(getattr(diffusers, name), config, path)
+        if learned is not None:
+            _start_prompt_layer(denoiser, learned.embedding_width)
+    tensors = {key: value for key, value in read_sharded(path).items() if not (new and key.startswith(new))}
+    fresh = {key: value for key, value in denoiser.state_dict().items() if new and key.startswith(new)}
+    load_into(denoiser, {**tensors, **fresh}, path)
+    return denoiser
+
+
+def load_vae(folder: Path | str) -> nn.Module:
+    """A frozen AutoencoderKL or AutoencoderTiny, from its folder or the pipeline folder around it."""
+    import diffusers
+
+    folder = Path(folder)
+    folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
+    config = read_json(folder / "config.json", "an autoencoder in diffusers' layout (AutoencoderKL or AutoencoderTiny)")
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if name not in VAES:
+        raise InputError(folder / "config.json", "_class_name", " or ".join(VAES), str(name))
+    vae = _built(getattr(diffusers, name), config, folder)
+    load_into(vae, _todays_names(read_sharded(folder), vae.state_dict()), folder)
+    return vae.eval().requires_grad_(False)
+
+
+OLD_ATTENTION = {"query": ".to_q.", "key": ".to_k.", "value": ".to_v.", "proj_attn": ".to_out.0."}
+
+
+def _todays_names(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Autoencoders of SD-1.x call their attention's layers otherwise, and may keep them as 1 x 1 convolutions."""
+    old = re.compile(r"\.(query|key|value|proj_attn)\.")
+    renamed = {old.sub(lambda part: OLD_ATTENTION[part[1]], key): value for key, value in tensors.items()}
+    return {key: value.reshape(own[key].shape) if "attentions" in key and key in own and value.numel() == own[key].numel() else value
+            for key, value in renamed.items()}
+
+
+def _built(cls, config: Mapping, path: Path) -> nn.Module:
+    try:
+        return cls.from_config({key: value for key, value in config.items() if key != "_name_or_path"})
+    except (TypeError, ValueError, KeyError, RuntimeError, IndexError, ZeroDivisionError) as error:
+        raise WeightsError(path / "config.json", "config", f"one that {cls.__name__} can be built from",
+                           str(error).splitlines()[0]) from error
+
+
+def read_sharded(folder: Path) -> dict[str, Tensor]:
+    """Tensors of a component, in one file or several; float32. safetensors are preferred."""
+    for index in sorted(folder.glob("diffusion_pytorch_model.safetensors.index.json")):
+        names = sorted(set(read_json(index, "an index of weights").get("weight_map", {}).values()))
+        if any(Path(name).name != name for name in names):
+            raise WeightsError(index, "files", "names inside the folder", json.dumps(names)[:120])
+        tensors = {key: value for name in names for key, value in read_state_dict(folder / name).items()}
+        break
+    else:
+        found = [folder / f"diffusion_pytorch_model{suffix}" for suffix in (".safetensors", ".fp16.safetensors", ".bin")]
+        path = next((path for path in found if path.is_file()), None)
+        if path is None:
+            raise InputError(folder, "weights", "diffusion_pytorch_model.safetensors (or .bin)", "nothing there")
+        tensors = read_state_dict(path)
+    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+
+
+def local_or_hub_pipeline(path: Path | str) -> Path:
+    """A path of this machine as it is; `owner/name`, where nothing of that name lies here: what the hub or its cache holds."""
+    path = Path(path)
+    if path.is_dir() or path.is_absolute() or len(path.parts) != 2 or Path(path.parts[0]).exists():
+        if not path.is_dir():
+            raise InputError(path, "base", "a pipeline folder in diffusers' layout", "nothing there",
+                             "Put unet/, vae/ and scheduler/ of, for example, CompVis/stable-diffusion-v1-4 there, or --from-scratch small")
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    try:
+        return Path(snapshot_download(path.as_posix(), allow_patterns=[f"{part}/*.{kind}" for part in ("unet", "transformer", "vae")
+                                                                       for kind in ("json", "safetensors")] + ["scheduler/*"]))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        hint = f"Download unet/, vae/ and scheduler/ of {path.as_posix()} and name their folder, or --from-scratch small"
+        raise InputError(path, "base", "a pipeline folder here, or a repository of the hub",
+                         f"nothing there, and the hub says: {reason}", hint) from error

@@ -1,0 +1,354 @@
+"""Fine-tune a denoiser on patches and prompts, in one process or in those that `accelerate launch` started.
+
+The clock is the step: one move of the optimiser, made of all micro-batches of all processes. A run of k + m steps equals a run of k
+steps that was resumed for m, bit for bit on a CPU. Saving, validating and averaging read the live weights and never write them.
+"""
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from diffusion_utils.adapters import add_adapters, merged
+from diffusion_utils.denoisers import Base, own_prediction
+from diffusion_utils.ema import Ema
+from diffusion_utils.finetune_config import MAY_CHANGE, FinetuneConfig
+from diffusion_utils.finetune_data import FinetuneData, HeldOut, open_source, read_data
+from diffusion_utils.finetune_step import Batches, held_out_losses, losses_of
+from diffusion_utils.latents import OnlineLatents
+from diffusion_utils.noising import noising_of
+from diffusion_utils.pipeline import GenePipeline, write_pipeline
+from diffusion_utils.sampling import Solver, make_scheduler
+from evaluation.contact_sheet import contact_sheet, save_png
+from preprocessing.errors import InputError, OptionError, WeightsError
+from preprocessing.outputs import write_json
+from training.gan_grids import as_pictures
+from training.gan_progress import stop_signals
+from training.loading import in_order
+from training.ranks import any_rank, sum_values
+from training.run_folder import Checkpoint, NoStats, StatsLog, latest_checkpoint, read_checkpoint, save_checkpoint
+
+log = logging.getLogger(__name__)
+SHOWN_PROMPTS, SHOWN_SEEDS = 8, 4
+MOST_LINES = 500          # about so many lines of a run; steps between two are averaged
+TIMEOUT_MINUTES = 30
+
+
+class DivergedError(InputError):
+    """Losses stayed NaN or infinite."""
+
+    exit_code = 1
+
+
+@dataclass
+class Standing:
+    """Counters of a run; what a checkpoint's state.json keeps."""
+
+    step: int = 0
+    ema_updates: int = 0
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    elapsed_s: float = 0.0
+
+
+@dataclass
+class FinetuneRun:
+    """A run in its folder. `train` yields after every step, so that a test or a command decides what else happens."""
+
+    config: FinetuneConfig
+    data: FinetuneData
+    base: Base
+    accelerator: object
+    standing: Standing = field(default_factory=Standing)
+
+    def __post_init__(self):
+        config, accelerator, denoiser = self.config, self.accelerator, self.base.denoiser
+        self.device = str(accelerator.device)
+        with accelerator.main_process_first():
+            self.source = open_source(self.data.images, self.base, config, self.device, speaks=accelerator.is_main_process)
+        if config.lora_rank:
+            add_adapters(denoiser, config.lora_rank, config.seed)
+        if config.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        denoiser.to(self.device).train()
+        if self.device.startswith("cuda"):
+            denoiser.to(memory_format=torch.channels_last)
+        self.live = denoiser                                       # without wrapper: what is saved, averaged and shown
+        self.trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+        self.ema = Ema(denoiser, config.ema_decay) if config.use_ema else None
+        if config.compile:
+            denoiser.compile_repeated_blocks()
+        optimiser = torch.optim.AdamW(self.trained, lr=config.step_size, weight_decay=config.adam_weight_decay,
+                                      fused=self.device.startswith("cuda") or None)
+        self.wrapped, self.optimiser = accelerator.prepare(denoiser, optimiser)
+        self.prompts = self.data.prompts.to(self.device)
+        self.scheduler = _scheduler(self.base.scheduler)
+        self.noising = noising_of(self.scheduler, config.snr_gamma)
+        side = config.resolution // self.base.pixels_a_latent
+        self.noise_shape = (denoiser.config.in_channels, side, side)
+        self.batches = Batches(config, self.data, self.source, self.noise_shape, accelerator.process_index, accelerator.num_processes)
+        if len(self.data) < self.batches.global_batch:
+            raise InputError(config.train_data_dir, "patches", f"at least one step of {self.batches.global_batch}", str(len(self.data)),
+                             "Lower --train-batch-size or --gradient-accumulation-steps, or give more patches")
+        self.n_steps = config.max_train_steps or config.num_train_epochs * -(-len(self.data) // self.batches.global_batch)
+        self.lr_share = self._lr_share()
+        held = self.data.held_out
+        self.held_source = None if held is None or not accelerator.is_main_process else \
+            open_source(held.images, self.base, config, self.device, speaks=True)
+
+    def _lr_share(self):
+        """Share of the learning rate at a step; a pure function, so that there is nothing to resume."""
+        from diffusers.optimization import get_scheduler
+
+        own = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=self.config.step_size)
+        schedule = get_scheduler(self.config.lr_scheduler, own, num_warmup_steps=self.config.lr_warmup_steps,
+                                 num_training_steps=self.n_steps)
+        return schedule.lr_lambdas[0]
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def train(self) -> Iterator[float]:
+        """Train to the end; yields the loss of every step that moved the weights. Saves, also when stopped by a signal."""
+        config, standing, main = self.config, self.standing, self.accelerator.is_main_process
+        stats = StatsLog(config.output_dir, config.report_to == "tensorboard") if main else NoStats()
+        stats.forget_after(standing.step)
+        clock = time.monotonic() - standing.elapsed_s
+        keys = itertools.product(range(standing.step, self.n_steps), range(config.gradient_accumulation_steps))
+        ready = in_order(keys, self.batches.read, config.dataloader_num_workers)
+        n_moved, tick, losses = 0, max(1, self.n_steps // MOST_LINES), []
+        with stop_signals() as stopped:
+            while standing.step < self.n_steps:
+                loss = self._one_step(ready)
+                standing.elapsed_s = time.monotonic() - clock
+                if loss is not None:
+                    n_moved += 1
+                    losses.append(loss)
+                    yield loss
+                last = standing.step == self.n_steps
+                if last and not n_moved:
+                    raise self._diverged("in every step; nothing was learned")
+                if losses and (last or standing.step % tick == 0):
+                    self._say(stats, sum(losses) / len(losses))
+                    losses = []
+                if last or standing.step % config.validation_steps == 0:
+                    self.validate(stats)
+                if last or standing.step % config.checkpointing_steps == 0:
+                    self.save()
+                if number := any_rank(stopped[0] if stopped else 0, self.device):
+                    self.save()
+                    stats.close()
+                    raise SystemExit(128 + number)
+        stats.close()
+        self.write_pipeline()
+
+    def _one_step(self, ready) -> float | None:
+        """One step of all processes; None if it was skipped because of NaN or infinite gradients."""
+        config, standing, n = self.config, self.standing, self.config.gradient_accumulation_steps
+        total = torch.zeros((), device=self.device)
+        for number in range(n):
+            batch = next(ready)
+            _seed_dropout(self.live, config.seed, standing.step, self.batches.rank * n + number)
+            embeddings = self.data.embeddings[batch.rows].to(self.device)
+            x0 = batch.x0.to(self.device) if batch.x0 is not None else \
+                self.source.read(batch.rows, batch.draws.orientation, batch.draws.posterior, self.device)
+            last = number == n - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):      # gradients meet once a step
+                with self.accelerator.autocast():
+                    losses = losses_of(self.wrapped, self.prompts, self.noising, x0, embeddings, batch.draws, config.input_perturbation)
+                loss = losses.mean() / n
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        norm = self.accelerator.clip_grad_norm_(self.trained, config.max_grad_norm)      # one number on all processes
+        standing.step += 1
+        if not torch.isfinite(norm):
+            self._skip(float(norm))
+            return None
+        standing.bad_in_a_row = 0
+        for group in self.optimiser.param_groups:
+            group["lr"] = config.step_size * self.lr_share(standing.step - 1)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.live)
+            standing.ema_updates = self.ema.n_updates
+        return sum_values({"loss": float(total)}, self.device)["loss"] / self.batches.n_ranks
+
+    def _skip(self, norm: float) -> None:
+        self.optimiser.zero_grad(set_to_none=True)
+        standing = self.standing
+        standing.bad_steps, standing.bad_in_a_row = standing.bad_steps + 1, standing.bad_in_a_row + 1
+        log.warning("step %d skipped: the gradient's norm is %s", standing.step, norm)
+        if standing.bad_in_a_row >= self.config.max_bad_steps:
+            raise self._diverged(f"in {standing.bad_in_a_row} steps in a row; stopped at step {standing.step}, "
+                                 "the last checkpoint is as it was")
+
+    def _diverged(self, found: str) -> DivergedError:
+        return DivergedError(self.config.output_dir, "gradients", "finite numbers", f"NaN or infinite ones {found}",
+                             "Lower --learning-rate, then --resume-from-checkpoint latest")
+
+    def _say(self, stats: StatsLog, loss: float) -> None:
+        """The line of a tick; `loss` is the mean of its steps."""
+        standing, images = self.standing, self.standing.step * self.batches.global_batch
+        values = {"images": images, "epoch": images / len(self.data), "loss": loss, "lr": self.optimiser.param_groups[0]["lr"],
+                  "elapsed_s": standing.elapsed_s, "bad_steps": standing.bad_steps}
+        line = (f"step {standing.step:>7,} of {self.n_steps:,}   epoch {values['epoch']:<8.2f} loss {loss:<9.4f} "
+                f"lr {values['lr']:<10.2e} images/s {images / max(standing.elapsed_s, 1e-9):.1f}")
+        stats.write(standing.step, values, line)
+
+    # ---- what a run leaves behind -----------------------------------------------------------------------------------
+
+    def shown_model(self) -> torch.nn.Module:
+        """What pictures come from: the average, else the live denoiser."""
+        return self.live if self.ema is None else self.ema.average
+
+    @torch.no_grad()
+    def validate(self, stats: StatsLog) -> None:
+        """Held-out losses and pictures, from the weights in memory; live weights and random numbers stay as they are."""
+        held: HeldOut | None = self.data.held_out
+        if not self.accelerator.is_main_process or (held is None and self.data.shown is None):
+            return
+        was_training = self.live.training
+        self.live.eval()
+        try:
+            if held is not None:
+                found = held_out_losses(self.shown_model(), self.prompts, self.noising, self.held_source, held, self.noise_shape,
+                                        self.config.seed, self.device)
+                stats.write(self.standing.step, found, f"step {self.standing.step:>7,} held out: loss {found['val/loss']:.4f}, "
+                                                       f"with other patches' genes {found['val/gene_gap']:+.4f}")
+            if self.data.shown is not None:
+                self._show()
+        finally:
+            self.live.train(was_training)
+
+    def _show(self) -> None:
+        pipeline = GenePipeline(self.shown_model(), self.base.vae, self.base.scheduler, self.prompts, self.config.resolution, "")
+        if self.base.vae is not None:
+            self.base.vae.to(self.device)
+        solver = Solver(guidance_scale=self.config.guidance_scale if self.config.dropout else 1.0)
+        shown = self.data.shown[:SHOWN_PROMPTS]
+        images = as_pictures(pipeline.generate(shown.repeat_interleave(SHOWN_SEEDS, dim=0),
+                                               [(seed, 0) for _ in shown for seed in range(SHOWN_SEEDS)], solver).cpu())
+        if self.base.vae is not None and not isinstance(self.source, OnlineLatents):
+            self.base.vae.to("cpu")
+        save_png(self.config.output_dir / "samples" / f"step-{self.standing.step:08d}.png",
+                 contact_sheet([images[start:start + SHOWN_SEEDS] for start in range(0, len(images), SHOWN_SEEDS)],
+                               row_labels=[f"prompt {number}" for number in range(len(shown))]))
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of this moment, on the first process."""
+        if not self.accelerator.is_main_process:
+            return None
+        tensors = {"denoiser": self._trained_state()} | ({} if self.ema is None else {"ema": self.ema.state()})
+        return save_checkpoint(self.config.output_dir, self.standing.step, keep=self.config.checkpoints_total_limit, tensors=tensors,
+                               state={**self.standing.__dict__, "config": self.config.record, "data_sha256": self.data.sha256,
+                                      "base": self.base.source, "frozen_sha256": self._frozen_sha256()},
+                               optimisers={"optimiser": self.optimiser.state_dict()})
+
+    def _trained_state(self) -> dict[str, torch.Tensor]:
+        return {name: parameter for name, parameter in self.live.named_parameters() if parameter.requires_grad}
+
+    def _frozen_sha256(self) -> str | None:
+        """Over what adapters stand on, which a checkpoint does not hold; None where all weights are trained."""
+        if not self.config.lora_rank:
+            return None
+        digest = hashlib.sha256()
+        for name, parameter in self.live.named_parameters():
+            if not parameter.requires_grad:
+                digest.update(name.encode() + parameter.detach().cpu().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint; refused (exit 5) if it belongs to other options or other data."""
+        state, ours = checkpoint.state, self.config.record
+        theirs = state.get("config", {})
+        changed = [name for name in ours if name not in MAY_CHANGE and name in theirs and ours[name] != theirs[name]]
+        for what, expected, found in (
+                ("config", "the options it was started with", ", ".join(f"{name} {theirs[name]} -> {ours[name]}" for name in changed)),
+                ("data", "the patches and prompts it was started with", "" if state.get("data_sha256") == self.data.sha256 else "others"),
+                ("base", f"the weights of {state.get('base')}", "" if state.get("frozen_sha256") == self._frozen_sha256() else "others")):
+            if found:
+                raise WeightsError(checkpoint.folder, what, expected, found)
+        parts = {"denoiser": self._trained_state()} | ({} if self.ema is None else {"ema": self.ema.state()})
+        for part, own in parts.items():
+            tensors = checkpoint.tensors.get(part, {})
+            if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in own.items()}:
+                raise WeightsError(checkpoint.folder, part, f"the {len(own)} trained tensors of {type(self.live).__name__}",
+                                   f"{len(tensors)}, not all of these names and shapes")
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+        self.optimiser.load_state_dict(checkpoint.optimisers["optimiser"])
+        self.standing = Standing(**{name: state[name] for name in Standing.__dataclass_fields__})
+        if self.ema is not None:
+            self.ema.n_updates = self.standing.ema_updates
+
+    def write_pipeline(self) -> Path | None:
+        """The pipeline folder of this moment, on the first process."""
+        if not self.accelerator.is_main_process:
+            return None
+        record = {"resolution": self.config.resolution, "patch_px": self.data.patch_px, "step": self.standing.step,
+                  "images": self.standing.step * self.batches.global_batch, "base": self.base.source, "n_patches": len(self.data),
+                  "data_sha256": self.data.sha256, "config": self.config.record}
+        plain = merged(self.shown_model())
+        return write_pipeline(self.config.output_dir / "pipeline", plain, self.base.vae, self.base.scheduler, self.prompts, record)
+
+
+def open_run(config: FinetuneConfig, accelerator=None) -> FinetuneRun:
+    """Read and check everything, then start, or go on where `--resume-from-checkpoint` says."""
+    checkpoint = find_checkpoint(config)
+    data, base = read_data(config)
+    accelerator = accelerator or make_accelerator(config)
+    run = FinetuneRun(config, data, base, accelerator)
+    if checkpoint is not None:
+        run.load(checkpoint)
+    elif accelerator.is_main_process:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(config.output_dir / "config.json", {"config": config.record, "base": base.source, "n_patches": len(data),
+                                                       "data_sha256": data.sha256})
+    return run
+
+
+def make_accelerator(config: FinetuneConfig):
+    """accelerate's processes; ranks that wait for another give up after 30 minutes."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+    precision = config.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
+    waits = InitProcessGroupKwargs(timeout=timedelta(minutes=TIMEOUT_MINUTES))
+    ranks_on_cpus = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()     # accelerate joins these only if it is told to
+    accelerator = Accelerator(mixed_precision=precision, cpu=ranks_on_cpus, kwargs_handlers=[waits])
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise OptionError("accelerate launch", "one process, or data-parallel ones", str(accelerator.distributed_type.value))
+    return accelerator
+
+
+def find_checkpoint(config: FinetuneConfig) -> Checkpoint | None:
+    """What the run goes on from; None for a new one. A folder that holds a run is not started anew by accident."""
+    said = config.resume_from_checkpoint
+    if said == "latest":
+        return latest_checkpoint(config.output_dir)
+    if said:
+        return read_checkpoint(said)
+    if any(config.output_dir.glob("checkpoint-*")):
+        raise OptionError("--output-dir", "a folder without checkpoints, or --resume-from-checkpoint latest", str(config.output_dir))
+    return None
+
+
+def _scheduler(config: dict):
+    """The diffusers scheduler of a base, for its noise schedule. Solvers know flow matching by another name."""
+    return make_scheduler(config, "dpm++" if own_prediction(config, "scheduler") == "flow" else "ddim", 1)
+
+
+def _seed_dropout(model: torch.nn.Module, seed: int, step: int, number: int) -> None:
+    """A base with dropout draws its masks as a function of the step and the micro-batch, as all other random numbers."""
+    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
+        torch.manual_seed((seed * 1_000_003 + step) * 65_536 + number)

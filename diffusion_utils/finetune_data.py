@@ -1,0 +1,104 @@
+"""What a fine-tune reads: paired patches with prompts, the prompt encoder, the base, and pixels or latents by row."""
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffusion_utils.denoisers import Base, from_scratch, load_base, load_vae, local_or_hub_pipeline, token_width_of
+from diffusion_utils.finetune_config import FinetuneConfig
+from diffusion_utils.latents import CachedLatents, OnlineLatents, Pixels, cached_latents, images_sha256
+from diffusion_utils.pairs import read_pairs
+from diffusion_utils.prompts import PromptEncoder, read_embeddings, read_null_prompt, shuffled
+from preprocessing.errors import InputError, OptionError
+from training.patch_cache import PatchRows
+
+PUBLISHED_SHARE = 1.5      # of a published prompt's width from scratch, per width of the embedding: 512 became 768
+Source = Pixels | OnlineLatents | CachedLatents
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Patches that are not learned from."""
+
+    images: PatchRows
+    embeddings: Tensor
+
+
+@dataclass(frozen=True)
+class FinetuneData:
+    """Everything of a run that comes from files."""
+
+    images: PatchRows
+    embeddings: Tensor            # (N, D), shuffled where that was asked for
+    prompts: PromptEncoder
+    patch_px: int                 # side of the patches as they are
+    sha256: str                   # over pixels and embeddings
+    held_out: HeldOut | None
+    shown: Tensor | None          # (n, D) embeddings of validation pictures
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+
+def read_data(config: FinetuneConfig) -> tuple[FinetuneData, Base]:
+    """Read and check everything, in the order of its cost: options and prompts before patches, patches before weights."""
+    pairs = read_pairs(config.train_data_dir, config.dataset_embs)
+    width = pairs.embeddings.shape[1]
+    null = read_null_prompt(config.uncond_embedding, pairs.embeddings)
+    shown = read_embeddings(config.validation_prompts, width) if config.validation_prompts else None
+    held_pairs = read_pairs(config.val_data_dir, config.val_embs) if config.val_data_dir else None
+    if held_pairs is not None and held_pairs.embeddings.shape[1] != width:
+        raise InputError(config.val_embs, "width of an embedding", str(width), str(held_pairs.embeddings.shape[1]))
+    if held_pairs is not None and len(held_pairs) < 2:
+        raise InputError(config.val_data_dir, "patches", "at least 2, to exchange their prompts", str(len(held_pairs)))
+    folder = None if config.from_scratch else local_or_hub_pipeline(config.pretrained_model_name_or_path)
+    prompts = _prompt_encoder(config, folder, width).fit(pairs.embeddings, null)
+    base = _base(config, folder, prompts)
+    images = pairs.patches.open_patches(config.resolution, config.progress)
+    held = None
+    if held_pairs is not None:
+        held = HeldOut(held_pairs.patches.open_patches(config.resolution, config.progress), held_pairs.embeddings)
+    digest = hashlib.sha256(images_sha256(images).encode() + pairs.embeddings.numpy().tobytes() + null.numpy().tobytes()).hexdigest()
+    embeddings = shuffled(pairs.embeddings, config.seed) if config.shuffle_prompts else pairs.embeddings
+    return FinetuneData(images, embeddings, prompts, pairs.patches.read_image(0).shape[0], digest, held, shown), base
+
+
+def _prompt_encoder(config: FinetuneConfig, folder: Path | None, width: int) -> PromptEncoder:
+    if config.prompt_tokens == "learned":
+        return PromptEncoder(width, "learned", config.n_tokens)
+    cross_width = int(width * PUBLISHED_SHARE) if folder is None else token_width_of(folder)
+    return PromptEncoder(width, config.prompt_tokens, cross_width=cross_width)
+
+
+def _base(config: FinetuneConfig, folder: Path | None, prompts: PromptEncoder) -> Base:
+    if folder is not None:
+        base = load_base(folder, config.pretrained_vae_path, prompts, seed=config.seed, prediction=config.prediction_type,
+                         pixel_space=config.pixel_space)
+    else:
+        vae = load_vae(config.pretrained_vae_path) if config.pretrained_vae_path else None
+        factor = Base(torch.nn.Identity(), vae, {}, "").pixels_a_latent
+        if config.resolution % factor:
+            raise OptionError("--resolution", f"a multiple of {factor}, as the autoencoder shrinks", str(config.resolution))
+        base = from_scratch(config.from_scratch, config.resolution // factor, vae, prompts, seed=config.seed,
+                            prediction=config.prediction_type or "v_prediction")
+    levels = len(base.denoiser.config.get("block_out_channels") or (1, 1))
+    step = base.pixels_a_latent * 2 ** (levels - 1)
+    if config.resolution % step:
+        raise OptionError("--resolution", f"a multiple of {step} px for this base", str(config.resolution))
+    return base
+
+
+def open_source(images: PatchRows, base: Base, config: FinetuneConfig, device: str, *, speaks: bool = True) -> Source:
+    """Pixels, or latents as the config says. With a cache the autoencoder goes back to the CPU once it is full."""
+    if base.vae is None:
+        return Pixels(images)
+    if not config.latent_cache:
+        return OnlineLatents(Pixels(images), base.vae.to(device))
+    source = cached_latents(images, base.vae, config.cache_dir or config.output_dir / "latents", device=device,
+                            progress=config.progress and speaks)
+    base.vae.to("cpu")
+    return source

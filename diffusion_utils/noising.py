@@ -1,0 +1,83 @@
+"""What a denoiser learns: how a picture is made noisy, what is predicted of it, and how errors are weighed.
+
+epsilon: the noise, with min-SNR weights min(SNR, gamma) / SNR (Hang et al., ICCV 2023). v_prediction: v = a noise - s x0, weights
+min(SNR, gamma) / (SNR + 1), on betas whose last step is pure noise (Lin et al., WACV 2024). flow: x_t = (1 - s) x0 + s noise, and the
+velocity noise - x0, s drawn logit-normal (Esser et al., ICML 2024). x0 are pictures or latents (N, C, H, W) of about unit scale.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from preprocessing.errors import OptionError
+
+Prediction = Literal["epsilon", "v_prediction", "flow"]
+N_TIMESTEPS = 1000
+FLOW_KIND = "flow_prediction"       # what diffusers' solvers call it
+
+
+@dataclass(frozen=True)
+class Noising:
+    """One way to make noisy; `uniform` (N,) in [0, 1) chooses how noisy."""
+
+    prediction: Prediction
+    signal: Tensor            # (T,) weight of x0 by timestep; flow: unused
+    noise: Tensor             # (T,) weight of the noise
+    snr_gamma: float | None = 5.0
+
+    def timesteps(self, uniform: Tensor) -> Tensor:
+        """(N,): what the denoiser is told; whole numbers below T, for flow 1000 s."""
+        if self.prediction == "flow":
+            s = torch.sigmoid(torch.special.ndtri(uniform.double().clamp(1e-6, 1 - 1e-6)))
+            return (s * N_TIMESTEPS).float()
+        return (uniform.double() * len(self.signal)).long().clamp(max=len(self.signal) - 1)
+
+    def _weights(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        if self.prediction == "flow":
+            s = timesteps / N_TIMESTEPS
+            a, b = 1 - s, s
+        else:
+            a, b = self.signal.to(timesteps.device)[timesteps], self.noise.to(timesteps.device)[timesteps]
+        return a[:, None, None, None], b[:, None, None, None]
+
+    def noisy(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        a, b = self._weights(timesteps)
+        return a * x0 + b * noise
+
+    def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "flow":
+            return noise - x0
+        a, b = self._weights(timesteps)
+        return a * noise - b * x0
+
+    def losses(self, predicted: Tensor, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """(N,) weighted mean squared errors."""
+        errors = (predicted.float() - self.target(x0, noise, timesteps)).square().mean(dim=(1, 2, 3))
+        return errors * self.loss_weights(timesteps)
+
+    def loss_weights(self, timesteps: Tensor) -> Tensor:
+        """(N,); 1 for flow and without `snr_gamma`."""
+        if self.prediction == "flow" or self.snr_gamma is None:
+            return torch.ones(len(timesteps), device=timesteps.device)
+        a, b = (weights.flatten() for weights in self._weights(timesteps))
+        snr = a.square() / b.square().clamp(min=1e-12)
+        least = snr.clamp(max=self.snr_gamma)
+        if self.prediction == "v_prediction":
+            return least / (snr + 1)
+        return torch.where(snr > 0, least / snr.clamp(min=1e-12), torch.ones_like(snr))
+
+
+def noising_of(scheduler, snr_gamma: float | None = 5.0) -> Noising:
+    """The training side of a diffusers scheduler with `alphas_cumprod`, or one of flow matching."""
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind == FLOW_KIND:
+        return Noising("flow", torch.zeros(0), torch.zeros(0), None)
+    if kind not in get_args(Prediction):
+        raise OptionError("--prediction-type", f"one of {', '.join(get_args(Prediction))}", str(kind))
+    alphas = scheduler.alphas_cumprod.double()
+    return Noising(kind, alphas.sqrt().float(), (1 - alphas).sqrt().float(), snr_gamma)

@@ -1,0 +1,138 @@
+"""A pipeline folder: what a fine-tune leaves, stock diffusers loads, and `generate_img.py` draws from.
+
+model_index.json, unet/ or transformer/, vae/ (none in pixel space), scheduler/, and ours: prompts/ (embedding to tokens, null prompt),
+training.json (how it came to be), SHA256SUMS. Stock diffusers: StableDiffusionPipeline.from_pretrained(folder, text_encoder=None,
+tokenizer=None)(prompt_embeds=..., negative_prompt_embeds=...), tokens by `PromptEncoder`.
+"""
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffusion_utils.denoisers import PIXART, SD3, UNET, denoiser_folder, load_denoiser, load_vae
+from diffusion_utils.latents import unscaled
+from diffusion_utils.prompts import PromptEncoder
+from diffusion_utils.sampling import Solver, make_scheduler, sample
+from networks.layers import images_to_uint8
+from networks.weights import SUMS_FILE
+from preprocessing.errors import OptionError, WeightsError, read_json
+from preprocessing.outputs import file_sha256, finished_folder, program_versions
+from training.gan_draws import seeded_draws
+
+TRAINING = "training.json"
+PIPELINE_CLASS = {UNET: "StableDiffusionPipeline", PIXART: "PixArtAlphaPipeline", SD3: "StableDiffusion3Pipeline"}
+ABSENT = {UNET: ("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder"),
+          PIXART: ("text_encoder", "tokenizer"),
+          SD3: ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3", "image_encoder",
+                "feature_extractor")}
+
+
+def write_pipeline(folder: Path | str, denoiser: nn.Module, vae: nn.Module | None, scheduler: dict, prompts: PromptEncoder,
+                   record: dict) -> Path:
+    """Write a pipeline folder; it appears when it is whole. `record`: plain JSON with at least `resolution`, px. Returns the folder."""
+    import diffusers
+
+    name = type(denoiser).__name__
+    part = "unet" if name == UNET else "transformer"
+    index = {"_class_name": PIPELINE_CLASS[name] if vae is not None else ["pipeline", "GenePixelPipeline"],
+             "_diffusers_version": diffusers.__version__, part: ["diffusers", name], "scheduler": ["diffusers", scheduler["_class_name"]]}
+    if vae is not None:
+        index |= {"vae": ["diffusers", type(vae).__name__], **{absent: [None, None] for absent in ABSENT[name]}}
+    if name == UNET and vae is not None:
+        index["requires_safety_checker"] = False
+    with finished_folder(folder, validate=verify_sums) as temporary:
+        denoiser.save_pretrained(temporary / part)
+        if vae is not None:
+            vae.save_pretrained(temporary / "vae")
+        else:
+            shutil.copyfile(Path(__file__).with_name("pixel_pipeline.py"), temporary / "pipeline.py")
+        prompts.save(temporary / "prompts")
+        (temporary / "scheduler").mkdir()
+        for name, content in (("model_index.json", index), ("scheduler/scheduler_config.json", scheduler),
+                              (TRAINING, {**record, "versions": program_versions()})):
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
+        files = sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())
+        (temporary / SUMS_FILE).write_text("".join(f"{file_sha256(temporary / file)}  {file}\n" for file in files))
+    return Path(folder)
+
+
+def verify_sums(folder: Path) -> None:
+    """Compare every file with SHA256SUMS."""
+    for line in (folder / SUMS_FILE).read_text().splitlines():
+        expected, _, name = line.partition("  ")
+        found = file_sha256(folder / name) if (folder / name).is_file() else "nothing there"
+        if found != expected:
+            raise WeightsError(folder / name, "SHA-256", expected, found, "the file is damaged")
+
+
+@dataclass(frozen=True)
+class GenePipeline:
+    """A pipeline folder in memory, on one device."""
+
+    denoiser: nn.Module
+    vae: nn.Module | None
+    scheduler: dict
+    prompts: PromptEncoder
+    resolution: int            # px of the pictures it learned
+    weights_sha256: str
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    def noise_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
+        """(C, h, w) of the noise that a picture of `resolution` px comes from."""
+        factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        px = resolution or self.resolution
+        levels = len(self.denoiser.config.get("block_out_channels") or (1, 1))
+        step = factor * 2 ** (levels - 1)
+        if px < step or px % step:
+            raise OptionError("--resolution", f"a multiple of {step} px", str(px))
+        return self.denoiser.config.in_channels, px // factor, px // factor
+
+    def latents(self, embeddings: Tensor, keys: list[tuple[int, int]], solver: Solver, resolution: int | None = None) -> Tensor:
+        """x0 (N, C, h, w) of prompt embeddings (N, D); `keys`: (seed, number) of each picture, its random numbers."""
+        shape = self.noise_shape(resolution)
+        noise = seeded_draws(keys, int(np.prod(shape)), 0)[0].view(-1, *shape)
+        generators = [torch.Generator().manual_seed((seed * 1_000_003 + number) % 2 ** 63) for seed, number in keys]
+        tokens = self.prompts(embeddings.to(self.device))
+        scheduler = make_scheduler(self.scheduler, solver.sampler, solver.steps)
+        return sample(self.denoiser, scheduler, tokens, self.prompts.null_tokens(), noise.to(self.device), solver, generators)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) of x0."""
+        images = latents if self.vae is None else self.vae.decode(unscaled(self.vae.config, latents)).sample
+        return images_to_uint8(images.float())
+
+    def generate(self, embeddings: Tensor, keys: list[tuple[int, int]], solver: Solver, resolution: int | None = None) -> Tensor:
+        """uint8 (N, 3, H, W), one picture a prompt embedding (N, D)."""
+        return self.decode(self.latents(embeddings, keys, solver, resolution))
+
+
+def find_pipeline(folder: Path | str) -> Path:
+    """`folder` itself, or the pipeline in a run folder."""
+    folder = Path(folder)
+    return folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
+
+
+def load_pipeline(folder: Path | str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> GenePipeline:
+    """Read a pipeline folder of ours, after comparing it with its SHA256SUMS. No code of the folder runs."""
+    folder = find_pipeline(folder)
+    denoiser_folder(folder)                             # says what a folder must hold
+    if not (folder / SUMS_FILE).is_file() or not (folder / "prompts").is_dir():
+        raise WeightsError(folder, "content", f"{SUMS_FILE} and prompts/, as train_diffusion writes them", "a pipeline without them")
+    verify_sums(folder)
+    record = read_json(folder / TRAINING, "how the pipeline was trained")
+    prompts = PromptEncoder.load(folder / "prompts")
+    denoiser = load_denoiser(folder).eval().requires_grad_(False).to(device, dtype)
+    vae = load_vae(folder / "vae").to(device) if (folder / "vae").is_dir() else None
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "the config of a scheduler")
+    sha256 = file_sha256(folder / SUMS_FILE)       # stands for every file
+    return GenePipeline(denoiser, vae, scheduler, prompts.to(device), int(record["resolution"]), sha256)
