@@ -146,19 +146,19 @@ class ModulatedConv(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | None) -> Tensor:
         """x (N, I, n, n); noise broadcastable to (N, 1, r, r) or None."""
-        dtype = x.dtype              # of the convolution; what is small is computed in the weights' own
-        if self.norm is not None:    # sums in float32 whatever the type
-            x = F.group_norm(x, self.norm.num_groups, self.norm.weight.to(dtype), self.norm.bias.to(dtype), self.norm.eps)
+        dtype = x.dtype              # of the convolution; styles, statistics and the residual sum are of the weights'
+        if self.norm is not None:
+            x = self.norm(x.to(self.norm.weight.dtype))
         style = self.style(w)
         demodulation = (style.square() @ self.weight.square().sum(dim=(2, 3)).T + 1e-8).rsqrt()   # (N, O)
-        y, weight = x * style[:, :, None, None].to(dtype), self.weight.to(dtype)
+        y, weight = x.to(dtype) * style[:, :, None, None].to(dtype), self.weight.to(dtype)
         y = upsample_conv(y, weight) if self.up else F.conv2d(y, weight, padding=1)
         y = torch.addcmul(self.bias[:, None, None].to(dtype), y, demodulation[:, :, None, None].to(dtype))
         if noise is not None:
             y = torch.addcmul(y, noise.to(dtype), self.noise_strength.to(dtype))
         limit = self.CLAMP * self.gain
         y = lrelu(y, sqrt(2) * self.gain).clamp(-limit, limit)
-        return y if self.norm is None else sqrt(2) * torch.addcmul(x, y, self.gamma.to(dtype))
+        return y if self.norm is None else (sqrt(2) * torch.addcmul(x, y.to(x.dtype), self.gamma)).to(dtype)
 
     def noise(self, mode: NoiseMode, values: Tensor) -> Tensor | None:
         """The (·, 1, r, r) noise of this layer; `values` (N, r * r) are what mode "random" uses."""

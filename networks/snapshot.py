@@ -40,16 +40,15 @@ class Snapshot:
 
 def save_snapshot(folder: Path | str, generator: Generator, *, gene_encoder: Mapping | ConditionMlp | None = None,
                   **facts: object) -> Path:
-    """Write a snapshot. `gene_encoder`: {"path", "sha256", "target_sum"} of the CLIP weights that made the prompts, the MLP that was
-    trained with the generator, or None."""
+    """Write a snapshot. `gene_encoder`: {"path" or (on the hub) "repo_id", "sha256", "target_sum"} of the CLIP weights that made the
+    prompts, the MLP that was trained with the generator, or None."""
     folder, tensors = Path(folder), generator.state_dict()
     if isinstance(gene_encoder, ConditionMlp):
         tensors = {**tensors, **{MLP_PREFIX + name: tensor for name, tensor in gene_encoder.state_dict().items()}}
         gene_encoder = {"kind": MLP_KIND, **gene_encoder.description()}
     elif gene_encoder is not None:
-        where = Path(gene_encoder["path"])      # a path of this machine, or `owner/name` on the hub
-        gene_encoder = {**gene_encoder, "path": os.path.relpath(where.absolute(), folder.absolute())} if where.exists() else \
-            {**{name: value for name, value in gene_encoder.items() if name != "path"}, "repo_id": where.as_posix()}
+        if "path" in gene_encoder:
+            gene_encoder = {**gene_encoder, "path": os.path.relpath(Path(gene_encoder["path"]).absolute(), folder.absolute())}
     config = {"kind": KIND, "generator": asdict(generator.config), "gene_encoder": gene_encoder, **facts}
     return save_weights_folder(folder, tensors, config)
 
@@ -84,6 +83,11 @@ def read_snapshot(folder: Path | str) -> tuple[dict[str, Tensor], dict[str, Tens
     tensors, config = load_weights_folder(folder)
     if config.get("kind") != KIND or not isinstance(config.get("generator"), dict):
         raise WeightsError(folder / "config.json", "kind", KIND, str(config.get("kind")))
+    reference = config.get("gene_encoder")
+    if reference is not None and not (isinstance(reference, dict) and (reference.get("kind") == MLP_KIND
+                                      or ("sha256" in reference and ("path" in reference or "repo_id" in reference)))):
+        raise WeightsError(folder / "config.json", "gene_encoder", "an MLP, or where CLIP weights lie and their sha256",
+                           str(reference)[:80])
     mlp = {name.removeprefix(MLP_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(MLP_PREFIX)}
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(MLP_PREFIX)}, mlp, config
 

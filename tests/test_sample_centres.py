@@ -15,7 +15,8 @@ from networks.generator import Generator, GeneratorConfig
 from networks.histo_models import build_encoder
 from networks.layers import images_to_float
 from networks.snapshot import load_snapshot, save_snapshot
-from preprocessing.errors import InputError
+from networks.weights import load_weights_folder, save_weights_folder
+from preprocessing.errors import InputError, WeightsError
 from train_clip import train
 from training.clip_config import clip_config
 from training.clip_data import Pairs, centre_features, fit_inputs, load_clip_data, use_features
@@ -168,3 +169,9 @@ def test_a_snapshot_names_a_gene_encoder_of_the_hub_by_its_repository(samples, t
     folder = save_snapshot(tmp_path / "snapshot", generator, gene_encoder=data.gene_encoder)
     assert json.loads((folder / "config.json").read_text())["gene_encoder"]["repo_id"] == "somebody/clip"
     assert load_snapshot(folder).gene_encoder.gene_names == GENES
+    for broken in ("a path", {"path": "clip"}):
+        save_snapshot(tmp_path / "broken", generator)
+        tensors, description = load_weights_folder(tmp_path / "broken")
+        save_weights_folder(tmp_path / "broken", tensors, {**description, "gene_encoder": broken})
+        with pytest.raises(WeightsError, match="gene_encoder: expected an MLP, or where CLIP weights lie and their sha256"):
+            load_snapshot(tmp_path / "broken")

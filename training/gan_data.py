@@ -73,8 +73,10 @@ def load_gan_data(sources: GanSources, img_resolution: int, *, choice: SpotChoic
         validation = _load(held_out, sources.validation, rows, clip or mlp, keep_expression, **how)
     labels = spots.obs["cluster"] if "cluster" in spots.obs else None
     clusters = None if labels is None or labels.isna().any() else labels.astype(str).to_numpy()
-    gene_encoder = None if clip is None else {"path": str(sources.network), "sha256": clip_weights_sha256(sources.network),
-                                              "target_sum": clip.target_sum}
+    gene_encoder = None
+    if clip is not None:
+        where = {"path": str(sources.network)} if Path(sources.network).exists() else {"repo_id": Path(sources.network).as_posix()}
+        gene_encoder = {**where, "sha256": clip_weights_sha256(sources.network), "target_sum": clip.target_sum}
     return gan_data(name, training, spots.barcodes, clusters=clusters, validation=validation,
                     validation_barcodes=None if held_out is None else held_out.barcodes, gene_encoder=gene_encoder, mlp=mlp,
                     sources=sources.listed, chosen=choice.record)
