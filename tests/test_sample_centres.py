@@ -26,6 +26,7 @@ from training.gan_losses import guidance_loss
 from training.gan_metrics import SnapshotMetrics, parse_metrics
 from training.gan_sources import GanSources
 from training.guidance import clip_guidance, guidance_centres, wanted_prompts
+from training.sample_centres import SamplePatches
 from training.spot_choice import SpotChoice
 
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
@@ -66,6 +67,23 @@ def test_every_way_of_training_scales_by_the_whole_sample_as_an_embedding_does(s
     images = whole.images[torch.from_numpy(np.flatnonzero(whole.sample_numbers == 1))]
     own = build_encoder("random_tiny")(images_to_float(images)).mean(0)
     assert torch.allclose(whole.feature_centres[1], own, atol=1e-5) and not torch.allclose(whole.feature_centres[0], own, atol=1e-3)
+
+
+@pytest.mark.parametrize(("views", "options", "seen_again"), [
+    (8, {"image": {"cache_features": 8, "augment": {"rotate": True}}}, 0), (1, {"image": {"cache_features": 2, "augment": JITTER}}, 0),
+    (8, {"image": {"cache_features": 8, "augment": {"rotate": True, **JITTER}}}, 2), (8, {"image": {"cache_features": 8}}, 2),
+    (8, {"image": {"cache_features": 8, "augment": {"rotate": True}}, "data": {"max_size": 40}}, 2)],
+    ids=["all turns", "plain view", "recoloured", "not turned", "a part"])
+def test_cached_features_serve_as_means_where_they_are_just_those(samples, views, options, seen_again, monkeypatch):
+    seen, sound = [], SamplePatches.mean_features
+    monkeypatch.setattr(SamplePatches, "mean_features", lambda self, *args, **told: seen.extend(self.openers) or sound(self, *args, **told))
+    model = {**BY_SAMPLE, "image_views": views}
+    found, val = read(samples, model=model, **options)
+    assert len(seen) == seen_again                      # of A and B; C's cached views are always those
+    monkeypatch.undo()
+    expected, expected_val = read(samples, model=model)
+    assert torch.allclose(found.feature_centres, expected.feature_centres, atol=1e-5)
+    assert torch.allclose(val.feature_centres, expected_val.feature_centres, atol=1e-5)
 
 
 def test_a_sample_of_which_a_split_leaves_no_training_spot_keeps_its_own_mean(samples, tmp_path):

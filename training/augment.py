@@ -34,6 +34,10 @@ class AugmentConfig:
         if not 0 <= self.hue <= 0.5:
             raise OptionError("augment.hue", "0 to 0.5", str(self.hue))
 
+    @property
+    def recolours(self) -> bool:
+        return any((self.brightness, self.contrast, self.saturation, self.hue))
+
 
 def draw_views(count: int, config: AugmentConfig, generator: torch.Generator) -> Tensor:
     """float32 (count, 7): flip x, flip y, quarter turns, brightness, contrast, saturation, hue of `count` views."""

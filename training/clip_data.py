@@ -54,6 +54,7 @@ class Pairs(Dataset):
     feature_centres: Tensor | None = None   # float32 (S, F) mean features of these, by these numbers
     augment: AugmentConfig | None = None   # None: the plain view, for validation
     seed: int = 0
+    is_whole: bool = True              # no spot of its samples was left out
 
     def __len__(self) -> int:
         return len(self.barcodes)
@@ -167,10 +168,24 @@ def centre_features(data: ClipData, tower: Encoder, config: ClipConfig, device: 
     """With `model.feature_sample_scaling`, note the mean features of each whole sample."""
     if config.model.feature_sample_scaling == "none":
         return
-    options = {"n_views": config.model.image_views, "device": device}
-    data.train.feature_centres = data.train.sample_patches.mean_features(tower, **options)
+    data.train.feature_centres = _mean_features(data.train, tower, config.model.image_views, device)
     if data.val is not None:
-        data.val.feature_centres = data.train.feature_centres if data.split else data.val.sample_patches.mean_features(tower, **options)
+        data.val.feature_centres = data.train.feature_centres if data.split else \
+            _mean_features(data.val, tower, config.model.image_views, device)
+
+
+def _mean_features(pairs: Pairs, tower: Encoder, n_views: int, device: torch.device | str) -> Tensor:
+    """(S, F); from the cached features, where these hold every spot in just the views that an embedding averages."""
+    if not (pairs.is_whole and pairs.features is not None and _holds_plain_views(pairs, n_views)):
+        return pairs.sample_patches.mean_features(tower, n_views=n_views, device=device)
+    rows = [patches_for_mean(pairs.sample_numbers, number) for number in range(len(pairs.sample_patches.openers))]
+    return torch.stack([pairs.features[own, :n_views].mean((0, 1)) for own in rows])
+
+
+def _holds_plain_views(pairs: Pairs, n_views: int) -> bool:
+    augment = pairs.augment        # see view_table: view 0 is plain, the next seven are turned and, by chance, recoloured
+    return augment is None or n_views == 1 or (pairs.features.shape[1] >= n_views and augment.flip and augment.rotate
+                                               and not augment.recolours)
 
 
 def fit_inputs(clip: CLIP, data: ClipData, tower: Encoder, device: torch.device | str) -> None:
@@ -197,19 +212,21 @@ def _pairs(dataset: ImageGeneDataset, config: ClipConfig, cache_dir: Path | str 
         scaling = fit_sample_scaling(dataset.expression, numbers, model.gene_sample_scaling)
     if len(dataset) and model.feature_sample_scaling != "none":
         sample_patches = SamplePatches.of(dataset, numbers, cache_dir=cache_dir)
+    n_spots = len(dataset)
     if max_size is not None:
-        kept = random_subset(len(dataset), max_size, config.seed)
+        kept = random_subset(n_spots, max_size, config.seed)
         dataset.keep(kept)
         numbers = numbers[kept]
     images = dataset.open_patches(progress=config.trainer.progress_bar, cache_dir=cache_dir) if len(dataset) else None
     return Pairs(dataset.expression, dataset.barcodes, dataset.sample_ids, images, numbers, scaling, sample_patches=sample_patches,
-                 augment=config.image.augment if training else None, seed=config.seed)
+                 augment=config.image.augment if training else None, seed=config.seed, is_whole=len(dataset) == n_spots)
 
 
 def _subset(pairs: Pairs, rows: np.ndarray, training: bool = True) -> Pairs:
     """Some rows; expression stays scaled by the whole sample, as it will be wherever the sample is embedded."""
     return replace(pairs, expression=pairs.expression[rows], barcodes=pairs.barcodes[rows], sample_ids=pairs.sample_ids[rows],
-                   images=pairs.images.subset(rows), sample_numbers=pairs.sample_numbers[rows], augment=pairs.augment if training else None)
+                   images=pairs.images.subset(rows), sample_numbers=pairs.sample_numbers[rows], is_whole=False,
+                   augment=pairs.augment if training else None)
 
 
 def _require_enough(train: Pairs, val: Pairs | None, config: ClipConfig) -> None:
