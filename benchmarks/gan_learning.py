@@ -73,16 +73,16 @@ def run(script: str, *arguments: object) -> None:
 
 # ---- scores -----------------------------------------------------------------------------------------------------------
 
-def read_section(plan: Plan, judge):
-    """The held-out section, and its patches' side in um."""
+def read_section(plan: Plan, clip):
+    """The held-out section, its genes as that CLIP wants them, and its patches' side in um."""
     import anndata as ad
 
     from evaluation.sections import Section
     from training.data import ImageGeneDataset, sample_files
 
     folder = plan.data / plan.held_out
-    data = ImageGeneDataset(sample_files(str(folder / "patches"), str(folder / "gex_filt.h5ad")), target_sum=judge.target_sum,
-                            vocabulary=judge.gene_names)
+    data = ImageGeneDataset(sample_files(str(folder / "patches"), str(folder / "gex_filt.h5ad")), target_sum=clip.target_sum,
+                            vocabulary=clip.gene_names)
     name = str(data.sample_ids[0])
     section = Section(name, [barcode.removeprefix(f"{name}__") for barcode in data.barcodes],
                       data.load_images(progress=False).permute(0, 2, 3, 1).numpy(), data.expression, data.expression,
@@ -107,10 +107,11 @@ def score(section, folder: Path, judge, encoder, bank, patch_um: float) -> dict[
     diversity = score_diversity(section, generated, None)
     pairs = {f"{name}: {what}": (found[part]["generated"]["score"], found[part]["real"]["score"]) for name, part, what in (
         ("clusters", "clusters", "balanced accuracy"), ("judge", "retrieval", "R@10"), ("expression read-out", "readout", "Pearson"),
-        ("nuclei and stain", "nuclei", "Pearson with the real patch"))}
+        ("nuclei and stain", "nuclei", "Pearson with the real patch")) if part in found}
+    if judge is not None:
+        pairs["judge: R@10 shuffled"] = (found["retrieval"]["shuffled"]["score"], None)
     return {**pairs, "clusters: accuracy": tuple(found["clusters"][side]["accuracy"] for side in ("generated", "real")),
             "clusters: share of the way from shuffled to real": (found["clusters"]["share_of_ceiling"], 1.0),
-            "judge: R@10 shuffled": (found["retrieval"]["shuffled"]["score"], None),
             "Frechet distance": (distances["generated"]["mean"], distances["real_vs_real"]["mean"]),
             "coverage": (sum(covered) / len(covered), None),
             "diversity within a prompt, grey levels": (diversity["generated"], diversity["real"])}
@@ -168,8 +169,9 @@ def sheet(plan: Plan, section, presets: list[str], path: Path) -> None:
 @click.option("--jobs", default=1, help="Runs at a time.")
 @click.option("--features", default="timm:mobilenetv2_100=../shared/weights/mobilenetv2_100.imagenet_features.safetensors",
               help="Encoder that scores, other than the discriminator's backbone.")
+@click.option("--judge/--no-judge", "with_judge", default=True, help="Train a second CLIP that looks for each prompt's patch.")
 @click.option("--backbone-weights", help="Weight file of EfficientNet-Lite0, where its package is not installed.")
-def main(data, train, held_out, out, kimg, seeds, presets, jobs, features, backbone_weights):
+def main(data, train, held_out, out, kimg, seeds, presets, jobs, features, with_judge, backbone_weights):
     """Train, generate, score; print a table and write sheet.png."""
     from evaluation.features import build_features, feature_specs
     from evaluation.sections import FeatureBank
@@ -186,12 +188,13 @@ def main(data, train, held_out, out, kimg, seeds, presets, jobs, features, backb
     out.mkdir(parents=True, exist_ok=True)
     plan.clip("clip", 0)
     tower = ["model.image_encoder=timm:mobilenetv2_100", f"model.image_encoder_weights={spec.weights.resolve()}"] if spec.weights else []
-    plan.clip("judge", 1000, "model.image_views=1", *tower)
+    network = plan.clip("judge", 1000, "model.image_views=1", *tower) if with_judge else None
     with ThreadPoolExecutor(jobs) as pool:
         made = {(preset, int(seed)): pool.submit(plan.gan, preset, int(seed)) for seed in seeds.split(",") for preset in presets}
         folders = {key: future.result() for key, future in made.items()}
-    judge, encoder, bank = CLIP.from_pretrained(out / "judge" / "clip"), build_features(spec), FeatureBank(progress=False)
-    section, patch_um = read_section(plan, judge)
+    encoder, bank = build_features(spec), FeatureBank(progress=False)
+    judge = CLIP.from_pretrained(network) if with_judge else None
+    section, patch_um = read_section(plan, judge or CLIP.from_pretrained(out / "clip" / "clip", image_encoder=False))
     scores: dict[str, list[dict]] = {preset: [] for preset in presets}
     for (preset, seed), folder in folders.items():
         scores[preset].append(score(section, folder, judge, encoder, bank, patch_um))
