@@ -2,10 +2,10 @@
 
 Reads sections prepared by `assets/real_tissue.sh` or by the demo's commands (FOLDER/<section>/patches, gex_filt.h5ad with clusters)
 and runs the project's own commands: a CLIP for the prompts, another that judges, `train_gan.py` for each preset and seed, patches for
-every spot of the held-out section. Finished runs are kept in --out, so that a stopped benchmark goes on. Prints a line a preset, means
+every spot of the held-out section. Finished runs are kept in --out, so that a stopped benchmark goes on. Prints a line a measure, means
 over seeds: cluster accuracy of generated patches as a share of that of real ones (a classifier trained on real patches of the training
 sections), R@10 of the judge, Frechet distance and coverage in features of an encoder that trained nothing here, diversity within a prompt.
-Intervals: over the prompts, and from one seed to the next.
+The interval of the difference is from one seed to the next.
 
     python -m benchmarks.gan_learning --data runs/her2st --train C2,C3 --held-out C4 --out runs/gan_learning
 """

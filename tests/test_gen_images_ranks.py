@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import finish
 from sampling_world import apart, arguments, call, make_world, pictures
 from test_readme import TORCHRUN
 
@@ -30,17 +31,9 @@ def start(*command: str) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    try:
-        told, errors = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        pytest.fail("the run hangs")
-    return process.returncode, told, errors
-
-
 def in_two(**options) -> tuple[int, str, str]:
-    return finish(start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "gen_images.py", *arguments(**options)))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "gen_images.py"]
+    return finish(start(*launch, *arguments(**options)), 120)
 
 
 def test_two_processes_make_the_patches_the_list_and_the_grid_of_one(world, tmp_path):
@@ -83,7 +76,7 @@ def test_a_real_ctrl_c_ends_with_130_and_the_same_command_finishes(world, tmp_pa
     while len(list((tmp_path / "out").glob("prompt*.png"))) < 10 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    code, _, errors = finish(process)
+    code, _, errors = finish(process, 120)
     assert code == 130 and "run the same command again" in errors and "Traceback" not in errors
     assert 10 <= len(pictures(tmp_path / "out")) < 640 and not list((tmp_path / "out").glob("*.tmp.*"))
     assert not (tmp_path / "out" / "samples.csv").exists()

@@ -39,7 +39,7 @@ class GanData:
     clusters: np.ndarray | None       # (N,) str, where every spot has one
     validation: TrainingData | None
     validation_barcodes: np.ndarray | None
-    gene_encoder: dict | None         # {"path", "sha256", "target_sum"} of the CLIP weights that embedded the prompts
+    gene_encoder: dict | None         # "path" or "repo_id", "sha256", "target_sum" of the CLIP weights that embedded the prompts
     record: dict                      # samples, numbers of spots, hashes: plain JSON, kept in snapshots
     sources: tuple[dict, ...] = ()    # sample_id, images, gex, split of every sample: plain JSON, for the run's config.json alone
     mlp: ConditionMlp | None = None   # untrained: what a run's own gene encoder starts as

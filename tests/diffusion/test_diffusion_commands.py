@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from diffusion_world import PX, WIDTH, differing, run, start, weights, write_world
 from PIL import Image
+from processes import finish
 
 import interpolate_prompts
 from diffusion_utils import dump_metadata, generate_img, train_diffusion
@@ -56,15 +57,6 @@ def test_a_mistake_ends_in_one_line(world, tmp_path, more, code, message):
     assert result.exit_code == code and message in result.output and "Traceback" not in result.output
 
 
-def finish(process) -> tuple[int, str, str]:
-    try:
-        told, errors = process.communicate(timeout=500)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        pytest.fail("the run hangs")
-    return process.returncode, told, errors
-
-
 TINY_MAIN = "import diffusion_world; from diffusion_utils.train_diffusion import main; main()"
 
 
@@ -78,9 +70,9 @@ def tiny_script(folder):
 def test_two_processes_train_save_and_resume_as_one_with_their_batch(world, tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tiny_script(tmp_path)]     # gloo, on CPUs
     more = ["--train_batch_size", "2", "--checkpointing_steps", "1"]
-    code, told, errors = finish(start(*launch, *arguments(world, tmp_path / "two", *more, "--max_train_steps", "1")))
+    code, told, errors = finish(start(*launch, *arguments(world, tmp_path / "two", *more, "--max_train_steps", "1")), 500)
     assert code == 0 and told.count("wrote ") == 1 and "2 process(es), 4 images a step" in told, errors[-2000:]
-    code, told, errors = finish(start(*launch, *arguments(world, tmp_path / "two", *more, "--resume_from_checkpoint", "latest")))
+    code, told, errors = finish(start(*launch, *arguments(world, tmp_path / "two", *more, "--resume_from_checkpoint", "latest")), 500)
     assert code == 0 and "from step 1" in told, errors[-2000:]
 
     def losses(folder):
@@ -96,7 +88,7 @@ def test_a_term_signal_saves_and_the_same_command_goes_on(world, tmp_path):
     while process.poll() is None and not (out / "stats.jsonl").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    code, _, errors = finish(process)
+    code, _, errors = finish(process, 500)
     saved = list(out.glob("checkpoint-*"))
     assert code == 143 and len(saved) == 1 and "Traceback" not in errors and not (out / "pipeline").exists(), errors[-2000:]
     step = int(saved[0].name.split("-")[1])
