@@ -4,9 +4,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
 from preprocessing.errors import Command, OptionError
+from preprocessing.progress import ProgressBar
 
 MORE = ("gex", "judge", "null", "training", "patch_um", "judge_encoder_weights")     # options of what goes beyond distances
 
@@ -20,7 +20,7 @@ def calculate_image_quality(out_dir: Path, report: Path | None = None, progress:
     config = image_quality.QualityConfig(features=tuple(chosen), **settings)
     reference, generated = image_quality.collect_both(config)
     for line in image_quality.notices(config, reference, generated):
-        tqdm.write(line)
+        ProgressBar.write(line)
     rows = list(image_quality.measure(config, reference, generated, progress))
     image_quality.append_rows(out_dir / image_quality.CSV_NAME, rows)
     if report is None:

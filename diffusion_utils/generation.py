@@ -14,7 +14,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_utils.pipeline import GenePipeline, load_pipeline
 from diffusion_utils.prompts import read_embeddings
@@ -23,6 +22,7 @@ from evaluation.contact_sheet import as_cell, contact_sheet, save_png
 from evaluation.features import pick_device
 from preprocessing.errors import InputError, OptionError
 from preprocessing.outputs import finished_file, locked
+from preprocessing.progress import ProgressBar
 from training.gan_grids import as_pictures
 from training.prompts import parse_seeds
 
@@ -132,7 +132,7 @@ def draw(pipeline: GenePipeline, prompts: Tensor, asked: list[Request], solver: 
          ) -> Iterator[tuple[list[Request], Tensor]]:
     """Batches of requests with their pictures, uint8 (n, 3, H, W), or latents float32 (n, C, h, w). Controls cost one pass a step."""
     plain = Solver(sampler=solver.sampler, steps=solver.steps, guidance_scale=1.0)
-    with tqdm(total=len(asked), desc="pictures", unit="picture", disable=not config.progress) as bar:
+    with ProgressBar(total=len(asked), desc="pictures", unit="picture", disable=not config.progress) as bar:
         for null in (False, True):
             group = [request for request in asked if request.null == null]
             for start in range(0, len(group), config.batch_size):

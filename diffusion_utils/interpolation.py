@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_utils.pipeline import load_pipeline
 from diffusion_utils.prompts import read_embeddings
@@ -21,6 +20,7 @@ from evaluation.contact_sheet import contact_sheet, save_png
 from evaluation.features import pick_device
 from preprocessing.errors import InputError, OptionError
 from preprocessing.outputs import finished_file, locked
+from preprocessing.progress import ProgressBar
 from training.gan_grids import as_pictures
 from training.interpolation import Walk, slerp
 from training.prompts import parse_seeds
@@ -61,7 +61,7 @@ def walk_with_pipeline(config: PipelineWalk, progress: bool = True) -> list[Path
         for old in (samples, strip, rows):             # what describes other patches goes before they do
             old.unlink(missing_ok=True)
         pictures: list[np.ndarray] = []
-        for batch in tqdm(list(walk.batches(config.batch_sz)), desc="patches", unit="batch", disable=not progress):
+        for batch in ProgressBar(list(walk.batches(config.batch_sz)), desc="patches", unit="batch", disable=not progress):
             made = as_pictures(pipeline.generate(batch.prompts, list(batch.keys), config.solver).cpu())
             for path, picture in zip(paths[batch.number:], made, strict=False):
                 save_png(path, picture)

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from diffusion_utils.draws import ORIENTATIONS, oriented
 from networks.layers import images_to_float
 from preprocessing.outputs import finished_file, flush_to_disk, locked, require_free_space
+from preprocessing.progress import ProgressBar
 from training.patch_cache import PatchRows
 
 ROWS_A_BLOCK = 8
@@ -107,7 +107,7 @@ def _fill(path: Path, shape: tuple[int, ...], images: PatchRows, vae: nn.Module,
         require_free_space(path.parent, int(np.prod(shape)) * 2)
     array = np.lib.format.open_memmap(working, mode="r+" if done else "w+", dtype=np.float16, shape=None if done else shape)
     vae = vae.to(device)
-    with tqdm(total=shape[0], initial=done, desc="latents", unit="patch", disable=not progress) as bar:
+    with ProgressBar(total=shape[0], initial=done, desc="latents", unit="patch", disable=not progress) as bar:
         for start in range(done, shape[0], ROWS_A_BLOCK):
             block = images[torch.arange(start, min(start + ROWS_A_BLOCK, shape[0]))]
             for kind in range(ORIENTATIONS):

@@ -11,10 +11,9 @@ from preprocessing.errors import Command
 
 def train_diffusion(**options) -> Path | None:
     """Train and write the run folder; returns the pipeline folder, None on all processes but the first."""
-    from tqdm import tqdm
-
     from diffusion_utils.finetune import open_run
     from diffusion_utils.finetune_config import FinetuneConfig
+    from preprocessing.progress import ProgressBar
 
     config = FinetuneConfig(**options)
     run = open_run(config)
@@ -25,7 +24,7 @@ def train_diffusion(**options) -> Path | None:
                    f"{run.prompts.n_tokens} {config.prompt_tokens} token(s); {run.base.source}, {n_trained / 1e6:.1f} M weights learn; "
                    f"{run.device}, {run.batches.n_ranks} process(es), {run.batches.global_batch} images a step, {run.n_steps:,} steps"
                    + (f", from step {run.standing.step:,}" if run.standing.step else ""))
-    with tqdm(total=run.n_steps, initial=run.standing.step, unit="step", disable=not (main and config.progress)) as bar:
+    with ProgressBar(total=run.n_steps, initial=run.standing.step, unit="step", disable=not (main and config.progress)) as bar:
         for _ in run.train():
             bar.update(run.standing.step - bar.n)
     run.accelerator.end_training()

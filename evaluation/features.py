@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from networks.layers import images_to_float
 from preprocessing.errors import InputError, OptionError, first_few
 from preprocessing.outputs import file_sha256, finished_file
 from preprocessing.patches import read_patch, read_patch_folder
+from preprocessing.progress import ProgressBar
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 READERS = 2
@@ -133,7 +133,7 @@ def image_features(images: Sequence[Path] | np.ndarray | Tensor, encoder: nn.Mod
     """
     encoder = encoder.to(device).eval()
     features: np.ndarray | None = None
-    bar = tqdm(total=len(images), unit="image", desc=getattr(encoder, "name", "features"), disable=not progress)
+    bar = ProgressBar(total=len(images), unit="image", desc=getattr(encoder, "name", "features"), disable=not progress)
     with torch.inference_mode(), bar:
         for rows, batch in same_size_batches(images, batch_size, match_px):
             block = encoder(images_to_float(batch.to(device))).float().cpu().numpy()

@@ -16,8 +16,8 @@ from skimage.feature import peak_local_max
 from skimage.filters import gaussian, threshold_otsu
 from skimage.measure import regionprops_table
 from skimage.segmentation import find_boundaries, watershed
-from tqdm import tqdm
 
+from preprocessing.progress import ProgressBar
 from preprocessing.stain import TARGET_VECTORS, optical_density
 
 BLUR_UM = 0.5              # of the haematoxylin before the threshold: smaller than chromatin clumps
@@ -101,7 +101,7 @@ def measure_nuclei(patches: Iterable[np.ndarray], settings: NucleiSettings, *, w
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(lambda patch: measure_patch(patch, settings), patches)
         total = len(patches) if isinstance(patches, Sequence | np.ndarray) else count
-        rows = list(tqdm(found, total=total, desc="nuclei", unit="patch", disable=not progress))
+        rows = list(ProgressBar(found, total=total, desc="nuclei", unit="patch", disable=not progress))
     return np.array(rows).reshape(-1, len(STATISTICS))
 
 

@@ -79,10 +79,10 @@ class BinBands:
 
     def fill(self) -> None:
         """Read the counts once, and give every bin to its bands."""
-        from tqdm import tqdm
+        from preprocessing.progress import ProgressBar
 
         n_bins = self.sample.counts.shape[0]
-        with tqdm(total=n_bins, desc="sorting bins", unit="bin", unit_scale=True) as progress:
+        with ProgressBar(total=n_bins, desc="sorting bins", unit="bin", unit_scale=True) as progress:
             for first, counts in made_ahead(count_slices(self.sample, max(1, self.budget // SLICE_SHARE // SLICE_BYTES))):
                 self._distribute(first, counts)
                 progress.update(counts.shape[0])

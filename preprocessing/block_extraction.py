@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sp
-from tqdm import tqdm
 
 from preprocessing.compressed_chunks import pack, unpack
 from preprocessing.errors import InputError, first_few
@@ -24,6 +23,7 @@ from preprocessing.outputs import require_free_space
 from preprocessing.parts import Parts
 from preprocessing.patch_file import compress_patch
 from preprocessing.png_folder import PNG_SHARE, whole_pngs, write_pngs
+from preprocessing.progress import ProgressBar
 from preprocessing.spot_sums import sum_blocks
 from preprocessing.stain import StainVectors, normalise_stain
 from preprocessing.windows import CutBlock, cut_blocks
@@ -118,8 +118,8 @@ def _finished(job: PatchJob, parts: Parts) -> tuple[int, Tally]:
     return done, Tally(job, int(kept[done]), [reason for block in facts[:done] for reason in _texts(block["reasons"])])
 
 
-def _progress(job: PatchJob, blocks: list[slice], done: int) -> tqdm:
-    return tqdm(desc="extracting" if job.spots is not None else "cutting", unit="patch", total=len(job.centre_xy_px),
+def _progress(job: PatchJob, blocks: list[slice], done: int) -> ProgressBar:
+    return ProgressBar(desc="extracting" if job.spots is not None else "cutting", unit="patch", total=len(job.centre_xy_px),
                 initial=blocks[done - 1].stop if done else 0)
 
 

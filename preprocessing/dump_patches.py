@@ -110,17 +110,16 @@ def _rows_a_block(file) -> int:
 
 def _write_blocks(parts, working: Path, digits: int, file, blocks: list[np.ndarray], stain, workers: int, progress: bool) -> None:
     """Write the PNG files of those `blocks` (rows of `file`, in order of writing) that `parts` does not know as finished."""
-    from tqdm import tqdm
-
     from preprocessing.outputs import require_free_space
     from preprocessing.png_folder import PNG_SHARE, whole_pngs, write_pngs
+    from preprocessing.progress import ProgressBar
 
     working.mkdir(exist_ok=True)
     starts = np.cumsum([0, *map(len, blocks)])
     done = min(len(parts), int(np.searchsorted(starts, whole_pngs(working, digits), side="right")) - 1)
     _, height, width, _ = file.images(slice(0, 0)).shape
     require_free_space(working, int(PNG_SHARE * (starts[-1] - starts[done]) * 3 * height * width))
-    with tqdm(total=starts[-1], initial=starts[done], desc="patches", unit="patch", disable=not progress) as bar:
+    with ProgressBar(total=starts[-1], initial=starts[done], desc="patches", unit="patch", disable=not progress) as bar:
         for number, patches in enumerate(made_ahead(_patches(file, blocks[done:], stain)), start=done):
             write_pngs(working, int(starts[number]), patches, digits, workers)
             parts.write(number, rows=blocks[number])

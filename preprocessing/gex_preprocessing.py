@@ -75,14 +75,13 @@ def _filter(inputs: dict[str, Path], config: dict, out_file: Path, workers: int)
 
 def _make_blocks(adata: AnnData, path: Path, selection: GeneSelection, parts: Parts, workers: int) -> None:
     """The blocks of rows that `parts` lacks."""
-    from tqdm import tqdm
-
     from preprocessing.expression import ROWS_AT_ONCE, row_blocks
     from preprocessing.expression_file import TAILS, CountsPacker
+    from preprocessing.progress import ProgressBar
 
     done = len(parts)
     packer = CountsPacker(parts.read(done - 1, *TAILS) if done else None)
-    with ThreadPoolExecutor(workers) as pool, tqdm(desc="genes", unit="spot", total=adata.n_obs, initial=min(done * ROWS_AT_ONCE,
+    with ThreadPoolExecutor(workers) as pool, ProgressBar(desc="genes", unit="spot", total=adata.n_obs, initial=min(done * ROWS_AT_ONCE,
                                                                                                             adata.n_obs)) as bar:
         for number, counts in enumerate(row_blocks(adata, path, first=done), start=done):
             parts.write(number, **packer.pack(selection.counts(counts), pool))

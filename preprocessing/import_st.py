@@ -88,12 +88,11 @@ def _write_outputs(config: ImportConfig, inputs: Mapping[str, Path], patch_file:
 
 
 def _patches(slide: Slide, spots: Spots, mpp: float, patch_px: int) -> Iterator[np.ndarray]:
-    from tqdm import tqdm
-
+    from preprocessing.progress import ProgressBar
     from preprocessing.windows import cut_blocks
 
     blocks = [slice(start, min(start + BLOCK_SPOTS, len(spots))) for start in range(0, len(spots), BLOCK_SPOTS)]
-    with tqdm(total=len(spots), desc="cutting", unit="patch") as bar:
+    with ProgressBar(total=len(spots), desc="cutting", unit="patch") as bar:
         for cut in cut_blocks(slide, spots.centre_xy_px, spots.patch_um, mpp, patch_px, blocks):
             if cut.reasons:
                 raise InputError(slide.path, "patches", "pixels under every one", cut.reasons[0])

@@ -120,12 +120,11 @@ def _section(config: SimulateConfig, stains: Stains) -> tuple[Tissue | RepeatedT
 
 
 def _write_slide(config: SimulateConfig, painter: Painter, folder: Path, spatial: Path, progress: bool) -> None:
-    from tqdm import tqdm
-
+    from preprocessing.progress import ProgressBar
     from preprocessing.simulation.pyramid import write_pyramid
     from preprocessing.simulation.space_ranger_files import HD_LIMIT, HIRES_LIMIT, write_images
 
-    with tqdm(total=painter.height_px, desc="slide", unit="px row", disable=not progress) as bar:
+    with ProgressBar(total=painter.height_px, desc="slide", unit="px row", disable=not progress) as bar:
         overview = write_pyramid(painter, folder / "slide.tif", overview_px=HD_LIMIT if config.is_hd else HIRES_LIMIT,
                                  jpeg_quality=config.jpeg_quality, rows_done=bar.update)
     write_images(spatial, overview, painter.width_px, painter.height_px, config.mpp, bin_um=BIN_UM if config.is_hd else None)

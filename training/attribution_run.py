@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from evaluation.attribution import MAX_DELTA, Attributer, Attribution, higher_genes_only
 from evaluation.features import IMAGE_SUFFIXES, image_features, list_images, pick_device, read_samples_csv
@@ -22,6 +21,7 @@ from networks.sample_scaling import MIN_SPOTS, fit_sample_scaling, require_whole
 from preprocessing.errors import InputError, OptionError, WeightsError, first_few
 from preprocessing.outputs import finished_file, program_versions, write_json
 from preprocessing.patches import read_patch, read_patch_folder
+from preprocessing.progress import ProgressBar
 from training.data import ExpressionTable, expression_only
 from training.prompts import NO_CLUSTER, read_labels, read_rows
 
@@ -80,7 +80,7 @@ def write_attributions(config: AttributionConfig, progress: bool = True) -> Attr
         targets, target_names = read_targets(config, clip, table, labels, device)
         pairs, count = attributer.to_targets(means.to(device), names, middle.to(device), targets.to(device), target_names), \
             len(names) * len(targets)
-    done = list(tqdm(pairs, total=count, desc="attributions", unit="pair", disable=not progress))
+    done = list(ProgressBar(pairs, total=count, desc="attributions", unit="pair", disable=not progress))
     return _write(config, done, dict(zip(names, means.numpy(), strict=True)), table.gene_names)
 
 

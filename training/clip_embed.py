@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from evaluation.retrieval import retrieval_by_sample
 from networks.clip import CLIP, clip_weights_sha256
@@ -22,6 +21,7 @@ from preprocessing.errors import InputError, OptionError
 from preprocessing.outputs import finished_file, program_versions, strings_sha256, write_json
 from preprocessing.patch_file import read_patch_file
 from preprocessing.patches import read_patch, read_patch_folder
+from preprocessing.progress import ProgressBar
 from training.data import ImageGeneDataset, expression_only, sample_files
 
 RETRIEVAL_SPOTS = 20_000   # every spot is compared with every other
@@ -135,7 +135,7 @@ def _embed_patches(clip: CLIP, read: Callable[[int], np.ndarray], sample_ids: np
         [(np.flatnonzero(numbers == number), patches_for_mean(numbers, number)) for number in range(len(names))]
     embeddings = np.empty((len(numbers), clip.config.projection), dtype=np.float32)
     twice = sum(len(chosen) for rows, chosen in groups if chosen is not None and len(chosen) < len(rows))
-    with tqdm(total=len(numbers) + twice, desc="patches", unit="patch") as bar:
+    with ProgressBar(total=len(numbers) + twice, desc="patches", unit="patch") as bar:
         for rows, chosen in groups:
             features = None if chosen is None else torch.cat([clip.view_features(images) for images in batches(chosen)])
             centre = None if chosen is None else features.mean((0, 1))

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from networks.weights import load_weights_folder, save_weights_folder
 from preprocessing.outputs import config_sha256
+from preprocessing.progress import ProgressBar
 from training.augment import AugmentConfig, apply_views, draw_views, plain_views, turned_views
 from training.patch_cache import PatchRows
 from training.ranks import gather_rows, own_rows, rank_and_size
@@ -41,7 +41,7 @@ def compute_features(images: Tensor | PatchRows, views: Tensor, tower: Callable[
     flat = views.flatten(0, 1)
     source = torch.arange(len(images)).repeat_interleave(n_views)
     blocks = []
-    with tqdm(total=len(source), desc="image features", unit="patch", disable=not progress) as bar:
+    with ProgressBar(total=len(source), desc="image features", unit="patch", disable=not progress) as bar:
         for rows in torch.arange(len(source)).split(IMAGES_A_BATCH * rank_and_size()[1]):
             own = rows[own_rows(len(rows))]
             seen = apply_views(images[source[own]], flat[own]).to(device)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from subprocess import Popen
-from threading import Thread
+from threading import Lock, Thread
 
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
@@ -50,16 +50,18 @@ def all_ranks(ranks: Fabric) -> Iterator[None]:
         yield
         return
     started: list[Popen] = []
+    ending = Lock()   # taken once, by what ends the run first; all that ends after it was ended by it and has nothing to say
     try:
         ranks.launch()
         started = ranks.strategy.launcher.procs
         for process in started:
-            Thread(target=_end_with, args=(process, started), daemon=True).start()
+            Thread(target=_end_with, args=(process, started, ending), daemon=True).start()
         yield
     except BaseException as error:
         lost = isinstance(error, RuntimeError) and LOST.search(str(error))
         if lost or not started:   # the rank that failed first speaks, and ends us where it started us
             time.sleep(GRACE_S)
+        ending.acquire()
         for process in started:
             process.kill()
         if lost:
@@ -68,10 +70,11 @@ def all_ranks(ranks: Fabric) -> Iterator[None]:
         raise
 
 
-def _end_with(process: Popen, started: list[Popen]) -> None:
-    """Wait for one started rank; when it fails, end this process and the rest with its exit code."""
+def _end_with(process: Popen, started: list[Popen], ending: Lock) -> None:
+    """Wait for one started rank; when it is the first to fail, end this process and the rest with its exit code."""
     code = process.wait()
     if code:
+        ending.acquire()
         for other in started:
             other.kill()
         if code < 0:   # it could not say so itself

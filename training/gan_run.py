@@ -6,12 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
 from networks.clip import CLIP
 from networks.histo_models import build_encoder
 from preprocessing.errors import InputError, OptionError
 from preprocessing.outputs import write_json
+from preprocessing.progress import ProgressBar
 from training.gan_config import GanConfig
 from training.gan_data import load_gan_data
 from training.gan_loop import GanRun
@@ -94,7 +94,7 @@ def begin(run: GanRun, start: Checkpoint | Weights | None, resume_kimg: float | 
 def show_progress(run: GanRun) -> None:
     """Train with one progress bar in kimg."""
     shape = "{percentage:3.0f}%|{bar}| {desc}, {elapsed}<{remaining}"
-    with tqdm(total=1.0, disable=not is_first(), initial=run.share, bar_format=shape) as bar:
+    with ProgressBar(total=1.0, disable=not is_first(), initial=run.share, bar_format=shape) as bar:
         for _ in run.train():
             bar.set_description_str(f"{run.kimg:.2f} kimg", refresh=False)
             bar.update(run.share - bar.n)

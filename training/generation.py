@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from evaluation.contact_sheet import contact_sheet, save_png
 from networks.snapshot import Snapshot
 from preprocessing.errors import OptionError
 from preprocessing.outputs import fingerprint, locked
+from preprocessing.progress import ProgressBar
 from training.data import ImageGeneDataset, sample_files
 from training.generated_h5 import GeneratedH5
 from training.generated_pngs import GeneratedPngs
@@ -94,7 +94,7 @@ def _make(plan: GenerationPlan, missing: list[int], snapshot: Snapshot, output: 
     own = missing[ranks.rank::ranks.size]
     total = sum(len(plan.rows(number)) for number in own)
     batches = (plan.batch(number) for number in own)
-    with tqdm(total=total, desc="patches", unit="patch", disable=not (progress and ranks.is_first)) as bar:
+    with ProgressBar(total=total, desc="patches", unit="patch", disable=not (progress and ranks.is_first)) as bar:
         for n_saved in sample_batches(snapshot.generator, batches, plan.options, output.save, workers):
             bar.update(n_saved)
     output.settle()

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from evaluation.contact_sheet import contact_sheet, save_png
 from networks.snapshot import Snapshot
 from preprocessing.errors import InputError, OptionError
 from preprocessing.outputs import finished_file, locked
+from preprocessing.progress import ProgressBar
 from training.prompts import Prompts, parse_seeds, read_prompts
 from training.sampling import Batch, newest_snapshot, open_snapshot, sample_batches
 from training.sampling_options import SamplingOptions
@@ -91,7 +91,7 @@ def interpolate_prompts(config: InterpolateConfig, progress: bool = True) -> lis
         for old in (samples, strip):              # what describes other patches goes before they do
             old.unlink(missing_ok=True)
         pictures: list[np.ndarray] = []
-        with tqdm(total=len(paths), desc="patches", unit="patch", disable=not progress) as bar:
+        with ProgressBar(total=len(paths), desc="patches", unit="patch", disable=not progress) as bar:
             for made in sample_batches(snapshot.generator, walk.batches(config.batch_sz), config, save, ranks.workers(config.workers)):
                 pictures += made
                 bar.update(len(made))

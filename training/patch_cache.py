@@ -147,11 +147,12 @@ def packed_patches(key: CacheKey, folder: Path, read: Callable[[int, int], np.nd
 
 
 def _build(path: Path, key: CacheKey, read: Callable[[int, int], np.ndarray], progress: bool) -> None:
-    from tqdm import tqdm
+    from preprocessing.progress import ProgressBar
 
     with finished_file(path) as temporary:
         # plain writes rather than a mapping: on a full disk they raise, where a mapping kills the process
-        with open(temporary, "wb") as stream, tqdm(total=key.shape[0], desc="packing patches", unit="patch", disable=not progress) as bar:
+        bar = ProgressBar(total=key.shape[0], desc="packing patches", unit="patch", disable=not progress)
+        with open(temporary, "wb") as stream, bar:
             np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": key.shape})
             for start in range(0, key.shape[0], BLOCK_ROWS):
                 block = read(start, min(start + BLOCK_ROWS, key.shape[0]))

@@ -14,12 +14,12 @@ import PIL
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from preprocessing.errors import InputError, OptionError
 from preprocessing.outputs import MIB
 from preprocessing.patch_file import PatchFile, read_patch_file
 from preprocessing.patches import read_patch, read_patch_folder
+from preprocessing.progress import ProgressBar
 from training.patch_cache import AUTO_CACHE, BLOCK_ROWS, FOLDER, WORTH_KEEPING_MIB, PatchRows, cache_key, packed_patches
 
 
@@ -85,7 +85,7 @@ class PatchImages:
             if path is not None:
                 return PatchRows(path, None if self._kept is None else torch.from_numpy(self._kept))
         images = np.empty((len(self), 3, px, px), np.uint8)
-        with tqdm(total=len(self), desc="patches", unit="patch", disable=not progress) as bar:
+        with ProgressBar(total=len(self), desc="patches", unit="patch", disable=not progress) as bar:
             for start in range(0, len(self), BLOCK_ROWS):
                 part = slice(start, start + BLOCK_ROWS)
                 images[part] = self._read_block(self.image_paths[part], self.image_rows[part], px, resized)

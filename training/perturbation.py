@@ -14,7 +14,6 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from evaluation.contact_sheet import save_png
 from evaluation.effects import Effect, difference_map, effects_of
@@ -24,6 +23,7 @@ from networks.sample_scaling import fit_sample_scaling, require_whole_samples
 from networks.snapshot import Snapshot
 from preprocessing.errors import InputError, OptionError, first_few
 from preprocessing.outputs import fingerprint, finished_file, locked, nan_to_none, program_versions, write_json
+from preprocessing.progress import ProgressBar
 from training.data import ExpressionTable, expression_only
 from training.gene_changes import GeneChanges, read_gene_changes
 from training.prompts import parse_seeds, read_labels
@@ -89,7 +89,7 @@ def perturb(config: PerturbConfig, progress: bool = True) -> tuple[list[Effect],
     def make(prompts: Tensor, keys: Sequence[tuple[int, int]], what: str) -> Iterator[np.ndarray]:
         batches = (Batch(start, prompts[start:start + config.batch_sz], keys[start:start + config.batch_sz])
                    for start in range(0, len(keys), config.batch_sz))
-        with tqdm(total=len(keys), desc=f"patches {what}", unit="patch", disable=not progress) as bar:
+        with ProgressBar(total=len(keys), desc=f"patches {what}", unit="patch", disable=not progress) as bar:
             for pictures in sample_batches(snapshot.generator, batches, config, lambda _, made: made, workers):
                 bar.update(len(pictures))
                 yield from pictures

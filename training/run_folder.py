@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from preprocessing.errors import InputError, WeightsError
 from preprocessing.outputs import file_sha256, finished_file, finished_folder, strings_sha256
+from preprocessing.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 COMMIT, SUMS_FILE, STATE_FILE = "COMMIT", "SHA256SUMS", "state.json"
@@ -86,7 +86,7 @@ class StatsLog:
 
     def note(self, line: str) -> None:
         """Say a line, and append it to log.txt."""
-        tqdm.write(line)
+        ProgressBar.write(line)
         with open(self.folder / "log.txt", "a") as stream:
             stream.write(line + "\n")
 

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from scipy.spatial import cKDTree
-from tqdm import tqdm
 
+from preprocessing.progress import ProgressBar
 from preprocessing.simulation.array import HDArray, VisiumArray, capture_array
 from preprocessing.simulation.config import SimulateConfig
 from preprocessing.simulation.expression import (
@@ -75,7 +75,7 @@ def _count_blocks(config: SimulateConfig, tissue: Tissue, cells: Cells, genes: G
     profiles = slide_profiles(genes, config.slide_effect, config.seed)
     tree = cKDTree(np.stack([cells.x_um, cells.y_um], axis=1))
     unit = "bin" if config.is_hd else "spot"
-    with tqdm(total=int(in_tissue.sum()), desc="counts", unit=unit, unit_scale=True, disable=not progress) as bar:
+    with ProgressBar(total=int(in_tissue.sum()), desc="counts", unit=unit, unit_scale=True, disable=not progress) as bar:
         for number, part in enumerate(array.blocks(in_tissue)):
             rng = np.random.default_rng([config.seed, 0xC0, number])
             at = array.at(part)

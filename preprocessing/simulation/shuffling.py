@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
-from tqdm import tqdm
+
+from preprocessing.progress import ProgressBar
 
 BUCKET_ROWS = 400_000
 
@@ -31,7 +32,7 @@ def in_random_order(blocks: Iterable[tuple[np.ndarray, sp.csr_matrix]], *, rows:
             for barcodes, counts in blocks:
                 _deal(np.asarray(barcodes, dtype="S"), counts, rng.integers(buckets, size=counts.shape[0]), streams)
                 written, genes = written + 1, counts.shape[1]
-        for path in tqdm(paths, desc="matrix", unit="part", disable=not progress):
+        for path in ProgressBar(paths, desc="matrix", unit="part", disable=not progress):
             barcodes, counts = _read(path, written, genes)
             path.unlink()
             order = rng.permutation(len(barcodes))
