@@ -1,7 +1,7 @@
 """Snapshots: a generator for use. A weights folder (averaged generator) that names its gene encoder by path and hash, or holds it.
 
 config.json holds the generator's shapes, what was trained on, and under `gene_encoder` where the CLIP weights lie
-(relative to the snapshot, or their repository on the hub), their hash, and the library size that expression is normalised
+(relative to the snapshot, or their repository and commit on the hub), their hash, and the library size that expression is normalised
 to; or, where the gene encoder was trained with the generator, its genes and shapes (its tensors lie beside the
 generator's). None: prompts are embeddings, or (c_dim 0) there are none.
 """

@@ -113,18 +113,27 @@ def weights_sha256(folder: Path | str) -> str:
 
 
 def local_or_hub(path: Path | str) -> Path:
-    """A path of this machine as it is; `owner/name`, where there is no folder `owner` here: what the hub or its cache holds."""
+    """A path of this machine as it is; `owner/name`, where there is no folder `owner` here: what the hub or its cache holds, of the
+    branch, tag or commit asked for by `owner/name@revision`."""
     path = Path(path)
     if path.is_absolute() or len(path.parts) != 2 or Path(path.parts[0]).exists():   # a misspelt name in a folder is not looked for there
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
+    repository, _, revision = path.as_posix().partition("@")
     try:
-        return Path(snapshot_download(path.as_posix(), allow_patterns=[MODEL_FILE, CONFIG_FILE, SUMS_FILE]))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=[MODEL_FILE, CONFIG_FILE, SUMS_FILE]))
     except (OSError, HFValidationError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(path, "weights", f"a weights folder ({MODEL_FILE}, {CONFIG_FILE}, {SUMS_FILE}) here, or a repository of the hub",
                          f"nothing there, and the hub says: {reason}") from error
+
+
+def pinned(repository: Path | str) -> str:
+    """`owner/name` -> `owner/name@commit`, of the commit that the hub or its cache gives for it now."""
+    repository = Path(repository).as_posix()
+    folder = local_or_hub(repository)      # the hub's cache keeps each commit in snapshots/<commit>
+    return repository if "@" in repository or folder.parent.name != "snapshots" else f"{repository}@{folder.name}"
 
 
 def _verify_sums(folder: Path) -> None:

@@ -176,16 +176,23 @@ def test_clip_score_centres_a_patch_as_its_sample(samples, tmp_path, views):
     assert abs(found - float(expected)) < 1e-5
 
 
-def test_a_snapshot_names_a_gene_encoder_of_the_hub_by_its_repository(samples, tmp_path, monkeypatch):
+def test_a_snapshot_names_a_gene_encoder_of_the_hub_by_its_repository_and_commit(samples, tmp_path, monkeypatch):
     clip = image_clip()
-    clip.save_pretrained(tmp_path / "hub" / "clip")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo_id, allow_patterns: tmp_path / "hub" / "clip")
+    commits = tmp_path / "hub" / "snapshots"
+    clip.save_pretrained(commits / "0123")
+
+    def download(repo_id, revision, allow_patterns):
+        assert repo_id == "somebody/clip"
+        return commits / (revision or newest)
+    newest = "0123"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     files = tuple(SampleFiles(name, samples / name / "patches", samples / name / "gex_filt.h5ad") for name in "AB")
     data = load_gan_data(GanSources("clip", "somebody/clip", files), 16, progress=False)
     generator = Generator(GeneratorConfig(c_dim=6, img_resolution=16, cbase=128, cmax=8, res_blocks=1, norm_groups=4))
     folder = save_snapshot(tmp_path / "snapshot", generator, gene_encoder=data.gene_encoder)
-    assert json.loads((folder / "config.json").read_text())["gene_encoder"]["repo_id"] == "somebody/clip"
+    assert json.loads((folder / "config.json").read_text())["gene_encoder"]["repo_id"] == "somebody/clip@0123"
+    newest = "4567"     # what is pushed later does not reach a snapshot
     assert load_snapshot(folder).gene_encoder.gene_names == GENES
     for broken in ("a path", {"path": "clip"}):
         save_snapshot(tmp_path / "broken", generator)

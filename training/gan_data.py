@@ -15,6 +15,7 @@ from torch import Tensor
 from networks.clip import CLIP, clip_weights_sha256
 from networks.condition_mlp import ConditionMlp
 from networks.layers import images_to_float
+from networks.weights import pinned
 from preprocessing.errors import InputError, require_file
 from preprocessing.outputs import strings_sha256
 from training.data import ImageGeneDataset, SampleFiles
@@ -75,7 +76,7 @@ def load_gan_data(sources: GanSources, img_resolution: int, *, choice: SpotChoic
     clusters = None if labels is None or labels.isna().any() else labels.astype(str).to_numpy()
     gene_encoder = None
     if clip is not None:
-        where = {"path": str(sources.network)} if Path(sources.network).exists() else {"repo_id": Path(sources.network).as_posix()}
+        where = {"path": str(sources.network)} if Path(sources.network).exists() else {"repo_id": pinned(sources.network)}
         gene_encoder = {**where, "sha256": clip_weights_sha256(sources.network), "target_sum": clip.target_sum}
     return gan_data(name, training, spots.barcodes, clusters=clusters, validation=validation,
                     validation_barcodes=None if held_out is None else held_out.barcodes, gene_encoder=gene_encoder, mlp=mlp,

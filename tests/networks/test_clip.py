@@ -186,7 +186,7 @@ def test_what_is_pushed_to_the_hub_is_a_weights_folder_that_comes_back(tmp_path,
     assert clip.push_to_hub("me/clip", token="secret", private=True) == "https://hub/me/clip/commit/1"
     assert asked == [("token", "secret"), ("me/clip", True, True)]
     downloaded = tmp_path / "me" / "clip"
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo_id, allow_patterns: tmp_path / repo_id)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo_id, revision, allow_patterns: tmp_path / repo_id)
     assert torch.equal(CLIP.from_pretrained("me/clip").encode_genes(expression), clip.encode_genes(expression))
     assert clip_weights_sha256("me/clip") == clip_weights_sha256(downloaded)
     assert torch.equal(CLIP.from_pretrained(downloaded).encode_genes(expression), clip.encode_genes(expression))
@@ -198,7 +198,7 @@ def test_what_is_pushed_to_the_hub_is_a_weights_folder_that_comes_back(tmp_path,
 def test_weights_that_are_neither_here_nor_on_the_hub_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def offline(repo_id, allow_patterns):
+    def offline(repo_id, revision, allow_patterns):
         raise OSError("no connection")
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(InputError, match=r"nobody/clip: .*nothing there, and the hub says: no connection"):
