@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,11 +21,10 @@ from networks.discriminator import Discriminator
 from networks.generator import Generator
 from networks.histo_models import Encoder
 from networks.snapshot import save_snapshot
-from networks.weights import load_into
-from preprocessing.errors import InputError, WeightsError
-from preprocessing.outputs import config_sha256, strings_sha256
+from preprocessing.errors import InputError
 from training.diff_augment import adapted_p
 from training.ema import Averages, ema_beta, frozen_copy, half_life_kimg, update_average
+from training.gan_checkpoint import load_run, save_run
 from training.gan_config import GanConfig
 from training.gan_data import GanData, mean_colour
 from training.gan_grids import Showcase
@@ -36,14 +35,10 @@ from training.gan_speed import prepare
 from training.gan_step import SIGN, GanStep
 from training.held_out import HeldOut
 from training.ranks import any_rank, from_first, is_first
-from training.run_folder import Checkpoint, NoStats, StatsLog, save_checkpoint
+from training.run_folder import Checkpoint, NoStats, StatsLog
 
 log = logging.getLogger(__name__)
 MIN_TICKS, MIN_SNAPSHOTS = 20, 5
-OPTION_DEFAULTS = {option.name: option.default for option in fields(GanConfig)}   # of options younger than a checkpoint
-# what may change between a run and its continuation
-MAY_CHANGE = ("kimg", "budget_minutes", "tick", "snap", "max_bad_steps",
-              "precision", "compile", "workers")   # between a run and its continuation
 
 
 class DivergedError(InputError):
@@ -240,49 +235,10 @@ class GanRun:
 
     def save(self) -> Path | None:
         """Write a checkpoint of this moment, on the first rank."""
-        if not is_first():
-            return None
-        gan = self.gan
-        state = {**asdict(self.progress), "config": asdict(self.config), "config_sha256": self._config_hash(),
-                 "data_sha256": self.data.sha256, "backbone": self.encoder.source,
-                 "genes_sha256": None if self.mlp is None else strings_sha256(self.mlp.gene_names)}
-        return save_checkpoint(self.folder, self.progress.step, state=state, tensors={
-            "discriminator": gan.discriminator.trainable_state(), **{name: part.state_dict() for name, part in self._parts().items()},
-        }, optimisers={"g_optimiser": gan.g_optimiser.state_dict(), "d_optimiser": gan.d_optimiser.state_dict()})
-
-    def _parts(self) -> dict[str, nn.Module]:
-        """Networks that a checkpoint holds whole, by the names of their files."""
-        parts = {"generator": self.gan.generator, **self.averages.parts()}
-        return parts if self.mlp is None else {**parts, "mlp": self.mlp, "mlp_average": self.mlp_average}
+        return save_run(self) if is_first() else None
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint; refused (exit 5) if it belongs to another config, data set or backbone."""
-        state, gan = checkpoint.state, self.gan
-        ours, theirs = asdict(self.config), {**OPTION_DEFAULTS, **state.get("config", {})}
-        changed = [name for name in ours if name not in MAY_CHANGE and ours[name] != theirs.get(name)]
-        for what, expected, found in (
-                ("config", "the options it was started with", ", ".join(f"{name} {theirs.get(name)} -> {ours[name]}" for name in changed)),
-                ("data", "the patches and prompts it was started with", "" if state["data_sha256"] == self.data.sha256 else "others"),
-                ("backbone", state["backbone"], "" if state["backbone"] == self.encoder.source else self.encoder.source)):
-            if found:
-                raise WeightsError(checkpoint.folder, what, expected, found, "To start a new run from these weights, --resume a snapshot")
-        names = ("discriminator", *self._parts())
-        for part in names:
-            if part not in checkpoint.tensors:
-                raise WeightsError(checkpoint.folder, "parts", ", ".join(names), f"no {part}")
-        for part, network in self._parts().items():
-            load_into(network, checkpoint.tensors[part], checkpoint.folder)
-        frozen = {name: tensor for name, tensor in gan.discriminator.state_dict().items() if name.startswith("taps.")}
-        load_into(gan.discriminator, {**checkpoint.tensors["discriminator"], **frozen}, checkpoint.folder)
-        gan.g_optimiser.load_state_dict(checkpoint.optimisers["g_optimiser"])
-        gan.d_optimiser.load_state_dict(checkpoint.optimisers["d_optimiser"])
-        names = Progress.__dataclass_fields__
-        self.progress = replace(Progress(), **{name: tuple(value) if isinstance(value, list) else value
-                                               for name, value in state.items() if name in names})
-        if self.progress.blur_fade_kimg is None:      # a checkpoint older than this record
-            self.progress.blur_fade_kimg = resolved_fade_kimg(theirs["blur_fade_kimg"], theirs["kimg"])
-        gan.augment_p = self.progress.augment_p
+        load_run(self, checkpoint)
+        self.gan.augment_p = self.progress.augment_p
         self._tick_kimg = self.kimg
-
-    def _config_hash(self) -> str:
-        return config_sha256({name: value for name, value in asdict(self.config).items() if name not in MAY_CHANGE})

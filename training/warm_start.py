@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from networks.snapshot import read_snapshot
 from preprocessing.errors import InputError, OptionError, WeightsError, first_few
 from preprocessing.outputs import strings_sha256
+from training.gan_checkpoint import OPTION_DEFAULTS
 from training.gan_config import GanConfig
-from training.gan_loop import OPTION_DEFAULTS, GanRun
+from training.gan_loop import GanRun
 from training.run_folder import COMMIT, Checkpoint, latest_checkpoint, latest_run, read_checkpoint
 
 
