@@ -20,6 +20,8 @@ from pathlib import Path
 
 import click
 
+from training.run_folder import latest_run
+
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = {   # of either: the same size, backbone and a blur that fades within the run; frozen prompts without dropout
     "reference": ["--preset", "reference", "--backbone", "efficientnet_lite0", "--cond-dropout", "0"],
@@ -51,7 +53,7 @@ class Plan:
         return folder / "clip"
 
     def gan(self, preset: str, seed: int) -> Path:
-        """Patches of every held-out spot, four seeds each, from one run; returns their folder."""
+        """Patches of every held-out spot, four seeds each, from one run (of several that were killed: the last); returns their folder."""
         folder, patches = self.out / f"{preset}-{seed}", self.out / f"{preset}-{seed}-patches"
         if (patches / "samples.csv").is_file():
             return patches
@@ -59,7 +61,7 @@ class Plan:
         run("train_gan.py", "--data", self.files(self.train, "patches"), "--gex", self.files(self.train, "gex_filt.h5ad"), "--network",
             self.out / "clip" / "clip", "--outdir", folder, "--img-resolution", "64", "--cfg", "small", "--batch", "8", "--kimg", self.kimg,
             "--blur-fade-kimg", self.kimg / 10, "--seed", seed, "--no-tensorboard", "--resume", "auto", *PRESETS[preset], *backbone)
-        run("gen_images.py", "--network", next(folder.glob("0*")), "--gex", self.files([self.held_out], "gex_filt.h5ad"), "--images",
+        run("gen_images.py", "--network", latest_run(folder), "--gex", self.files([self.held_out], "gex_filt.h5ad"), "--images",
             self.files([self.held_out], "patches"), "--seeds", "0-3", "--outdir", patches)
         return patches
 
