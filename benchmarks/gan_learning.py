@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
@@ -38,7 +38,16 @@ class Plan:
     held_out: str
     out: Path
     kimg: float
+    blur_fade_kimg: float
     backbone_weights: str | None
+
+    def claim(self) -> None:
+        """Write down what the runs of --out are made of; refused where they were made of something else."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        path, ours = self.out / "plan.json", {name: str(value) for name, value in asdict(self).items()}
+        if path.is_file() and json.loads(path.read_text()) != ours:
+            raise click.ClickException(f"{path} says that the runs there were made otherwise: choose another --out")
+        path.write_text(json.dumps(ours, indent=2) + "\n")
 
     def files(self, names: list[str], what: str) -> str:
         return ",".join(str((self.data / name / what).resolve()) for name in names)
@@ -60,7 +69,7 @@ class Plan:
         backbone = ["--backbone-weights", self.backbone_weights] if self.backbone_weights else []
         run("train_gan.py", "--data", self.files(self.train, "patches"), "--gex", self.files(self.train, "gex_filt.h5ad"), "--network",
             self.out / "clip" / "clip", "--outdir", folder, "--img-resolution", "64", "--cfg", "small", "--batch", "8", "--kimg", self.kimg,
-            "--blur-fade-kimg", self.kimg / 10, "--seed", seed, "--no-tensorboard", "--resume", "auto", *PRESETS[preset], *backbone)
+            "--blur-fade-kimg", self.blur_fade_kimg, "--seed", seed, "--no-tensorboard", "--resume", "auto", *PRESETS[preset], *backbone)
         run("gen_images.py", "--network", latest_run(folder), "--gex", self.files([self.held_out], "gex_filt.h5ad"), "--images",
             self.files([self.held_out], "patches"), "--seeds", "0-3", "--outdir", patches)
         return patches
@@ -139,15 +148,15 @@ def table(scores: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
-def sheet(plan: Plan, section, presets: list[str], path: Path) -> None:
-    """Real | each preset, first seed, two draws: six spots of every cluster."""
+def sheet(folders: dict[str, Path], section, path: Path) -> None:
+    """Real | patches of each preset, a draw a spot: six spots of every cluster."""
     import numpy as np
 
     from evaluation.contact_sheet import contact_sheet, save_png
     from evaluation.features import resize_by_area
     from evaluation.sections import read_generated
 
-    made = {preset: read_generated(plan.out / f"{preset}-0-patches", section.sample_id, section.barcodes) for preset in presets}
+    made = {preset: read_generated(folder, section.sample_id, section.barcodes) for preset, folder in folders.items()}
     px = next(iter(made.values())).px
     real, rows, labels = resize_by_area(section.images, px), [], []
     for cluster in np.unique(section.clusters):
@@ -166,6 +175,7 @@ def sheet(plan: Plan, section, presets: list[str], path: Path) -> None:
 @click.option("--held-out", default="C4", help="Section whose spots are the prompts.")
 @click.option("--out", type=click.Path(path_type=Path), default="runs/gan_learning", help="Folder of runs, patches, contact sheet.")
 @click.option("--kimg", default=10.0, help="Of every run: equal images seen.")
+@click.option("--blur-fade-kimg", type=float, help="When the blur is gone, of every run. Default: after a tenth.")
 @click.option("--seeds", default="0,1,2")
 @click.option("--presets", default="reference,best", help="Of: " + ", ".join(PRESETS))
 @click.option("--jobs", default=1, help="Runs at a time.")
@@ -173,13 +183,13 @@ def sheet(plan: Plan, section, presets: list[str], path: Path) -> None:
               help="Encoder that scores, other than the discriminator's backbone.")
 @click.option("--judge/--no-judge", "with_judge", default=True, help="Train a second CLIP that looks for each prompt's patch.")
 @click.option("--backbone-weights", help="Weight file of EfficientNet-Lite0, where its package is not installed.")
-def main(data, train, held_out, out, kimg, seeds, presets, jobs, features, with_judge, backbone_weights):
+def main(data, train, held_out, out, kimg, blur_fade_kimg, seeds, presets, jobs, features, with_judge, backbone_weights):
     """Train, generate, score; print a table and write sheet.png."""
     from evaluation.features import build_features, feature_specs
     from evaluation.sections import FeatureBank
     from networks.clip import CLIP
 
-    plan, presets = Plan(data, train.split(","), held_out, out, kimg, backbone_weights), presets.split(",")
+    plan, presets = Plan(data, train.split(","), held_out, out, kimg, blur_fade_kimg or kimg / 10, backbone_weights), presets.split(",")
     if unknown := [preset for preset in presets if preset not in PRESETS]:
         raise click.BadParameter(f"expected some of {', '.join(PRESETS)}; found {unknown[0]}", param_hint="--presets")
     missing = [name for name in (*plan.train, held_out) if not (data / name / "gex_filt.h5ad").exists()]
@@ -187,7 +197,7 @@ def main(data, train, held_out, out, kimg, seeds, presets, jobs, features, with_
     if missing or (spec.weights is not None and not spec.weights.is_file()):
         click.echo(f"skipped: {f'{data / missing[0]} is not prepared' if missing else f'no {spec.weights}'}")
         return
-    out.mkdir(parents=True, exist_ok=True)
+    plan.claim()
     plan.clip("clip", 0)
     tower = ["model.image_encoder=timm:mobilenetv2_100", f"model.image_encoder_weights={spec.weights.resolve()}"] if spec.weights else []
     network = plan.clip("judge", 1000, "model.image_views=1", *tower) if with_judge else None
@@ -201,7 +211,8 @@ def main(data, train, held_out, out, kimg, seeds, presets, jobs, features, with_
     for (preset, seed), folder in folders.items():
         scores[preset].append(score(section, folder, judge, encoder, bank, patch_um))
         click.echo(f"{preset}, seed {seed}: " + json.dumps(scores[preset][-1]), err=True)
-    sheet(plan, section, presets, out / "sheet.png")
+    first_seed = seeds.split(",")[0]
+    sheet({preset: folders[preset, int(first_seed)] for preset in presets}, section, out / "sheet.png")
     click.echo(f"{train} -> {held_out}, {kimg:g} kimg, seeds {seeds}, {len(section.barcodes)} prompts, scored by {spec.label}")
     click.echo("\n".join(table(scores)))
 

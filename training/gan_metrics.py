@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluation.distances import frechet_distance, kernel_distance
@@ -88,7 +89,7 @@ class SnapshotMetrics:
                 raise OptionError("--metrics", "clip_score with CLIP weights that name an image tower", "none")
         pool = self.data.validation or self.data.training
         n = min(max((metric.n for metric in self.metrics), default=0), len(pool.images))
-        rows = np.sort(np.random.default_rng(self.seed).permutation(len(pool.images))[:n])
+        rows = np.random.default_rng(self.seed).permutation(len(pool.images))[:n]     # in random order: a metric of fewer takes the first
         self.images, self.prompts = pool.images[rows], pool.prompts[rows]
         self.centres = self._centres(pool, rows) if any(metric.kind == "clip_score" for metric in self.metrics) else None
         if self.metrics and n < 2:
@@ -124,7 +125,7 @@ class SnapshotMetrics:
     def _value(self, metric: Metric, fake: Mapping[FeatureSpec, np.ndarray], made: Tensor, own: Tensor) -> float:
         if metric.kind == "clip_score":
             cosines = [(self.clip.encode_images(images_to_float(made[part].to(self.device)), self._centre_of(own[part])).cpu()
-                        * self.prompts[own[part]]).sum(1) for part in torch.arange(len(own)).split(BATCH)]
+                        * F.normalize(self.prompts[own[part]], dim=1)).sum(1) for part in torch.arange(len(own)).split(BATCH)]
             return float(gather_rows(torch.cat(cosines).to(self.device))[:len(self.prompts)].mean())
         real, generated = self.real[metric.features][:metric.n], fake[metric.features][:metric.n]
         return frechet_distance(generated, real) if metric.kind == "fd" else kernel_distance(generated, real, seed=self.seed)[0]
