@@ -14,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.layers import ConditionNorm, CondNormKind, EqualizedLinear, SecondOrderStyle, lrelu, upsample_conv, upsample_image
+from networks.layers import (
+    ConditionNorm,
+    CondNormKind,
+    EqualizedLinear,
+    SecondOrderStyle,
+    lrelu,
+    recomputed,
+    upsample_conv,
+    upsample_image,
+)
 from preprocessing.errors import OptionError
 
 FIRST_RESOLUTION = 8       # synthesis starts here, px
@@ -151,9 +160,17 @@ class ModulatedConv(nn.Module):
             x = self.norm(x.to(self.norm.weight.dtype))
         style = self.style(w)
         demodulation = (style.square() @ self.weight.square().sum(dim=(2, 3)).T + 1e-8).rsqrt()   # (N, O)
-        y, weight = x.to(dtype) * style[:, :, None, None].to(dtype), self.weight.to(dtype)
-        y = upsample_conv(y, weight) if self.up else F.conv2d(y, weight, padding=1)
-        y = torch.addcmul(self.bias[:, None, None].to(dtype), y, demodulation[:, :, None, None].to(dtype))
+        y = recomputed(self._convolve, x, style.to(dtype))
+        return recomputed(self._activate, x, y, demodulation.to(dtype), noise)
+
+    def _convolve(self, x: Tensor, style: Tensor) -> Tensor:
+        x, weight = x.to(style.dtype) * style[:, :, None, None], self.weight.to(style.dtype)
+        return upsample_conv(x, weight) if self.up else F.conv2d(x, weight, padding=1)
+
+    def _activate(self, x: Tensor, y: Tensor, demodulation: Tensor, noise: Tensor | None) -> Tensor:
+        """What follows the convolution: demodulation, bias, noise, lrelu, residual sum with its input x."""
+        dtype = y.dtype
+        y = torch.addcmul(self.bias[:, None, None].to(dtype), y, demodulation[:, :, None, None])
         if noise is not None:
             y = torch.addcmul(y, noise.to(dtype), self.noise_strength.to(dtype))
         limit = self.CLAMP * self.gain
@@ -177,8 +194,10 @@ class ToRGB(nn.Module):
         self.bias = nn.Parameter(torch.zeros(3))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        style, x = self.style(w) / sqrt(x.shape[1]), x.to(self.weight.dtype)
-        return F.conv2d(x * style[:, :, None, None], self.weight, self.bias).clamp(-RGB_CLAMP, RGB_CLAMP)
+        return recomputed(self._colour, x, self.style(w) / sqrt(x.shape[1]))
+
+    def _colour(self, x: Tensor, style: Tensor) -> Tensor:
+        return F.conv2d(x.to(style.dtype) * style[:, :, None, None], self.weight, self.bias).clamp(-RGB_CLAMP, RGB_CLAMP)
 
 
 class Block(nn.Module):

@@ -1,11 +1,13 @@
 """Building blocks of the networks. The two functions that convert image ranges live here and nowhere else."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from preprocessing.errors import OptionError
 
@@ -26,6 +28,15 @@ def lrelu(x: Tensor, gain: float = 2 ** 0.5) -> Tensor:
     """Leaky ReLU, slope 0.2, times `gain` (sqrt 2 keeps unit variance)."""
     y = F.leaky_relu(x, 0.2)
     return y if gain == 1 else y * gain
+
+
+def recomputed(function: Callable[..., Tensor], *arguments: Tensor | None) -> Tensor:
+    """`function(*arguments)`, of which autograd keeps the arguments alone: what lies between is computed again in the backward pass,
+    up to the last thing that pass needs. For elementwise work, and for what goes into a convolution: most of the memory for little time.
+    A compiler decides for itself what to keep."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class EqualizedLinear(nn.Module):
