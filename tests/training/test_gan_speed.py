@@ -2,16 +2,16 @@
 import time
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from gan_runs import make_run, same
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from networks.generator import Generator, GeneratorConfig
 from preprocessing.errors import OptionError
 from training.gan_config import resolve
-from training.gan_speed import PatchesAhead, default_precision, place_patches, prepare, set_up_gpu
+from training.gan_speed import Ahead, default_precision, place_patches, prepare, set_up_gpu
 from training.run_folder import latest_checkpoint
 
 GUIDED = {"clip_weight": 0.2, "mismatch_weight": 0.5}
@@ -95,20 +95,39 @@ def test_threads_that_read_ahead_change_no_bit_and_do_read_ahead(tmp_path):
         alone.one_step()
         ahead.one_step()
     assert same(alone, ahead)
-    images, read = torch.arange(60, dtype=torch.uint8).view(20, 3, 1, 1), []
-
-    def rows_of(step):
-        read.append(step)
-        return np.array([step, 19 - step])
-    patches = PatchesAhead(images, rows_of, "cpu", workers=2)
-    assert torch.equal(patches.of_step(4), images[[4, 15]])
+    made, read = Ahead(lambda step: read.append(step) or -step, workers=2), []
+    assert made.of_step(4) == -4
     for _ in range(100):
         if sorted(read) == [4, 5, 6]:
             break
         time.sleep(0.05)
     assert sorted(read) == [4, 5, 6]
-    assert torch.equal(patches.of_step(5), images[[5, 14]]) and torch.equal(patches.of_step(9), images[[9, 10]])   # also after a jump
-    assert set(patches.waiting) == {10, 11}
+    assert made.of_step(5) == -5 and made.of_step(9) == -9                # also after a jump
+    assert set(made.waiting) == {10, 11}
+
+
+def test_what_a_thread_fails_at_fails_the_step():
+    def fail(step):
+        raise OSError("the disk is gone")
+    for workers in (0, 2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            Ahead(fail, workers).of_step(0)
+
+
+@pytest.mark.parametrize("preset", ["best", "reference"])
+def test_a_step_never_waits_for_a_number_of_the_device(tmp_path, preset):
+    gan, read = make_run(tmp_path / "run", preset, batch=16, **GUIDED).gan, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if operation is torch.ops.aten._local_scalar_dense.default:          # what item(), float() and bool() come down to
+                read.append(args[0].shape)
+            return operation(*args, **(kwargs or {}))
+    with Watch():
+        losses = gan.gradients(0, sigma=1.0, clip_weight=0.2)
+    assert not read and len(losses) >= 6
+    draws = gan._draw(0).to("meta")
+    assert draws.noise.is_meta and draws.z.is_meta and not any(x.is_meta for x in (draws.view, draws.crop_fake, draws.augment_fake))
 
 
 def test_patches_stay_on_the_host_where_they_would_fill_the_device(monkeypatch):
