@@ -18,6 +18,7 @@ from networks.generator import Generator
 Made = TypeVar("Made")
 Precision = Literal["fp32", "bf16"]
 Compile = Literal["off", "blocks", "max"]
+DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}     # of what is computed; None: the weights'
 COMPILE_MODES: dict[str, str | None] = {"blocks": None, "max": "max-autotune-no-cudagraphs"}
 DEVICE_SHARE = 0.5         # of its free memory that patches may take
 
@@ -38,17 +39,31 @@ def set_up_gpu(precision: Precision, *, search_kernels: bool) -> None:
 def prepare(generator: Generator, discriminator: Discriminator, *, precision: Precision, compiled: Compile, on_gpu: bool,
             penalised: bool, backend: str = "inductor") -> None:
     """Set both networks up to train. `penalised`: heads whose gradient is differentiated again, which compiled code cannot do."""
-    dtype = torch.bfloat16 if precision == "bf16" else None
-    generator.compute_in(dtype, channels_last=on_gpu)
-    discriminator.taps.compute_dtype = dtype
-    if compiled == "off":
-        return
+    prepare_generator(generator, precision=precision, compiled=compiled, on_gpu=on_gpu, backend=backend)
+    prepare_discriminator(discriminator, precision=precision, compiled=compiled, penalised=penalised, backend=backend)
+
+
+def prepare_generator(generator: Generator, *, precision: Precision, compiled: Compile, on_gpu: bool, backend: str = "inductor") -> None:
+    """Its blocks in channels-last on a GPU; compiled one by one."""
+    generator.compute_in(DTYPES[precision], channels_last=on_gpu)
+    if compiled != "off":
+        for block in generator.blocks:
+            block.compile(**_compiler(compiled, backend))
+
+
+def prepare_discriminator(discriminator: Discriminator, *, precision: Precision, compiled: Compile, penalised: bool,
+                          backend: str = "inductor") -> None:
+    """Its backbone in reduced precision, its heads never; all of them compiled, but for penalised heads."""
+    discriminator.taps.compute_dtype = DTYPES[precision]
+    if compiled != "off":
+        discriminator.taps.compile(**_compiler(compiled, backend))
+        for head in () if penalised else discriminator.heads:
+            head.judge = torch.compile(head.judge, **_compiler(compiled, backend))
+
+
+def _compiler(compiled: Compile, backend: str) -> dict:
     torch._dynamo.config.recompile_limit = 64      # one graph a resolution, training and sampling: more than the default of 8
-    options = {"dynamic": False, "mode": COMPILE_MODES[compiled], "backend": backend}
-    for module in (*generator.blocks, discriminator.taps):
-        module.compile(**options)
-    for head in () if penalised else discriminator.heads:
-        head.judge = torch.compile(head.judge, **options)
+    return {"dynamic": False, "mode": COMPILE_MODES[compiled], "backend": backend}
 
 
 def place_patches(images: Tensor, device: torch.device | str) -> Tensor:
