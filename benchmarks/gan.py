@@ -126,7 +126,7 @@ def _chosen(choices: tuple[str, ...]):
 @click.option("--batch-gpu", default=8, help="Images of a micro-batch; a multiple of 8.")
 @click.option("--compile", default="off", type=click.Choice(["off", "blocks", "max"]), help="Of ours: minutes before the first go.")
 @click.option("--fp32/--bf16", default=None, help="What ours computes in. Default: bf16 on a GPU, fp32 on a CPU.")
-@click.option("--workers", default=3, help="Threads that draw and read ahead of a step.")
+@click.option("--workers", default=3, help="Threads that draw random numbers and read patches ahead of a step.")
 @click.option("--genes", default=18_248, help="Genes the prompt encoder of the plain way reads at every use.")
 def main(device: str, rounds: int | None, ways: list[str], parts: list[str], **sizes):
     """Print seconds a kimg and peak memory of every part; on a GPU also images/s against our bars."""
