@@ -134,7 +134,7 @@ def train_gan(*, preset: str, cfg: str, device: str | None, fp32: bool | None, n
 @option("compile", type=click.Choice(COMPILE), default="off", help="blocks: compile every resolution of the generator, the heads and the "
         "backbone, minutes at the start; max: also search for the fastest kernels.")
 @option("nobench", is_flag=True, help="Do not let a GPU try several convolution kernels for the fastest one.")
-@option("workers", type=int, default=3, help="Threads that read patches ahead where they do not lie on the device.")
+@option("workers", type=int, default=3, help="Threads that draw random numbers and read patches ahead of a step.")
 @option("seed", type=int, default=0, help="Of everything random.")
 @option("max-bad-steps", type=int, default=10, help="Steps with NaN or infinite losses in a row that end the run.")
 @option("resume", help="auto: the newest run of this name under OUTDIR, if any; or a run or checkpoint folder: goes on exactly. A snapshot "

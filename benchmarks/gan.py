@@ -4,8 +4,9 @@ Every row has a process of its own, so that its peak memory is its own; the proc
 else the machine does falls on all of them. Rows: `ours` (one pass serves both losses), `ours, two passes` (the published passes, our
 layers), `plain` (the published passes, benchmarks/stages/plain_gan.py). Parts: the generator, forward and back; the discriminator,
 backbone and heads for both losses, prompts embedded as each way does it; guidance by the image tower, one row, as it is one code for
-all; the whole step without and with guidance. Patches, expression and frozen weights are made on the spot.
-Example: python -m benchmarks.gan --device cuda --batch 128
+all; the whole step without and with guidance. Patches, expression and frozen weights are made on the spot. Ours is set up as
+`train_gan.py` sets a run up, with the same options and defaults; the plain way is float32 and eager.
+Example: python -m benchmarks.gan --device cuda --batch 128 --batch-gpu 128 --compile blocks
 """
 from __future__ import annotations
 
@@ -118,16 +119,20 @@ def _chosen(choices: tuple[str, ...]):
 @click.option("--img-resolution", default=64, help="px.")
 @click.option("--batch", default=8, help="Images a go, a multiple of 8.")
 @click.option("--rounds", default=None, type=click.IntRange(min=1), help="Goes a row; none = 3 on a CPU, 20 on a GPU.")
-@click.option("--ways", default="ours;plain", callback=_chosen(WAYS), help=f"Rows, separated by semicolons: {'; '.join(WAYS)}.")
+@click.option("--ways", default=";".join(WAYS), callback=_chosen(WAYS), help=f"Rows, separated by semicolons: {'; '.join(WAYS)}.")
 @click.option("--parts", default=";".join(PARTS), callback=_chosen(PARTS), help="Parts, separated by semicolons.")
 @click.option("--backbone", default="lunit_dino_vits16", help="Of the discriminator, of networks/histo_models.py.")
 @click.option("--tower", default="uni", help="Image tower that guides.")
+@click.option("--batch-gpu", default=8, help="Images of a micro-batch; a multiple of 8.")
+@click.option("--compile", default="off", type=click.Choice(["off", "blocks", "max"]), help="Of ours: minutes before the first go.")
+@click.option("--fp32/--bf16", default=None, help="What ours computes in. Default: bf16 on a GPU, fp32 on a CPU.")
+@click.option("--workers", default=3, help="Threads that draw random numbers and read patches ahead of a step.")
 @click.option("--genes", default=18_248, help="Genes the prompt encoder of the plain way reads at every use.")
 def main(device: str, rounds: int | None, ways: list[str], parts: list[str], **sizes):
     """Print seconds a kimg and peak memory of every part; on a GPU also images/s against our bars."""
     on_gpu = device.startswith("cuda")
     rounds = rounds or (20 if on_gpu else 3)
-    click.echo(f"{device}, " + ", ".join(f"{name} {value}" for name, value in sizes.items()))
+    click.echo(f"{device}, " + ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None))
     click.echo(f"{'':<38}{'goes':>6}{'s a kimg':>12}{'CPU s':>12}{'images/s':>11}{'GPU GiB' if on_gpu else 'RSS GiB':>9}")
     steps: list[Row] = []
     for part in parts:

@@ -20,6 +20,7 @@ from networks.layers import (
     EqualizedLinear,
     SecondOrderStyle,
     lrelu,
+    normalise_groups,
     recomputed,
     upsample_conv,
     upsample_image,
@@ -152,12 +153,18 @@ class ModulatedConv(nn.Module):
         self.register_buffer("noise_const", torch.randn(resolution, resolution))
         self.norm = nn.GroupNorm(residual_groups, width_in) if residual_groups else None
         self.gamma = nn.Parameter(torch.full((1, width_out, 1, 1), 1e-5)) if residual_groups else None
+        self.memory_format = torch.contiguous_format      # of the features
+
+    def lay_out(self, memory_format: torch.memory_format) -> None:
+        """Expect features in this layout, and keep the weights in it: else they would be turned at every use."""
+        self.memory_format = memory_format
+        self.weight.data = self.weight.data.contiguous(memory_format=memory_format)
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | None) -> Tensor:
         """x (N, I, n, n); noise broadcastable to (N, 1, r, r) or None."""
         dtype = x.dtype              # of the convolution; styles, statistics and the residual sum are of the weights'
         if self.norm is not None:
-            x = self.norm(x.to(self.norm.weight.dtype))
+            x = normalise_groups(self.norm, x, self.memory_format)
         style = self.style(w)
         demodulation = (style.square() @ self.weight.square().sum(dim=(2, 3)).T + 1e-8).rsqrt()   # (N, O)
         y = recomputed(self._convolve, x, style.to(dtype))
@@ -247,10 +254,12 @@ class Generator(nn.Module):
         return [conv for block in self.blocks for conv in block.convs]
 
     def compute_in(self, dtype: torch.dtype | None, *, channels_last: bool) -> None:
-        """Type of the convolutions (None: the weights', which stay float32 in any case) and the layout of the features."""
+        """Type of the convolutions (None: the weights', which stay float32 in any case), layout of features, gradients and kernels."""
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
         for block in self.blocks:
-            block.compute_dtype = dtype
-            block.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+            block.compute_dtype, block.memory_format = dtype, memory_format
+        for conv in self._convs():
+            conv.lay_out(memory_format)
 
     @torch.no_grad()
     def start_at_colour(self, colour: Tensor, contrast: float = 0.5) -> None:

@@ -101,6 +101,48 @@ def _fir_pass(x: Tensor, dim: int) -> Tensor:
     return x
 
 
+class _Fir(torch.autograd.Function):
+    """FIR outer([1, 3, 3, 1]) / 64 * 4 without padding, (N, C, n, n) -> (N, C, n - 3, n - 3).
+
+    As it is symmetric its gradient is the same filter over the padded gradient. Autograd's own, of sums of slices, would fill six
+    maps with zeros, in NCHW whatever the features' layout.
+    """
+
+    @staticmethod
+    def forward(context, x: Tensor) -> Tensor:
+        return _fir_pass(_fir_pass(x, 3), 2) / 16      # (8 x 8) of the FIR over its gain of 4
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        return _Fir.apply(F.pad(gradient, (3, 3, 3, 3)))
+
+
+class _InLayout(torch.autograd.Function):
+    """x (N, C, H, W) in a memory format, and its gradient in the same."""
+
+    @staticmethod
+    def forward(context, x: Tensor, memory_format: torch.memory_format) -> Tensor:
+        context.memory_format = memory_format
+        return x.contiguous(memory_format=memory_format).view_as(x)     # of what already is so a view: autograd must not get x itself
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.contiguous(memory_format=context.memory_format), None
+
+
+def normalise_groups(norm: nn.GroupNorm, x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """GroupNorm of x (N, C, H, W), in the type of the norm's weights.
+
+    On a GPU PyTorch's takes and returns NCHW, forward and back, and every operation after it would go on so: features that are to be
+    channels-last, and their gradient, are brought back at once.
+    """
+    dtype = norm.weight.dtype
+    if memory_format != torch.channels_last:
+        return norm(x.to(dtype))
+    x = _InLayout.apply(x, memory_format)                                # for the gradient
+    return _InLayout.apply(norm(x.to(dtype, memory_format=torch.contiguous_format)), memory_format)
+
+
 def upsample_image(x: Tensor) -> Tensor:
     """Double an image: zero-insert, pad (2, 1), FIR outer([1, 3, 3, 1]) / 64 * 4, written as its two phases per axis.
 
@@ -122,4 +164,4 @@ def upsample_conv(x: Tensor, weight: Tensor) -> Tensor:
     """
     y = F.conv_transpose2d(x, weight.flip(2, 3).transpose(0, 1), stride=2)
     y = F.pad(y, (1, 1, 1, 1))
-    return _fir_pass(_fir_pass(y, 3), 2) / 16      # (8 x 8) of the FIR over its gain of 4
+    return _Fir.apply(y)

@@ -106,7 +106,7 @@ class GanConfig:
     max_bad_steps: int = 10                   # steps with NaN or infinite numbers in a row that end the run
     precision: Precision = "fp32"             # bf16: convolutions and frozen towers, weights stay float32
     compile: Compile = "off"                  # blocks: every resolution, head and the backbone; max: with a search for fast kernels
-    workers: int = 3                          # threads that read patches ahead, where they do not lie on the device
+    workers: int = 3                          # threads that draw random numbers and read patches ahead
 
     def __post_init__(self):
         self._require_numbers()

@@ -31,6 +31,17 @@ class TrainingData:
 
 
 @dataclass(frozen=True)
+class Given:
+    """What a step starts with, made ahead of it; on the CPU, but for patches of a data set that lies on the device."""
+
+    rows: np.ndarray                  # (batch,) of the data set
+    patches: Tensor                   # uint8 (n, 3, H, H) of this rank's rows
+    draws: Draws                      # of this rank's places
+    d_draws: Draws | None             # of the discriminator's pass, where it has one of its own
+    z: Tensor | None                  # (batch, z_dim) of all ranks, where the running mean of x follows them
+
+
+@dataclass(frozen=True)
 class Step:
     """What all micro-batches of a step have in common."""
 

@@ -1,4 +1,4 @@
-"""How a GAN run computes: in bfloat16 or float32, compiled or not, with patches on the device or fetched ahead. No formula changes.
+"""How a GAN run computes: in bfloat16 or float32, compiled or not, with patches and random numbers made ahead. No formula changes.
 
 Weights, styles, statistics, colours, logits and losses stay float32 in any case; bfloat16 is for convolutions and frozen towers.
 """
@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor
 from networks.discriminator import Discriminator
 from networks.generator import Generator
 
+Made = TypeVar("Made")
 Precision = Literal["fp32", "bf16"]
 Compile = Literal["off", "blocks", "max"]
+DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}     # of what is computed; None: the weights'
 COMPILE_MODES: dict[str, str | None] = {"blocks": None, "max": "max-autotune-no-cudagraphs"}
 DEVICE_SHARE = 0.5         # of its free memory that patches may take
 
@@ -37,17 +39,31 @@ def set_up_gpu(precision: Precision, *, search_kernels: bool) -> None:
 def prepare(generator: Generator, discriminator: Discriminator, *, precision: Precision, compiled: Compile, on_gpu: bool,
             penalised: bool, backend: str = "inductor") -> None:
     """Set both networks up to train. `penalised`: heads whose gradient is differentiated again, which compiled code cannot do."""
-    dtype = torch.bfloat16 if precision == "bf16" else None
-    generator.compute_in(dtype, channels_last=on_gpu)
-    discriminator.taps.compute_dtype = dtype
-    if compiled == "off":
-        return
+    prepare_generator(generator, precision=precision, compiled=compiled, on_gpu=on_gpu, backend=backend)
+    prepare_discriminator(discriminator, precision=precision, compiled=compiled, penalised=penalised, backend=backend)
+
+
+def prepare_generator(generator: Generator, *, precision: Precision, compiled: Compile, on_gpu: bool, backend: str = "inductor") -> None:
+    """Its blocks in channels-last on a GPU; compiled one by one."""
+    generator.compute_in(DTYPES[precision], channels_last=on_gpu)
+    if compiled != "off":
+        for block in generator.blocks:
+            block.compile(**_compiler(compiled, backend))
+
+
+def prepare_discriminator(discriminator: Discriminator, *, precision: Precision, compiled: Compile, penalised: bool,
+                          backend: str = "inductor") -> None:
+    """Its backbone in reduced precision, its heads never; all of them compiled, but for penalised heads."""
+    discriminator.taps.compute_dtype = DTYPES[precision]
+    if compiled != "off":
+        discriminator.taps.compile(**_compiler(compiled, backend))
+        for head in () if penalised else discriminator.heads:
+            head.judge = torch.compile(head.judge, **_compiler(compiled, backend))
+
+
+def _compiler(compiled: Compile, backend: str) -> dict:
     torch._dynamo.config.recompile_limit = 64      # one graph a resolution, training and sampling: more than the default of 8
-    options = {"dynamic": False, "mode": COMPILE_MODES[compiled], "backend": backend}
-    for module in (*generator.blocks, discriminator.taps):
-        module.compile(**options)
-    for head in () if penalised else discriminator.heads:
-        head.judge = torch.compile(head.judge, **options)
+    return {"dynamic": False, "mode": COMPILE_MODES[compiled], "backend": backend}
 
 
 def place_patches(images: Tensor, device: torch.device | str) -> Tensor:
@@ -59,29 +75,29 @@ def place_patches(images: Tensor, device: torch.device | str) -> Tensor:
     return images.to(device) if images.numel() <= DEVICE_SHARE * free else images
 
 
-class PatchesAhead:
-    """The real patches of every step. Patches in host memory, or mapped from a file, are read by threads before they are asked for.
+def take_patches(images: Tensor, rows: np.ndarray, device: torch.device | str) -> Tensor:
+    """Patches (n, 3, H, H) of these rows, where `images` lie; ready to be copied to a GPU while the CPU goes on."""
+    patches = images[torch.from_numpy(rows).to(images.device, non_blocking=True)]
+    return patches.pin_memory() if torch.device(device).type == "cuda" and patches.device.type == "cpu" else patches
 
-    `rows_of(step)` says which; the patches do not depend on the number of threads.
+
+class Ahead(Generic[Made]):
+    """What steps need and no step before them changes, `make(step)`, made by threads before it is asked for.
+
+    `make` must depend on the step alone; so does then what a step gets, whatever the number of threads. 0: made when asked for.
     """
 
-    def __init__(self, images: Tensor, rows_of: Callable[[int], np.ndarray], device: torch.device | str, workers: int):
-        self.images, self.rows_of, self.device = images, rows_of, torch.device(device)
-        self.workers = workers if images.device.type == "cpu" else 0
-        self.pool = ThreadPoolExecutor(self.workers, "patches") if self.workers else None
-        self.waiting: dict[int, Future] = {}
+    def __init__(self, make: Callable[[int], Made], workers: int):
+        self.make, self.workers = make, workers
+        self.pool = ThreadPoolExecutor(workers, "ahead") if workers else None
+        self.waiting: dict[int, Future[Made]] = {}
 
-    def of_step(self, step: int) -> Tensor:
-        """uint8 (n, 3, H, H) on the device."""
+    def of_step(self, step: int) -> Made:
         if self.pool is None:
-            return self._read(step).to(self.device)
+            return self.make(step)
         for number in [number for number in self.waiting if not step <= number <= step + self.workers]:
             self.waiting.pop(number).cancel()
         for number in range(step, step + self.workers + 1):
             if number not in self.waiting:
-                self.waiting[number] = self.pool.submit(self._read, number)
-        return self.waiting.pop(step).result().to(self.device, non_blocking=True)
-
-    def _read(self, step: int) -> Tensor:
-        images = self.images[torch.from_numpy(self.rows_of(step)).to(self.images.device)]
-        return images.pin_memory() if self.device.type == "cuda" and images.device.type == "cpu" else images
+                self.waiting[number] = self.pool.submit(self.make, number)
+        return self.waiting.pop(step).result()

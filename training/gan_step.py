@@ -18,10 +18,10 @@ from networks.layers import images_to_float
 from training.cond_dropout import CondDropout
 from training.diff_augment import augment_some
 from training.gan_config import GanConfig
-from training.gan_draws import D_PHASE, G_PHASE, Draws, batch_rows, draw, real_views, unlike_rows
+from training.gan_draws import D_PHASE, G_PHASE, Draws, batch_rows, draw, draw_z, real_views, unlike_rows
 from training.gan_losses import blur, discriminator_loss, diversity_loss, feature_penalty, generator_loss, mismatch_loss
-from training.gan_parts import Part, Step, TrainingData
-from training.gan_speed import PatchesAhead
+from training.gan_parts import Given, Part, Step, TrainingData
+from training.gan_speed import Ahead, take_patches
 from training.guidance import clip_guidance, guidance_centres, wanted_prompts
 from training.mlp_prompts import MlpPrompts
 from training.ranks import own_part, sum_gradients, sum_values
@@ -50,7 +50,7 @@ class GanStep:
         self.g_optimiser = torch.optim.Adam(self.g_parameters, lr=self.config.g_lr, **ADAM)
         self.d_optimiser = torch.optim.Adam(self.discriminator.heads.parameters(), lr=self.config.d_lr, **ADAM)
         self.own = own_part(self.config.batch, self.config.batch_gpu)
-        self.patches = PatchesAhead(self.data.images, self._own_rows, self.data.prompts.device, self.config.workers)
+        self.given = Ahead(self._given, self.config.workers)
         rate = self.config.cond_dropout
         self.cond_dropout = CondDropout(self.clip, self.data.expression, rate, self.config.seed) if rate else None
         self.mlp_prompts = None if self.mlp is None else MlpPrompts(self.mlp, self.data.expression, self.config.seed)
@@ -66,17 +66,17 @@ class GanStep:
 
     def gradients(self, step: int, *, sigma: float, clip_weight: float) -> dict[str, float]:
         """Fill both networks' gradients for step `step`; returns the losses. Does not move any weight."""
-        rows = self._rows(step)
-        draws = self._draw(step)
+        given, device = self.given.of_step(step), self.data.prompts.device
         self.generator.train()
         self.g_optimiser.zero_grad()
         self.d_optimiser.zero_grad()
-        totals: dict[str, float] = {}
-        self._z = draws.z
-        d_draws = draws if self.config.shared_pass else self._draw(step, phase=D_PHASE)
-        wanted = wanted_prompts(self.data.prompts, rows, in_pairs=self.config.diversity_weight > 0, centres=self.centres) \
+        totals: dict[str, list[Tensor]] = {}
+        self._z = None if given.z is None else given.z.to(device, non_blocking=True)
+        draws, d_draws = (None if made is None else made.to(device) for made in (given.draws, given.d_draws))
+        wanted = wanted_prompts(self.data.prompts, given.rows, in_pairs=self.config.diversity_weight > 0, centres=self.centres) \
             if clip_weight else None
-        now = Step(step, rows, self.patches.of_step(step), self._prompts(rows, step), sigma, clip_weight, wanted)
+        patches = given.patches.to(device, non_blocking=True)
+        now = Step(step, given.rows, patches, self._prompts(given.rows, step), sigma, clip_weight, wanted)
         for start in self.own:
             if self.config.shared_pass:
                 self._shared_part(now, self._part(now, start, draws), totals)
@@ -86,21 +86,37 @@ class GanStep:
         if self.mlp_prompts is not None:
             self.mlp_prompts.backward()
         sum_gradients((*self.g_parameters, *self.discriminator.heads.parameters()))
-        return sum_values(totals, self.data.prompts.device)
+        return sum_values(self._means(totals), device)
 
-    def _rows(self, step: int) -> np.ndarray:
-        """(batch,) of the whole global batch."""
-        return batch_rows(self.config.seed, step, self.config.batch, len(self.data.images))
+    def _given(self, step: int) -> Given:
+        """Made ahead of the step, in a thread where there are any: drawn and read, not yet on the device."""
+        rows, places = batch_rows(self.config.seed, step, self.config.batch, len(self.data.images)), self._places()
+        draws = self._draw(step)
+        d_draws = None if self.config.shared_pass else self._draw(step, phase=D_PHASE)
+        z = self._whole_z(step, draws.z) if self._moves_average() else None
+        if self.data.prompts.is_cuda:
+            draws, d_draws = draws.pin(), None if d_draws is None else d_draws.pin()
+        return Given(rows, take_patches(self.data.images, rows[places.start:places.stop], self.data.prompts.device), draws, d_draws, z)
 
-    def _own_rows(self, step: int) -> np.ndarray:
-        return self._rows(step)[self.own.start:self.own.stop]
+    def _places(self) -> range:
+        """This rank's places in the global batch."""
+        return range(self.own.start, self.own.stop)
+
+    def _moves_average(self) -> bool:
+        return self.generator.mapping_network.fc0.weight.requires_grad
+
+    def _whole_z(self, step: int, own: Tensor) -> Tensor:
+        """z (batch, z_dim) of all ranks, this one's `own` among them."""
+        before, after = range(self.own.start), range(self.own.stop, self.config.batch)
+        z_dim = self.generator.config.z_dim
+        return torch.cat([draw_z(self.config.seed, step, before, z_dim), own, draw_z(self.config.seed, step, after, z_dim)])
 
     def _part(self, now: Step, start: int, draws: Draws, phase: int = G_PHASE) -> Part:
         """One micro-batch; the generator is asked with D's prompts or, with `cond_dropout`, with those embedded anew with dropout."""
         places = slice(start, start + self.config.batch_gpu)
         rows = now.rows[places]
         own = slice(start - self.own.start, start - self.own.start + self.config.batch_gpu)
-        c, real, draws = now.prompts[places], images_to_float(now.patches[own]), draws.part(places.start, places.stop)
+        c, real, draws = now.prompts[places], images_to_float(now.patches[own]), draws.part(own.start, own.stop)
         asked = c if self.cond_dropout is None else self.cond_dropout.prompts(rows, now.number, phase, start, c.device)
         return Part(places, rows, c.detach(), asked, real, draws)
 
@@ -113,14 +129,14 @@ class GanStep:
         return prompts
 
     def _draw(self, step: int, **phase: int) -> Draws:
-        return self.draws(step, self.config.batch, **phase)
+        """The random numbers of this rank's places, on the CPU."""
+        return self.draws(step, self._places(), **phase)
 
-    def draws(self, step: int, n: int, **phase: int) -> Draws:
-        """The random numbers of the first `n` places of a step."""
+    def draws(self, step: int, places: range, **phase: int) -> Draws:
+        """The random numbers of some places of a step, on the CPU."""
         generator = self.generator.config
-        draws = draw(self.config.seed, step, n, z_dim=generator.z_dim, noise_size=self.generator.noise_size,
-                     c_dim=generator.c_dim, **phase)
-        return draws.to(self.data.prompts.device)
+        return draw(self.config.seed, step, places, z_dim=generator.z_dim, noise_size=self.generator.noise_size, c_dim=generator.c_dim,
+                    **phase)
 
     def _share(self) -> float:
         return self.config.batch_gpu / self.config.batch
@@ -141,7 +157,7 @@ class GanStep:
 
     # ---- both losses from one pass ----------------------------------------------------------------------------------
 
-    def _shared_part(self, now: Step, part: Part, totals: dict) -> None:
+    def _shared_part(self, now: Step, part: Part, totals: dict[str, list[Tensor]]) -> None:
         fake, features, prompts = self.alternating(part, now.sigma)
         self.discriminator.heads.requires_grad_(False)
         self._generator_backward(now, part, fake, self.discriminator.logits(features, prompts)[::2], totals)
@@ -167,7 +183,7 @@ class GanStep:
 
     # ---- a pass for each loss, as published -------------------------------------------------------------------------
 
-    def _generator_part(self, now: Step, part: Part, totals: dict) -> None:
+    def _generator_part(self, now: Step, part: Part, totals: dict[str, list[Tensor]]) -> None:
         draws = part.draws
         self.discriminator.heads.requires_grad_(False)
         fake = self.generator(draws.z, self._fake_prompts(part.asked, draws), noise=draws.noise)
@@ -175,7 +191,7 @@ class GanStep:
         self._generator_backward(now, part, fake, self.discriminator.logits(features, self._fake_prompts(part.c, draws)), totals)
         self.discriminator.heads.requires_grad_(True)
 
-    def _discriminator_part(self, now: Step, part: Part, totals: dict) -> None:
+    def _discriminator_part(self, now: Step, part: Part, totals: dict[str, list[Tensor]]) -> None:
         draws = part.draws
         with torch.no_grad():
             fake = self.generator(draws.z, self._fake_prompts(part.asked, draws), noise=draws.noise)
@@ -189,7 +205,7 @@ class GanStep:
 
     # ---- the terms --------------------------------------------------------------------------------------------------
 
-    def _generator_backward(self, now: Step, part: Part, fake: Tensor, logits: Tensor, totals: dict) -> None:
+    def _generator_backward(self, now: Step, part: Part, fake: Tensor, logits: Tensor, totals: dict[str, list[Tensor]]) -> None:
         config, terms = self.config, {"loss/G": generator_loss(logits)}
         total = terms["loss/G"]
         if config.diversity_weight:
@@ -219,7 +235,7 @@ class GanStep:
         """
         config, terms = self.config, {}
         if config.mismatch_weight:
-            rows = torch.from_numpy(part.rows).to(logits.device)
+            rows = torch.from_numpy(part.rows).to(logits.device, non_blocking=True)
             other = self.data.prompts[unlike_rows(self.data.prompts, rows, part.draws.unlike)]
             mismatched = self.discriminator.project(judged, self.real_prompts(other, part.draws))
             terms["loss/mismatch"] = config.mismatch_weight, mismatch_loss(mismatched)
@@ -229,7 +245,7 @@ class GanStep:
         return terms
 
     def _discriminator_backward(self, real_logits: Tensor, fake_logits: Tensor, extra: dict[str, tuple[float, Tensor]],
-                                totals: dict) -> None:
+                                totals: dict[str, list[Tensor]]) -> None:
         loss = discriminator_loss(real_logits, fake_logits)
         total = loss + sum(weight * value for weight, value in extra.values()) if extra else loss
         (total * self._share()).backward()
@@ -242,9 +258,15 @@ class GanStep:
         real = real_views(part.real, draws.view, flips=self.config.flips, max_shift_px=self.config.max_shift_px)
         return self._seen(real, draws.augment_real, draws.coin_real, draws.crop_real, sigma)
 
-    def _add(self, totals: dict[str, float], terms: dict[str, Tensor]) -> None:
+    def _add(self, totals: dict[str, list[Tensor]], terms: dict[str, Tensor]) -> None:
+        """Keep the terms of a micro-batch where they are: reading one would wait for the device."""
         for name, value in terms.items():
-            totals[name] = totals.get(name, 0.0) + value.item() * self._share()
+            totals.setdefault(name, []).append(value.detach())
+
+    def _means(self, totals: dict[str, list[Tensor]]) -> dict[str, float]:
+        """What this rank's micro-batches add to the means over the global batch, read at once."""
+        values = iter(torch.stack([value for terms in totals.values() for value in terms]).tolist())
+        return {name: sum(next(values) * self._share() for _ in terms) for name, terms in totals.items()}
 
     def finite(self, losses: dict[str, float]) -> bool:
         """True if no loss and no gradient is NaN or infinite."""
@@ -257,7 +279,7 @@ class GanStep:
     def move(self, g_lr: float, d_lr: float) -> None:
         """One optimiser step of both networks with the gradients that `gradients` left; x_avg follows the same batch of z, unless
         the mapping is frozen."""
-        if self.generator.mapping_network.fc0.weight.requires_grad:
+        if self._moves_average():
             self.generator.mapping_network.update_average(self._z)
         if self.mlp_prompts is not None:
             self.mlp_prompts.update_statistics()

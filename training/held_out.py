@@ -58,7 +58,7 @@ def real_logits(gan: GanStep, images: Tensor, c: Tensor, sigma: float) -> Tensor
 
 def _parts(gan: GanStep, images: Tensor, c: Tensor) -> Iterator[Part]:
     """Micro-batches with draws that no step has."""
-    draws, micro = gan.draws(MEASURING, len(images)), gan.config.batch_gpu
+    draws, micro = gan.draws(MEASURING, range(len(images))).to(images.device), gan.config.batch_gpu
     for start in range(0, len(images), micro):
         places = slice(start, min(start + micro, len(images)))
         yield Part(places, np.arange(places.start, places.stop), c[places], c[places], images_to_float(images[places]),

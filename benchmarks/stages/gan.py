@@ -3,6 +3,9 @@
 `python -m benchmarks.stages.gan JOB`, the job as JSON. After building and a warm-up every line on stdin asks for one go over a batch,
 answered with a line of JSON: its wall and processor time. At the end of stdin the last line gives the peak memory. Data and weights
 are made on the spot: noise for patches, 10 % of the genes seen, frozen networks with random weights.
+
+Ours computes as `train_gan.py` sets it up: in bfloat16 and channels-last on a GPU, compiled if asked. The plain way stays float32, eager
+and NCHW; a GPU's libraries are told the same for all ways, so that its float32 products are TF32 where ours are bfloat16.
 """
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import scipy.sparse as sp
@@ -26,6 +30,7 @@ from networks.generator import Generator
 from networks.histo_models import ENCODERS, Encoder, build_body, build_encoder
 from training.gan_config import GanConfig, resolve
 from training.gan_parts import TrainingData
+from training.gan_speed import Precision, default_precision, prepare_discriminator, prepare_generator, set_up_gpu
 from training.gan_step import GanStep
 from training.guidance import clip_guidance, wanted_prompts
 
@@ -46,22 +51,37 @@ class Job:
     backbone: str = "lunit_dino_vits16"
     tower: str = "uni"
     genes: int = 18_248
+    batch_gpu: int | None = None     # this and what follows: None is what a run has by default
+    compile: str | None = None
+    fp32: bool | None = None
+    workers: int | None = None
 
     @property
     def config(self) -> GanConfig:
         guidance = 0.2 if "guidance" in self.part else 0.0
+        ours = {} if self.way == PLAIN else {"precision": self.precision, "compile": self.compile}
         return resolve("best", self.cfg, img_resolution=self.img_resolution, batch=self.batch, backbone=self.backbone,
-                       shared_pass=self.way == ONE_PASS, clip_weight=guidance, blur_init=2.0)
+                       shared_pass=self.way == ONE_PASS, clip_weight=guidance, blur_init=2.0, batch_gpu=self.batch_gpu,
+                       workers=self.workers, **ours)
+
+    @property
+    def precision(self) -> Precision:
+        """What the device's libraries are told, and what ours computes in."""
+        return default_precision(self.device, self.fp32)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
 
 
 class StillGenerator(nn.Module):
     """In a generator's place: the same patches whatever is asked, with a gradient, so that what is left of a step is D's."""
 
-    def __init__(self, generator: Generator, count: int):
+    def __init__(self, generator: Generator, n_images: int):
         super().__init__()
-        self.config, self.noise_size = generator.config, generator.noise_size
+        self.config, self.noise_size, self.mapping_network = generator.config, generator.noise_size, generator.mapping_network
         side = self.config.img_resolution
-        self.images = nn.Parameter(torch.rand(count, 3, side, side) * 2 - 1)
+        self.images = nn.Parameter(torch.rand(n_images, 3, side, side) * 2 - 1)
 
     def forward(self, z: Tensor, c: Tensor, noise: Tensor | None = None) -> Tensor:
         return self.images[:len(z)]
@@ -84,23 +104,33 @@ def build_clip(job: Job) -> CLIP:
 
 def build_data(job: Job, clip: CLIP | None) -> TrainingData:
     """Noise patches; their prompts are embedded with `clip` or, where none is needed, drawn."""
-    count, order = max(job.batch, 32), torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 3, job.img_resolution, job.img_resolution), dtype=torch.uint8, generator=order)
-    expression = sp.random(count, job.genes, SEEN_SHARE, format="csr", dtype=np.float32, random_state=np.random.default_rng(0))
+    n_spots, order = max(job.batch, 32), torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n_spots, 3, job.img_resolution, job.img_resolution), dtype=torch.uint8, generator=order)
+    expression = sp.random(n_spots, job.genes, SEEN_SHARE, format="csr", dtype=np.float32, random_state=np.random.default_rng(0))
     if clip is None:
-        prompts = F.normalize(torch.randn(count, ClipModelConfig().projection, generator=order), dim=1)
+        prompts = F.normalize(torch.randn(n_spots, ClipModelConfig().projection, generator=order), dim=1)
     else:
         prompts = clip.embed_expression(expression).cpu()
     return TrainingData(images, prompts, expression=expression).to(job.device)
 
 
+def build_generator(job: Job, data: TrainingData) -> Generator:
+    """On the CPU, and set up to compute as a run sets it up."""
+    torch.manual_seed(0)
+    generator = (PlainGenerator if job.way == PLAIN else Generator)(job.config.generator(data.prompts.shape[1]))
+    if job.way != PLAIN:
+        prepare_generator(generator, precision=job.config.precision, compiled=job.config.compile, on_gpu=job.on_gpu)
+    return generator
+
+
 def build_step(job: Job, data: TrainingData, clip: CLIP | None) -> GanStep:
     """Both networks and their optimisers; a still generator where D alone is measured."""
     config = job.config
-    torch.manual_seed(0)
-    generator = (PlainGenerator if job.way == PLAIN else Generator)(config.generator(data.prompts.shape[1]))
+    generator = build_generator(job, data)
     discriminator = Discriminator(random_encoder(job.backbone), data.prompts.shape[1], config.img_resolution, cond_norm=config.cond_norm,
                                   statistics=config.statistics, prompt_bias=config.prompt_bias)
+    if job.way != PLAIN:
+        prepare_discriminator(discriminator, precision=config.precision, compiled=config.compile, penalised=config.r1_weight > 0)
     for network in (generator, discriminator):
         network.condition.fit(data.prompts.cpu())
     if job.part == "discriminator":
@@ -119,12 +149,12 @@ def build_go(job: Job) -> Callable[[], None]:
     if job.part == "guidance":
         return lambda: take_guidance(job, clip, data)
     if job.part == "generator":
-        generator = (PlainGenerator if plain else Generator)(job.config.generator(data.prompts.shape[1])).to(job.device).train()
+        generator = build_generator(job, data).to(job.device).train()
         return lambda: take_generator(job, generator, data)
-    gan, weight = build_step(job, data, clip), job.config.clip_weight
+    gan, weight, steps = build_step(job, data, clip), job.config.clip_weight, count()     # a step is drawn ahead by its number
     if job.part == "discriminator":
-        return lambda: gan.gradients(0, sigma=1.0, clip_weight=0.0) and gan.d_optimiser.step()
-    return lambda: gan.gradients(0, sigma=1.0, clip_weight=weight) and gan.move(job.config.g_lr, job.config.d_lr)
+        return lambda: gan.gradients(next(steps), sigma=1.0, clip_weight=0.0) and gan.d_optimiser.step()
+    return lambda: gan.gradients(next(steps), sigma=1.0, clip_weight=weight) and gan.move(job.config.g_lr, job.config.d_lr)
 
 
 def take_generator(job: Job, generator: Generator, data: TrainingData) -> None:
@@ -146,29 +176,30 @@ def take_guidance(job: Job, clip: CLIP, data: TrainingData) -> None:
     for start in range(0, job.batch, job.config.batch_gpu):
         part = slice(start, start + job.config.batch_gpu)
         images = (data.images[rows[part]].float() / 127.5 - 1).requires_grad_()
-        clip_guidance(clip, "spherical", images, torch.full((len(images), 3), 0.5), wanted, part).backward()
+        clip_guidance(clip, "spherical", images, torch.full((len(images), 3), 0.5), wanted, part,
+                      reduced=job.config.precision == "bf16").backward()
 
 
-def wait_for(device: str) -> None:
-    if device.startswith("cuda"):
+def wait_for(job: Job) -> None:
+    if job.on_gpu:
         torch.cuda.synchronize()
 
 
 def main(job: Job) -> None:
-    on_gpu = job.device.startswith("cuda")
+    set_up_gpu(job.precision, search_kernels=True)
     go = build_go(job)
-    for _ in range(3 if on_gpu else 1):
+    for _ in range(3 if job.on_gpu else 1):
         go()
-    wait_for(job.device)
-    if on_gpu:
+    wait_for(job)
+    if job.on_gpu:
         torch.cuda.reset_peak_memory_stats()
     print("ready", flush=True)
     for _ in sys.stdin:
         started, cpu_started = time.perf_counter(), time.process_time()
         go()
-        wait_for(job.device)
+        wait_for(job)
         print(json.dumps({"wall_s": time.perf_counter() - started, "cpu_s": time.process_time() - cpu_started}), flush=True)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if job.on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"peak_gib": peak / 2 ** 30}), flush=True)
 
 

@@ -52,6 +52,11 @@ def test_equalised_linear_scales_weights_at_run_time():
     assert torch.allclose(layer(x), x @ (layer.weight * 0.01 / math.sqrt(5)).T + layer.bias * 0.01)
 
 
+def test_doubling_convolution_has_the_gradients_of_its_formula():
+    x, weight = torch.randn(1, 2, 2, 2, requires_grad=True), torch.randn(1, 2, 3, 3, requires_grad=True)
+    assert torch.autograd.gradcheck(upsample_conv, (x, weight)) and torch.autograd.gradgradcheck(upsample_conv, (x, weight))
+
+
 def test_style_is_second_order_in_w():
     style, w = SecondOrderStyle(6, 4), torch.randn(3, 6)
     m = w @ style.affine.weight.T / math.sqrt(6) + 1.0

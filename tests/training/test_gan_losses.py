@@ -1,6 +1,7 @@
 """The GAN's losses, blur, schedules, augmentation and average against values worked out by hand."""
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import nn
 from preprocessing.errors import OptionError
 from training.diff_augment import diff_augment
 from training.ema import ema_beta, frozen_copy, half_life_kimg, update_average
-from training.gan_draws import batch_rows, draw, real_views
+from training.gan_draws import batch_rows, draw, draw_z, real_views
 from training.gan_losses import (
     blur,
     blur_sigma,
@@ -158,11 +159,26 @@ SIZES = {"z_dim": 4, "noise_size": 9, "c_dim": 3}
 
 
 def test_draws_depend_on_seed_step_phase_and_position_alone():
-    whole, half = draw(1, 5, 16, **SIZES), draw(1, 5, 8, **SIZES)
+    whole, half = draw(1, 5, range(16), **SIZES), draw(1, 5, range(8), **SIZES)
     assert torch.equal(whole.part(0, 8).noise, half.noise) and torch.equal(whole.z[:8], half.z)
-    for other in (draw(2, 5, 8, **SIZES), draw(1, 6, 8, **SIZES), draw(1, 5, 8, **SIZES, phase=1)):
+    for other in (draw(2, 5, range(8), **SIZES), draw(1, 6, range(8), **SIZES), draw(1, 5, range(8), **SIZES, phase=1)):
         assert not torch.equal(other.z, half.z)
     assert len(torch.unique(whole.z[:, 0])) == 16
+
+
+def test_a_rank_draws_its_own_places_and_z_of_all_as_one_process_does():
+    whole, own = draw(1, 5, range(16), **SIZES), draw(1, 5, range(4, 8), **SIZES)
+    for name in vars(whole):
+        assert torch.equal(getattr(whole, name)[4:8], getattr(own, name)), name
+    assert torch.equal(draw_z(1, 5, range(16), 4), whole.z)
+
+
+def test_a_place_draws_its_normal_numbers_and_then_its_uniform_ones():
+    stream = np.random.Generator(np.random.Philox(key=[1, 5], counter=[0, 0, 1, 3]))
+    normal, uniform = stream.standard_normal(4 + 9 + 3, dtype=np.float32), stream.random(7 + 7 + 3 + 3 + 3 + 1 + 1 + 65, dtype=np.float32)
+    drawn = draw(1, 5, [3], **SIZES, phase=1)
+    values = list(vars(drawn).values())
+    assert torch.cat(values[:3], dim=1).tolist() == [normal.tolist()] and torch.cat(values[3:], dim=1).tolist() == [uniform.tolist()]
 
 
 def test_every_epoch_shows_every_patch_once_in_another_order():

@@ -111,7 +111,7 @@ def test_an_unlike_spot_depends_on_seed_step_and_place_alone():
     sizes = {"z_dim": 4, "noise_size": 9, "c_dim": 6}
 
     def chosen(seed, step, batch):
-        return unlike_rows(prompts, torch.zeros(8, dtype=torch.int64), draw(seed, step, batch, **sizes).unlike[:8]).tolist()
+        return unlike_rows(prompts, torch.zeros(8, dtype=torch.int64), draw(seed, step, range(batch), **sizes).unlike[:8]).tolist()
 
     assert chosen(0, 3, 8) == chosen(0, 3, 32) and len({tuple(chosen(*key, 8)) for key in ((0, 3), (0, 4), (1, 3))}) == 3
     assert len(set(chosen(0, 3, 8))) > 1
@@ -189,10 +189,10 @@ def test_only_images_whose_coin_falls_under_p_are_augmented():
 
 def test_real_and_generated_patches_have_coins_of_their_own():
     sizes = {"z_dim": 1, "noise_size": 1, "c_dim": 1}
-    drawn = draw(0, 5, 4000, **sizes)
+    drawn = draw(0, 5, range(4000), **sizes)
     coins = torch.cat((drawn.coin_fake, drawn.coin_real), dim=1)
     assert ((coins.mean(dim=0) - 0.5).abs() < 0.02).all() and abs(torch.corrcoef(coins.T)[0, 1]) < 0.05
-    assert torch.equal(drawn.coin_real[:8], draw(0, 5, 8, **sizes).coin_real)
+    assert torch.equal(drawn.coin_real[:8], draw(0, 5, range(8), **sizes).coin_real)
 
 
 def test_augmentation_starts_at_none_follows_the_sign_and_is_always_on_without_a_target(tmp_path):

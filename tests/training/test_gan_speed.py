@@ -2,18 +2,19 @@
 import time
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from gan_runs import make_run, same
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from networks.generator import Generator, GeneratorConfig
 from preprocessing.errors import OptionError
 from training.gan_config import resolve
-from training.gan_speed import PatchesAhead, default_precision, place_patches, prepare, set_up_gpu
+from training.gan_speed import Ahead, default_precision, place_patches, prepare, set_up_gpu
 from training.run_folder import latest_checkpoint
 
+FOURIER = [(name, 8, 8) for name in ("add", "mul", "sin", "cos")]     # of the first input, whose waves are laid out when all are there
 GUIDED = {"clip_weight": 0.2, "mismatch_weight": 0.5}
 
 
@@ -39,16 +40,44 @@ def test_bfloat16_rounds_and_keeps_weights_and_losses_in_float32(tmp_path, prese
     assert run.average.blocks[0].compute_dtype is None      # snapshots and pictures are computed as gen_images computes them
 
 
-def test_channels_last_changes_only_the_layout(tmp_path):
-    run = make_run(tmp_path / "run")
-    generator, z, c = run.gan.generator, torch.randn(2, 64), torch.randn(2, 6)
-    noise = torch.randn(2, generator.noise_size)
-    images = generator(z, c, noise=noise)
-    generator.compute_in(None, channels_last=True)
-    layouts = []
-    generator.blocks[-1].convs[-1].register_forward_hook(
-        lambda module, given, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last)))
-    assert torch.allclose(generator(z, c, noise=noise), images, atol=1e-5) and layouts == [True]
+class GpuLayouts(TorchDispatchMode):
+    """Group norms return and differentiate in NCHW, as on a GPU; lists every other feature map of `shape` (N, C) that lies so."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.shape, self.seen, self.lost = shape, 0, []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made, packet = operation(*args, **(kwargs or {})), operation.overloadpacket
+        if packet in (torch.ops.aten.native_group_norm, torch.ops.aten.native_group_norm_backward):
+            return made[0].contiguous(), *made[1:]
+        maps = [x for x in (made if isinstance(made, (tuple, list)) else (made,))
+                if isinstance(x, torch.Tensor) and x.dim() == 4 and x.shape[:2] == self.shape and min(x.shape[2:]) >= 8]
+        self.seen += len(maps)
+        if packet not in (torch.ops.aten._to_copy, torch.ops.aten.slice):     # a norm is given NCHW on purpose; a slice is a view
+            self.lost += [(packet.__name__, *x.shape[2:]) for x in maps if not x.is_contiguous(memory_format=torch.channels_last)]
+        return made
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_channels_last_holds_in_every_feature_map_and_gradient_and_changes_only_the_layout(dtype):
+    torch.manual_seed(0)
+    generator = Generator(GeneratorConfig(16, c_dim=6, cbase=192, cmax=12, res_blocks=2, norm_groups=4))
+    z, c, noise = torch.randn(3, 64), torch.randn(3, 6), torch.randn(3, generator.noise_size)
+
+    def take(channels_last):
+        generator.compute_in(dtype, channels_last=channels_last)
+        generator.zero_grad()
+        with GpuLayouts(3, 12) as maps:
+            image = generator(z, c, noise=noise)
+            image.square().mean().backward()
+        return image, torch.cat([p.grad.flatten() for p in generator.parameters()]), maps
+    (plain, expected, nchw), (image, found, maps) = take(False), take(True)
+    rounding = 1e-5 if dtype is None else 0.05
+    assert (image - plain).norm() < rounding * plain.norm() and (found - expected).norm() < rounding * expected.norm()
+    assert not [what for what in maps.lost if what not in FOURIER] and maps.seen > 200 and len(nchw.lost) > 100
+    assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) and conv.weight.grad.stride() == conv.weight.stride()
+               for conv in generator._convs())
 
 
 @pytest.mark.parametrize("preset", ["best", "reference"])
@@ -59,8 +88,8 @@ def test_a_compiled_step_is_the_step(tmp_path, preset):
     def backend(graph: nn.Module, examples):       # what torch.compile traced, run as it is: compilers are its authors' to test
         used.append(graph)
         return graph.forward
-    prepare(compiled.gan.generator, compiled.gan.discriminator, precision="fp32", compiled="blocks", on_gpu=False, penalised=False,
-            backend=backend)
+    prepare(compiled.gan.generator, compiled.gan.discriminator, precision="fp32", compiled="blocks", on_gpu=preset == "best",
+            penalised=False, backend=backend)
     (losses, found), (expected_losses, expected) = gradients(compiled), gradients(eager)
     assert losses == pytest.approx(expected_losses, abs=1e-5) and torch.allclose(found, expected, atol=1e-5)
     assert len(used) >= len(compiled.gan.generator.blocks) + len(compiled.gan.discriminator.heads) + 1
@@ -95,20 +124,39 @@ def test_threads_that_read_ahead_change_no_bit_and_do_read_ahead(tmp_path):
         alone.one_step()
         ahead.one_step()
     assert same(alone, ahead)
-    images, read = torch.arange(60, dtype=torch.uint8).view(20, 3, 1, 1), []
-
-    def rows_of(step):
-        read.append(step)
-        return np.array([step, 19 - step])
-    patches = PatchesAhead(images, rows_of, "cpu", workers=2)
-    assert torch.equal(patches.of_step(4), images[[4, 15]])
+    made, read = Ahead(lambda step: read.append(step) or -step, workers=2), []
+    assert made.of_step(4) == -4
     for _ in range(100):
         if sorted(read) == [4, 5, 6]:
             break
         time.sleep(0.05)
     assert sorted(read) == [4, 5, 6]
-    assert torch.equal(patches.of_step(5), images[[5, 14]]) and torch.equal(patches.of_step(9), images[[9, 10]])   # also after a jump
-    assert set(patches.waiting) == {10, 11}
+    assert made.of_step(5) == -5 and made.of_step(9) == -9                # also after a jump
+    assert set(made.waiting) == {10, 11}
+
+
+def test_what_a_thread_fails_at_fails_the_step():
+    def fail(step):
+        raise OSError("the disk is gone")
+    for workers in (0, 2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            Ahead(fail, workers).of_step(0)
+
+
+@pytest.mark.parametrize("preset", ["best", "reference"])
+def test_a_step_never_waits_for_a_number_of_the_device(tmp_path, preset):
+    gan, read = make_run(tmp_path / "run", preset, batch=16, **GUIDED).gan, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if operation is torch.ops.aten._local_scalar_dense.default:          # what item(), float() and bool() come down to
+                read.append(args[0].shape)
+            return operation(*args, **(kwargs or {}))
+    with Watch():
+        losses = gan.gradients(0, sigma=1.0, clip_weight=0.2)
+    assert not read and len(losses) >= 6
+    draws = gan._draw(0).to("meta")
+    assert draws.noise.is_meta and draws.z.is_meta and not any(x.is_meta for x in (draws.view, draws.crop_fake, draws.augment_fake))
 
 
 def test_patches_stay_on_the_host_where_they_would_fill_the_device(monkeypatch):
