@@ -22,7 +22,11 @@ def main(folder: str, preset: str, fault: str) -> None:
             time.sleep(600)
         run = make_run(Path(folder), preset, tiny_data(n=40, validation=True), batch=16, kimg=100 if fault == "stop" else 0.064,
                        clip_weight=0.0, watched=parse_metrics("fd_random_tiny,kd_random_tiny"))
-        losses = list(run.train())
+        losses = []
+        for step in run.train():
+            losses.append(step)
+            if fault == "stop":
+                (Path(folder) / "stepped").touch()       # signals are the run's from here on, on every rank
         if is_first():
             weights = {**run.gan.generator.state_dict(), **run.gan.discriminator.trainable_state()}
             torch.save({"weights": weights, "average": run.average.state_dict(), "losses": losses}, Path(folder) / "end.pt")

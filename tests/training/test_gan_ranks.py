@@ -82,7 +82,7 @@ def test_a_signal_to_all_ranks_or_one_saves_one_checkpoint_from_which_the_run_go
     ranks = [subprocess.Popen([sys.executable, str(JOB), str(folder), "best", "stop"], env=rank_environment(rank, 2, port),
                               stderr=subprocess.PIPE, text=True) for rank in range(2)]
     try:
-        wait_for(folder / "samples", ranks[0])               # of the first snapshot: the loop has begun, the end is far
+        wait_for(folder / "stepped", ranks[0])               # the end is far
         for rank in to:
             ranks[rank].send_signal(number)
         errors = [rank.communicate(timeout=120)[1] for rank in ranks]
