@@ -27,16 +27,24 @@ def option(name: str, **kwargs) -> Callable:
     return click.option(*spellings, name.replace("-", "_"), **kwargs)
 
 
-def train_gan(*, preset: str, cfg: str, device: str | None, fp32: bool | None, nobench: bool, metrics: str, timeout_minutes: float,
-              val_clusters: str | None, **said: object) -> Path | None:
-    """Resolve options, join the ranks of a torchrun job, train; returns the run folder (None on a dry run and on silent ranks)."""
-    from evaluation.features import pick_device
+def train_gan(*, device: str | None, timeout_minutes: float, **said: object) -> Path | None:
+    """Join the ranks of a torchrun job, resolve options, train; returns the run folder (None on a dry run and on silent ranks)."""
+    from training.ranks import joined_ranks
+
+    with joined_ranks(device, timeout_minutes) as own_device:
+        return train_as_said(own_device, **said)
+
+
+def train_as_said(device: str, *, preset: str, cfg: str, fp32: bool | None, nobench: bool, metrics: str, val_clusters: str | None,
+                  **said: object) -> Path | None:
+    """Resolve options and train on the device of this rank; returns as `train_gan`."""
+    from training.compiler_probe import require_compiler
     from training.gan_config import resolve
     from training.gan_metrics import parse_metrics
     from training.gan_run import run_gan
     from training.gan_sources import gan_sources
     from training.gan_speed import default_precision, set_up_gpu
-    from training.ranks import joined_ranks, local_device, own_part
+    from training.ranks import own_part
 
     watched = parse_metrics(metrics)
     sources = gan_sources(**{name: said.pop(name) for name in SOURCES}, guided=bool(said["clip_weight"]),
@@ -46,17 +54,16 @@ def train_gan(*, preset: str, cfg: str, device: str | None, fp32: bool | None, n
         raise OptionError("--suffix", f"up to {MAX_SUFFIX} letters without a slash", run_options["suffix"])
     if run_options["wandb"] and find_spec("wandb") is None:
         raise OptionError("--wandb", "the package wandb (pip install wandb)", "it is not installed")
-    device = local_device(pick_device(device or "auto"))
     precision = default_precision(device, fp32)
     config = resolve(preset, cfg, encoder=sources.encoder, precision=precision, **said)
     if val_clusters and not (sources.validation or sources.val_patches):
         raise OptionError("--val-clusters", "spots to show: --val-data and --val-gex, or a sample of split val", "none")
     if watched and sources.encoder == "mlp":
         raise OptionError("--metrics", "none with --encoder mlp, whose prompts move in training", metrics)
+    own_part(config.batch, config.batch_gpu)         # refuses a batch that the ranks cannot share
+    require_compiler(config.compile, device)
     set_up_gpu(precision, search_kernels=not nobench)
-    with joined_ranks(device, timeout_minutes):
-        own_part(config.batch, config.batch_gpu)     # refuses a batch that the ranks cannot share
-        return run_gan(config, sources, watched, device, preset=preset, cfg=cfg, val_clusters=val_clusters, **run_options)
+    return run_gan(config, sources, watched, device, preset=preset, cfg=cfg, val_clusters=val_clusters, **run_options)
 
 
 @click.command(cls=Command)

@@ -8,18 +8,21 @@ generator's). None: prompts are embeddings, or (c_dim 0) there are none.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from networks.condition_mlp import ConditionMlp
 from networks.generator import Generator, GeneratorConfig
-from networks.weights import load_into, load_weights_folder, local_or_hub, save_weights_folder, weights_sha256
+from networks.weights import load_into, load_weights_folder, local_or_hub, require_tensors, save_weights_folder, weights_sha256
 from preprocessing.errors import InputError, OptionError, WeightsError
 
+Network = TypeVar("Network", bound=nn.Module)
+NO_NETWORK = (TypeError, ValueError, RuntimeError, OverflowError)    # what building a network from a strange config.json raises
 KIND = "generator snapshot"
 MLP_KIND, MLP_PREFIX = "mlp", "gene_encoder."   # in config.json; of the names of its tensors
 
@@ -60,11 +63,8 @@ def load_snapshot(folder: Path | str, *, gene_encoder: bool = True, gene_encoder
     """
     tensors, mlp_tensors, config = read_snapshot(folder)
     folder = Path(folder)
-    try:
-        generator = Generator(GeneratorConfig(**config["generator"]))
-    except (TypeError, ValueError) as error:
-        raise WeightsError(folder / "config.json", "generator", "the shapes of a generator", str(error)) from error
-    load_into(generator, tensors, folder)
+    generator = _with_tensors(lambda: _generator(config["generator"], len(tensors)), tensors, folder, "generator",
+                              "the shapes of a generator")
     reference, encoder = config.get("gene_encoder"), None
     if gene_encoder and reference is not None:
         is_mlp = reference.get("kind") == MLP_KIND
@@ -93,12 +93,29 @@ def read_snapshot(folder: Path | str) -> tuple[dict[str, Tensor], dict[str, Tens
 
 
 def _load_mlp(folder: Path, reference: Mapping, tensors: Mapping[str, Tensor]) -> ConditionMlp:
-    try:
-        mlp = ConditionMlp(**{name: value for name, value in reference.items() if name != "kind"})
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise WeightsError(folder / "config.json", "gene_encoder", "the genes and shapes of an MLP", str(error)) from error
-    load_into(mlp, tensors, folder)
+    shapes = {name: value for name, value in reference.items() if name != "kind"}
+    mlp = _with_tensors(lambda: ConditionMlp(**shapes), tensors, folder, "gene_encoder", "the genes and shapes of an MLP")
     return mlp.eval().requires_grad_(False)
+
+
+def _generator(told: Mapping, n_tensors: int) -> Generator:
+    config = GeneratorConfig(**told)
+    if config.res_blocks > n_tensors:            # each has tensors of its own: building them would not end
+        raise OptionError("res_blocks", f"at most {n_tensors}, one a tensor", str(config.res_blocks))
+    return Generator(config)
+
+
+def _with_tensors(make: Callable[[], Network], tensors: Mapping[str, Tensor], folder: Path, field: str, expected: str) -> Network:
+    """The network of config.json with its tensors; built only once they are known to be its own, so that no shape there takes memory."""
+    try:
+        with torch.device("meta"):
+            planned = make()
+    except NO_NETWORK as error:
+        raise WeightsError(folder / "config.json", field, expected, str(error).splitlines()[0][:160]) from error
+    require_tensors(planned, tensors, folder)
+    network = make()
+    load_into(network, tensors, folder)
+    return network
 
 
 def _load_clip(folder: Path, reference: Mapping, moved_to: Path | str | None) -> nn.Module:

@@ -67,6 +67,12 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str
 
     Refuses missing, unexpected, misshapen and non-finite tensors, listing each kind.
     """
+    require_tensors(module, tensors, path)
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def require_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str) -> None:
+    """Refuse, as `load_into` does, what is not the tensors of `module`, which may lie on the device `meta`: in no memory."""
     own = module.state_dict()
     missing = [name for name in own if name not in tensors]
     unexpected = [name for name in tensors if name not in own]
@@ -77,7 +83,6 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str
     found = "; ".join(f"{kind}: {first_few(names)}" for kind, names in kinds.items() if names)
     if found:
         raise WeightsError(path, "tensors", f"the {len(own)} of {type(module).__name__}", found)
-    module.load_state_dict(dict(tensors), strict=True)
 
 
 def save_weights_folder(folder: Path | str, tensors: Mapping[str, Tensor], config: Mapping, card: str = "") -> Path:

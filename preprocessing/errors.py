@@ -1,11 +1,12 @@
 """Say what is wrong with what the user handed us: one line, no traceback, a fixed exit code.
 
-Exit codes: 2 usage, 3 bad input, 4 I/O, 5 damaged or incompatible weights, 130 Ctrl-C.
+Exit codes: 2 usage, 3 bad input, 4 I/O or no memory left, 5 damaged or incompatible weights, 130 Ctrl-C.
 Every command is declared with `cls=Command`, which gives it `--debug` (show the traceback) and this rule.
 """
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from typing import Any
 
 import click
 
+NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)   # torch's words
+LOWER = ("Lower the batch size of this command (--batch-gpu where there is one) or the size of what it handles (--cfg); on a GPU, see "
+         "whether other programs use it")
 EXIT_USAGE, EXIT_INPUT, EXIT_IO, EXIT_WEIGHTS, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
 
 
@@ -86,8 +90,8 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
     """Turn user errors into one line on stderr and `SystemExit`; with `debug`, let them pass as they are."""
     try:
         yield
-    except (InputError, OptionError, OSError, KeyboardInterrupt) as error:
-        if debug:
+    except (InputError, OptionError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
+        if debug or (isinstance(error, RuntimeError) and not is_out_of_memory(error)):
             raise
         if isinstance(error, KeyboardInterrupt):
             message, code = "interrupted; what was finished is kept, run the same command again", EXIT_INTERRUPTED
@@ -97,8 +101,17 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
         raise SystemExit(code) from error
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is what Python, numpy or torch (known by its words: it is not imported here) raise where memory does not suffice."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or NO_MEMORY.search(str(error)) is not None))
+
+
 def _said(error: Exception) -> str:
-    """The system's own errors without their number: `imgs.h5: No space left on device`."""
+    """The system's own errors without their number: `imgs.h5: No space left on device`. Memory: how much, and what to lower."""
+    if is_out_of_memory(error):
+        asked = re.search(r"(tried to |unable to )allocate [\d.,]+ ?\w+", str(error), re.IGNORECASE)
+        return f"out of memory{f' ({asked[0][0].lower()}{asked[0][1:]})' if asked else ''}. {LOWER}"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)

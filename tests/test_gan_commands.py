@@ -230,7 +230,8 @@ def test_patches_are_named_by_prompt_and_seed_and_listed(world):
     ({}, "precision='fp32', compile='off', workers=3"),
     ({"bf16": True, "compile": "max", "workers": 1}, "precision='bf16', compile='max', workers=1"),
     ({"fp32": True, "nobench": True}, "precision='fp32'")])
-def test_how_a_run_computes_is_said_and_told_to_the_libraries(world, options, told):
+def test_how_a_run_computes_is_said_and_told_to_the_libraries(world, options, told, monkeypatch):
+    monkeypatch.setattr("training.compiler_probe.require_compiler", lambda *asked: None)     # a machine for tests may have none
     before = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         result = call(train_gan, **train_options(world, outdir=world / "how"), dry_run=True, **options)

@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -20,9 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from preprocessing.errors import OptionError
+from evaluation.features import pick_device
+from preprocessing.errors import EXIT_INTERRUPTED, OptionError, is_out_of_memory
 
-TIMEOUT_MINUTES = 30.0
+TIMEOUT_MINUTES, LONGEST_MINUTES = 30.0, 7 * 24 * 60.0
+GRACE_S = 3.0        # what ends all ranks is said by the first of them, whose end lets torchrun end the others meanwhile
 LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|recv|socket", re.IGNORECASE)
 
 
@@ -38,30 +42,101 @@ def is_first() -> bool:
     return rank_and_size()[0] == 0
 
 
-def local_device(device: str) -> str:
-    """`device`; of several ranks on one machine's GPUs, each takes its own."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and "WORLD_SIZE" in os.environ else device
+@dataclass(frozen=True)
+class Place:
+    """This process's place among those of the run, and among those of its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def device(self, asked: str | None) -> str:
+        """The device of this rank: of several GPUs its own."""
+        name = pick_device(asked or "auto")
+        if self.size == 1 or not name.startswith("cuda"):
+            return name
+        if name != "cuda":
+            raise OptionError("--device", "cpu or cuda, as torchrun gives every process its own GPU", name)
+        if self.local_size > torch.cuda.device_count():
+            raise OptionError("--nproc-per-node", f"at most the {torch.cuda.device_count()} GPUs of this machine", str(self.local_size))
+        return f"cuda:{self.local_rank}"
+
+
+def named_place() -> Place:
+    """The place that torchrun's environment names; a process that nobody joined is rank 0 of 1."""
+    try:
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return Place()
+        place = Place(int(os.environ["RANK"]), size, *(int(os.environ.get(name, missing)) for name, missing in
+                                                       (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))))
+        if not (0 <= place.rank < size and 0 <= place.local_rank < place.local_size):
+            raise ValueError(f"rank {place.rank} of {size}, of which {place.local_rank} of {place.local_size} on this machine")
+    except KeyError as error:
+        raise _not_torchrun("no RANK") from error
+    except ValueError as error:
+        raise _not_torchrun(str(error)) from error
+    return place
+
+
+def join(backend: str, timeout: timedelta) -> None:
+    """Meet the other ranks where torchrun's environment says; nobody waits longer than the timeout for another, here and later."""
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise _lost(error, "the processes of this run do not find each other") from error
+    except (ValueError, RuntimeError) as error:
+        raise _not_torchrun(str(error).splitlines()[0]) from error
+
+
+def _not_torchrun(found: str) -> OptionError:
+    return OptionError("RANK, WORLD_SIZE, MASTER_ADDR, ...", "as torchrun sets them", found)
+
+
+def _lost(error: Exception, what: str = "another process of this run ended or did not answer") -> OSError:
+    reason = " ".join(str(error).split())[:160]
+    return OSError(f"rank {os.environ['RANK']}: {what} ({reason})")
+
+
+def waiting_time(minutes: float) -> timedelta:
+    """What `--timeout-minutes` says."""
+    if not 0 < minutes <= LONGEST_MINUTES:      # false for NaN, too
+        raise OptionError("--timeout-minutes", f"more than 0, at most {LONGEST_MINUTES:g} (a week)", f"{minutes:g}")
+    return timedelta(minutes=minutes)
 
 
 @contextmanager
-def joined_ranks(device: str, timeout_minutes: float = TIMEOUT_MINUTES) -> Iterator[None]:
-    """Join the ranks that torchrun started, if it did. A rank that fails or hangs ends the others within the timeout, in one line."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield
+def joined_ranks(asked: str | None, timeout_minutes: float = TIMEOUT_MINUTES) -> Iterator[str]:
+    """Join the ranks that torchrun started, if it did; yields this rank's device. What ends one ends all within the timeout, and
+    is said once: a rank keeps silent for a while for each before it, one that only misses another for one turn more."""
+    place, timeout = named_place(), waiting_time(timeout_minutes)
+    if place.size == 1:
+        yield place.device(asked)
         return
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=timeout_minutes))
     try:
-        yield
-    except RuntimeError as error:
-        if not LOST.search(str(error)):
+        device = place.device(asked)
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+        join("nccl" if device.startswith("cuda") else "gloo", timeout)
+        yield device
+    except KeyboardInterrupt:
+        if place.is_first:
             raise
-        reason = " ".join(str(error).split())[:160]
-        raise OSError(f"rank {os.environ['RANK']}: another process of this run ended or did not answer ({reason})") from error
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    except Exception as error:
+        is_lost = isinstance(error, RuntimeError) and not is_out_of_memory(error) and LOST.search(str(error))
+        time.sleep(GRACE_S * (place.rank + bool(is_lost)))
+        if is_lost:
+            raise _lost(error) from error
+        raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def own_part(batch: int, batch_gpu: int) -> range:

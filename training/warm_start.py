@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from networks.snapshot import read_snapshot
 from preprocessing.errors import InputError, OptionError, WeightsError, first_few
 from preprocessing.outputs import strings_sha256
-from training.gan_checkpoint import OPTION_DEFAULTS
+from training.gan_checkpoint import OPTION_DEFAULTS, read_state
 from training.gan_config import GanConfig
 from training.gan_loop import GanRun
 from training.run_folder import COMMIT, Checkpoint, latest_checkpoint, latest_run, read_checkpoint
@@ -73,7 +73,7 @@ def _checkpoint(path: Path) -> Checkpoint:
 
 
 def _of_checkpoint(checkpoint: Checkpoint) -> Weights:
-    told, tensors = {**OPTION_DEFAULTS, **checkpoint.state.get("config", {})}, checkpoint.tensors
+    told, tensors = {**OPTION_DEFAULTS, **read_state(checkpoint)["config"]}, checkpoint.tensors
     if "generator" not in tensors or not isinstance(told.get("img_resolution"), int):
         raise WeightsError(checkpoint.folder, "parts", "a generator and its config", "none")
     return Weights(checkpoint.folder, told["img_resolution"], told["cond_norm"], tensors["generator"], tensors.get("mlp", {}),
