@@ -31,10 +31,10 @@ def train_gan(*, preset: str, cfg: str, device: str | None, fp32: bool | None, n
     """Resolve options, join the ranks of a torchrun job, train; returns the run folder (None on a dry run and on silent ranks)."""
     from evaluation.features import pick_device
     from training.gan_config import resolve
-    from training.gan_metrics import parse_metrics
     from training.gan_run import run_gan
     from training.gan_sources import gan_sources
     from training.gan_speed import default_precision, set_up_gpu
+    from training.image_metrics import parse_metrics
     from training.ranks import joined_ranks, local_device, own_part
 
     sources = gan_sources(**{name: said.pop(name) for name in SOURCES}, guided=bool(said["clip_weight"]))
