@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from diffusion_utils.adapters import add_adapters, merged
-from diffusion_utils.denoisers import Base, own_prediction
+from diffusion_utils.denoisers import Base, compile_blocks, own_prediction
 from diffusion_utils.ema import Ema
 from diffusion_utils.finetune_checkpoint import Standing, find_checkpoint, load_run, save_run
 from diffusion_utils.finetune_config import FinetuneConfig
@@ -69,7 +69,7 @@ class FinetuneRun:
         self.trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
         self.ema = Ema(denoiser, config.ema_decay) if config.use_ema else None
         if config.compile:
-            denoiser.compile_repeated_blocks()
+            compile_blocks(denoiser)
         optimiser = torch.optim.AdamW(self.trained, lr=config.step_size, weight_decay=config.adam_weight_decay,
                                       fused=self.device.startswith("cuda") or None)
         self.wrapped, self.optimiser = accelerator.prepare(denoiser, optimiser)

@@ -101,6 +101,11 @@ def _require_count(file: Path, n_rows: int, n_patches: int, source: Path) -> Non
         raise InputError(file, "rows", f"{n_patches:,}, one a patch of {source}", f"{n_rows:,}")
 
 
+def prompt_barcodes(file: Path | str) -> list[str] | None:
+    """Barcodes of the rows of an embeddings file, where `embeddings.json` beside it tells them; else None."""
+    return _recorded_barcodes(Path(file), _record(Path(file)))
+
+
 def _record(file: Path) -> dict:
     """What `embeddings.json` says of this file; empty where it says nothing."""
     path = file.parent / RECORD
