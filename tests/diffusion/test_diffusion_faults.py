@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusion_world import PX, config, differing, run, weights, write_world
 
+from diffusion_utils.finetune import open_run
 from training.run_folder import latest_checkpoint
 
 KILLS = 3
@@ -44,7 +45,6 @@ def one_thread():
 
 def save_every_step(world, folder, step) -> None:
     """What a child does until it is killed: go on from the newest checkpoint, save after every step, say which it is at."""
-    from diffusion_utils.finetune import open_run
     torch.set_num_threads(1)
     made = open_run(config(world, folder, max_train_steps=10_000, checkpointing_steps=1, resume_from_checkpoint="latest"))
     for _ in made.train():
@@ -114,12 +114,6 @@ def fails(of: int):
     return fault
 
 
-def ends(rank, losses):
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return losses
-
-
 def hangs(rank, losses):
     if rank == 1:
         time.sleep(1000)
@@ -133,14 +127,16 @@ def slow_and_nan(rank, losses):
     return losses
 
 
-def asked_to_stop(rank, losses):
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return losses
+def receives(number: int):
+    def fault(rank, losses):
+        if rank == 1:
+            os.kill(os.getpid(), number)
+        return losses
+    return fault
 
 
-FAULTS = {"0 fails": fails(0), "1 fails": fails(1), "is killed": ends, "is stuck": hangs, "is slow, with NaN": slow_and_nan,
-          "is asked to stop": asked_to_stop}
+FAULTS = {"0 fails": fails(0), "1 fails": fails(1), "is stuck": hangs, "is slow, with NaN": slow_and_nan,
+          "is killed": receives(signal.SIGKILL), "SIGTERM": receives(signal.SIGTERM), "Ctrl-C": receives(signal.SIGINT)}
 LOST = "another process of this run ended or did not answer"
 
 
@@ -183,7 +179,8 @@ def test_a_slow_process_is_waited_for_and_its_nan_skips_the_step_of_all(world, t
     assert all(np.isfinite(line["loss"]) for line in lines)
 
 
-def test_a_signal_to_one_process_saves_and_ends_all(world, tmp_path):
-    found, errors = two(world, tmp_path, "is asked to stop")
-    assert found == [143, 143] and errors == [[], []]
+@pytest.mark.parametrize("fault, code", [("SIGTERM", 143), ("Ctrl-C", 130)])
+def test_a_signal_to_one_process_saves_and_ends_all(world, tmp_path, fault, code):
+    found, errors = two(world, tmp_path, fault)
+    assert found == [code, code] and errors == [[], []]
     assert latest_checkpoint(tmp_path / "run").state["step"] == 3 and not (tmp_path / "run" / "pipeline").exists()
