@@ -109,6 +109,7 @@ def test_what_is_counted_as_kept_is_what_the_backward_pass_holds():
 def test_quality_compares_both_ways_and_draws_each_once(tmp_path, capsys):
     world = write_world(tmp_path)
     run(world, tmp_path / "run", max_train_steps=1)
+    capsys.readouterr()                                                                 # what training said
 
     def ask():
         diffusion.compare_quality(tmp_path / "run", world / "emb.npy", world / "patches", tmp_path / "out", 6, 3.0, "random_tiny")

@@ -103,7 +103,8 @@ def one_of_two(world, folder, rank: int, port: int, fault: str) -> None:
     main(["--train_data_dir", str(world / "patches"), "--dataset_embs", str(world / "emb.npy"), "--output_dir", str(folder / "run"),
           "--from-scratch", "small", "--pixel-space", "--resolution", str(PX), "--train_batch_size", "2", "--max_train_steps", "4",
           "--report_to", "none", "--n-tokens", "3", "--no-progress", "--mixed_precision", "no", "--dataloader_num_workers", "1",
-          "--checkpointing_steps", "1", "--timeout-minutes", "0.1" if fault == "is stuck" else "1"])
+          "--checkpointing_steps", "1", "--validation_steps", "4", "--metrics", "fd_random_tiny@5", "--timeout-minutes",
+          "0.1" if fault == "is stuck" else "1"])
 
 
 def fails(of: int):
@@ -175,8 +176,10 @@ def test_a_slow_process_is_waited_for_and_its_nan_skips_the_step_of_all(world, t
     found, errors = two(world, tmp_path, "is slow, with NaN")
     assert found == [0, 0] and errors == [[], []]
     lines = [json.loads(line) for line in (tmp_path / "run" / "stats.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 4] and lines[-1]["bad_steps"] == 1
-    assert all(np.isfinite(line["loss"]) for line in lines)
+    told, measured = ([line for line in lines if name in line] for name in ("loss", "metrics/fd_random_tiny@5"))
+    assert [line["step"] for line in told] == [1, 2, 4] and told[-1]["bad_steps"] == 1
+    assert all(np.isfinite(line["loss"]) for line in told)
+    assert [line["step"] for line in measured] == [4] and measured[0]["metrics/fd_random_tiny@5"] > 0     # 5 patches, shared 3 and 2
 
 
 @pytest.mark.parametrize("fault, code", [("SIGTERM", 143), ("Ctrl-C", 130)])
