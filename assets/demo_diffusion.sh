@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Diffusion on the data of demo.sh (run it first): learn from one simulated section, draw for the other, score, walk between two prompts.
-# DEMO_OUT (demo_run): where everything goes. DEMO_STEPS (1500): length of the training. DEMO_PROMPTS (200): patches drawn, at least 8.
+# DEMO_OUT (demo_run): where everything goes. DEMO_STEPS (1500): length of the training. DEMO_PROMPTS (200): patches drawn.
 # DRY_RUN=1 prints the walk and does nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
