@@ -104,7 +104,7 @@ def one_of_two(world, folder, rank: int, port: int, fault: str) -> None:
           "--from-scratch", "small", "--pixel-space", "--resolution", str(PX), "--train_batch_size", "2", "--max_train_steps", "4",
           "--report_to", "none", "--n-tokens", "3", "--no-progress", "--mixed_precision", "no", "--dataloader_num_workers", "1",
           "--checkpointing_steps", "1", "--validation_steps", "4", "--metrics", "fd_random_tiny@5", "--timeout-minutes",
-          "0.1" if fault == "is stuck" else "1"])
+          "0.4" if fault == "is stuck" else "5"])
 
 
 def fails(of: int):
@@ -150,7 +150,7 @@ def two(world, folder, fault):
     children = [forkserver().Process(target=one_of_two, args=(world, folder, rank, port, fault), daemon=True) for rank in (0, 1)]
     for child in children:
         child.start()
-    children[0].join(120)
+    children[0].join(300)
     assert children[0].exitcode is not None, "the run hangs"
     if fault == "is stuck":
         children[1].kill()           # what a launcher does
