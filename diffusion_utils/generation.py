@@ -108,6 +108,7 @@ def generate_images(config: GenerateConfig) -> list[Path]:
     seeds, solver = config.chosen_seeds(), config.solver()
     pipeline = open_pipeline(config)
     prompts = read_embeddings(config.prompt_file, pipeline.prompts.embedding_width)
+    barcodes = prompt_barcodes(config.prompt_file, len(prompts))
     pipeline.noise_shape(config.resolution)            # refuses a resolution that the layers cannot halve
     asked = [Request(row, seed, null) for null in ((False, True) if config.null_control else (False,))
              for row in _chosen_rows(len(prompts), config.n_prompts) for seed in seeds]
@@ -121,7 +122,7 @@ def generate_images(config: GenerateConfig) -> list[Path]:
             names = [f"{LATENTS}:{row}" for row in range(len(asked))]
         else:
             files, names = _save_pictures(pipeline, prompts, asked, solver, config), [request.file_name for request in asked]
-        _write_samples(samples, asked, names, solver, pipeline.weights_sha256, prompt_barcodes(config.prompt_file))
+        _write_samples(samples, asked, names, solver, pipeline.weights_sha256, barcodes)
     return [*files, samples]
 
 

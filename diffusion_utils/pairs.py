@@ -101,9 +101,13 @@ def _require_count(file: Path, n_rows: int, n_patches: int, source: Path) -> Non
         raise InputError(file, "rows", f"{n_patches:,}, one a patch of {source}", f"{n_rows:,}")
 
 
-def prompt_barcodes(file: Path | str) -> list[str] | None:
+def prompt_barcodes(file: Path | str, n_rows: int) -> list[str] | None:
     """Barcodes of the rows of an embeddings file, where `embeddings.json` beside it tells them; else None."""
-    return _recorded_barcodes(Path(file), _record(Path(file)))
+    file = Path(file)
+    barcodes = _recorded_barcodes(file, _record(file))
+    if barcodes is not None and len(barcodes) != n_rows:
+        raise InputError(file, "rows", f"{len(barcodes):,}, as {RECORD} says", f"{n_rows:,}")
+    return barcodes
 
 
 def _record(file: Path) -> dict:

@@ -133,6 +133,9 @@ def test_the_list_names_the_spot_of_a_prompt_where_its_embeddings_record_it(worl
     assert [(row["prompt"], row["barcode"]) for row in rows] == [("0", "AC-1"), ("2", "TT-1"), ("null", ""), ("null", "")]
     generated = read_generated(tmp_path / "out", "S", barcodes)                # evaluation reads it, without the controls
     assert generated.rows.tolist() == [0, 2] and generated.images.shape == (2, 1, PX, PX, 3)
+    np.save(tmp_path / "emb.npy", np.ones((4, WIDTH), np.float32))
+    refused = call(world, tmp_path / "other", prompt_file=tmp_path / "emb.npy")
+    assert refused.exit_code == 3 and "expected 3, as embeddings.json says; found 4" in refused.output
 
 
 def test_latents_decode_to_the_pictures(world, latent_folder, tmp_path):
