@@ -14,6 +14,7 @@ RUN_OPTIONS = ("outdir", "n_train", "mask", "train_clusters", "cache_dir", "resu
 SOURCES = ("data", "gex", "samples", "val_data", "val_gex", "embeddings", "val_embeddings", "encoder", "network")
 PRESETS, SIZES = ("reference", "best"), ("small", "lite", "full", "custom")   # the tables of training/gan_config.py, without torch
 PRESET = " Default: the preset's."
+MAX_SUFFIX = 60
 GUIDANCE = ("spherical", "infonce")
 MODES = ("all", "text_encoder", "freeze8", "freeze16", "freeze32", "freeze64", "freeze128")
 COMPILE = ("off", "blocks", "max")
@@ -37,13 +38,17 @@ def train_gan(*, preset: str, cfg: str, device: str | None, fp32: bool | None, n
     from training.image_metrics import parse_metrics
     from training.ranks import joined_ranks, local_device, own_part
 
-    sources = gan_sources(**{name: said.pop(name) for name in SOURCES}, guided=bool(said["clip_weight"]))
+    watched = parse_metrics(metrics)
+    sources = gan_sources(**{name: said.pop(name) for name in SOURCES}, guided=bool(said["clip_weight"]),
+                          scored=any(metric.kind == "clip_score" for metric in watched))
     run_options = {name: said.pop(name) for name in RUN_OPTIONS}
+    if "/" in (run_options["suffix"] or "") or len(run_options["suffix"] or "") > MAX_SUFFIX:
+        raise OptionError("--suffix", f"up to {MAX_SUFFIX} letters without a slash", run_options["suffix"])
     if run_options["wandb"] and find_spec("wandb") is None:
         raise OptionError("--wandb", "the package wandb (pip install wandb)", "it is not installed")
     device = local_device(pick_device(device or "auto"))
     precision = default_precision(device, fp32)
-    config, watched = resolve(preset, cfg, encoder=sources.encoder, precision=precision, **said), parse_metrics(metrics)
+    config = resolve(preset, cfg, encoder=sources.encoder, precision=precision, **said)
     if val_clusters and not (sources.validation or sources.val_patches):
         raise OptionError("--val-clusters", "spots to show: --val-data and --val-gex, or a sample of split val", "none")
     if watched and sources.encoder == "mlp":
@@ -87,6 +92,12 @@ def train_gan(*, preset: str, cfg: str, device: str | None, fp32: bool | None, n
 @option("cond-noise", type=float, help="Noise on prompts in training, in deviations between prompts." + PRESET)
 @click.option("--flips/--no-flips", default=None, help="Show real patches in eight flips and turns." + PRESET)
 @option("max-shift-px", type=int, help="Move real patches by up to this many px." + PRESET)
+@option("colour-strength", type=float, help="Strength of the colour part of the augmentation; 1 as published." + PRESET)
+@click.option("--shared-pass/--two-passes", default=None, help="One pass of generator and backbone for both losses, real and generated "
+              "patches in one batch norm; or one for each network, as published." + PRESET)
+@click.option("--colour-start/--no-colour-start", default=None, help="Start at the mean colour of the real patches." + PRESET)
+@option("noise-init", type=float, help="Strength of the generator's noise inputs at the start." + PRESET)
+@option("prompt-bias", type=float, help="Start of the heads' prompt bias; 1: they judge realism whatever the prompt." + PRESET)
 @option("diversity-weight", type=float, help="Pressure on two patches of one prompt to differ as real neighbours do." + PRESET)
 @option("mismatch-weight", type=float, help="Real patches with the genes of an unlike spot (drawn among those farther than the median "
         "by embedding) as a further negative of the discriminator; 0 is off." + PRESET)
@@ -96,8 +107,8 @@ def train_gan(*, preset: str, cfg: str, device: str | None, fp32: bool | None, n
 @option("r1-interval", type=int, default=16, help="Steps between such penalties; each counts that many times.")
 @option("train-mode", type=click.Choice(MODES), default="all", help="text_encoder: the --encoder mlp alone (--g-lr 3e-6 by default). "
         "freezeN: the blocks above N px and all ToRGB.")
-@option("g-lr", type=float, help="Learning rate of the generator." + PRESET)
-@option("d-lr", type=float, help="Learning rate of the discriminator." + PRESET)
+@option("g-lr", type=float, help="Learning rate of the generator. Default: the preset's (reference), the size's (best).")
+@option("d-lr", type=float, help="Learning rate of the discriminator. Default: the preset's (reference), the size's (best).")
 @option("g-lr-schedule", type=click.Choice(LR_SCHEDULES), default="const", help="step: a tenth from half of the run on.")
 @option("d-lr-schedule", type=click.Choice(LR_SCHEDULES), default="const", help="step: a tenth from half of the run on.")
 @option("clip-weight", type=float, default=0.0, help="Guidance by the CLIP image tower; 0 is off. reference: times --batch-gpu.")
@@ -127,14 +138,14 @@ def train_gan(*, preset: str, cfg: str, device: str | None, fp32: bool | None, n
 @option("seed", type=int, default=0, help="Of everything random.")
 @option("max-bad-steps", type=int, default=10, help="Steps with NaN or infinite losses in a row that end the run.")
 @option("resume", help="auto: the newest run of this name under OUTDIR, if any; or a run or checkpoint folder: goes on exactly. A snapshot "
-        "folder, or a checkpoint of a lower --img-resolution: a new run starts from what fits of its weights.")
-@option("resume-kimg", type=float, help="Where the clock of such a new run starts. Default: 0.")
+        "folder, a checkpoint of a lower --img-resolution, or any with --resume-kimg: a new run starts from what fits of its weights.")
+@option("resume-kimg", type=float, help="Where the clock of such a new run starts, as 0. Default: 0.")
 @option("suffix", help="Added to the run folder's name.")
 @option("device", help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")
 @click.option("--tensorboard/--no-tensorboard", default=True, help="Mirror stats.jsonl for TensorBoard.")
 @option("wandb", metavar="PROJECT", help="Mirror it to this project of Weights & Biases, whose package and login are yours to set up.")
 @option("timeout-minutes", type=float, default=30.0, help="Of several processes: how long one waits for another before the job ends.")
-@option("dry-run", is_flag=True, help="Check options and data, print the config, train nothing.")
+@option("dry-run", is_flag=True, help="Check options, data and what --resume names; print the config, train nothing.")
 def main(**options):
     """Train a generator of patches, conditioned on gene expression: embedded by frozen CLIP weights, by an encoder trained along, or
     ready-made embeddings; without --gex unconditional.
@@ -151,7 +162,8 @@ def main(**options):
     """
     folder = train_gan(**options)
     if folder is not None:
-        click.echo(f"wrote {folder} (newest snapshot: {max(folder.glob('snapshot-*'), key=lambda path: int(path.name[9:]))})")
+        from training.sampling import newest_snapshot
+        click.echo(f"wrote {folder} (newest snapshot: {newest_snapshot(folder)})")
 
 
 if __name__ == "__main__":

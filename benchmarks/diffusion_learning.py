@@ -35,7 +35,6 @@ EMBEDDINGS, BATCH = "gene_clip_emb.npy", 16
 class Plan(Sections):
     """Where data lie and what is run."""
 
-    out: Path
     kimg: float
     resolution: int
     guidance: float
@@ -136,7 +135,7 @@ def main(data, train, held_out, out, kimg, resolution, guidance_scale, seeds, wa
     if plan.missing() or (spec.weights is not None and not spec.weights.is_file()):
         click.echo(f"skipped: {f'{data / plan.missing()[0]} is not prepared' if plan.missing() else f'no {spec.weights}'}")
         return
-    out.mkdir(parents=True, exist_ok=True)
+    plan.claim()
     plan.clip(out / "clip", 0)
     for name in (*plan.train, held_out):
         plan.embeddings(name)

@@ -19,6 +19,7 @@ from pathlib import Path
 import click
 
 from benchmarks.learning_scores import Sections, read_section, run, score, sheet, table
+from training.run_folder import latest_run
 
 PRESETS = {   # of either: the same size, backbone and a blur that fades within the run; frozen prompts without dropout
     "reference": ["--preset", "reference", "--backbone", "efficientnet_lite0", "--cond-dropout", "0"],
@@ -30,20 +31,20 @@ PRESETS = {   # of either: the same size, backbone and a blur that fades within 
 class Plan(Sections):
     """Where data lie and what is run."""
 
-    out: Path
     kimg: float
+    blur_fade_kimg: float
     backbone_weights: str | None
 
     def gan(self, preset: str, seed: int) -> Path:
-        """Patches of every held-out spot, four seeds each, from one run; returns their folder."""
+        """Patches of every held-out spot, four seeds each, from one run (of several that were killed: the last); returns their folder."""
         folder, patches = self.out / f"{preset}-{seed}", self.out / f"{preset}-{seed}-patches"
         if (patches / "samples.csv").is_file():
             return patches
         backbone = ["--backbone-weights", self.backbone_weights] if self.backbone_weights else []
         run("train_gan.py", "--data", self.files(self.train, "patches"), "--gex", self.files(self.train, "gex_filt.h5ad"), "--network",
             self.out / "clip" / "clip", "--outdir", folder, "--img-resolution", "64", "--cfg", "small", "--batch", "8", "--kimg", self.kimg,
-            "--blur-fade-kimg", self.kimg / 10, "--seed", seed, "--no-tensorboard", "--resume", "auto", *PRESETS[preset], *backbone)
-        run("gen_images.py", "--network", next(folder.glob("0*")), "--gex", self.files([self.held_out], "gex_filt.h5ad"), "--images",
+            "--blur-fade-kimg", self.blur_fade_kimg, "--seed", seed, "--no-tensorboard", "--resume", "auto", *PRESETS[preset], *backbone)
+        run("gen_images.py", "--network", latest_run(folder), "--gex", self.files([self.held_out], "gex_filt.h5ad"), "--images",
             self.files([self.held_out], "patches"), "--seeds", "0-3", "--outdir", patches)
         return patches
 
@@ -54,6 +55,7 @@ class Plan(Sections):
 @click.option("--held-out", default="C4", help="Section whose spots are the prompts.")
 @click.option("--out", type=click.Path(path_type=Path), default="runs/gan_learning", help="Folder of runs, patches, contact sheet.")
 @click.option("--kimg", default=10.0, help="Of every run: equal images seen.")
+@click.option("--blur-fade-kimg", type=float, help="When the blur is gone, of every run. Default: after a tenth.")
 @click.option("--seeds", default="0,1,2")
 @click.option("--presets", default="reference,best", help="Of: " + ", ".join(PRESETS))
 @click.option("--jobs", default=1, help="Runs at a time.")
@@ -61,13 +63,13 @@ class Plan(Sections):
               help="Encoder that scores, other than the discriminator's backbone.")
 @click.option("--judge/--no-judge", "with_judge", default=True, help="Train a second CLIP that looks for each prompt's patch.")
 @click.option("--backbone-weights", help="Weight file of EfficientNet-Lite0, where its package is not installed.")
-def main(data, train, held_out, out, kimg, seeds, presets, jobs, features, with_judge, backbone_weights):
+def main(data, train, held_out, out, kimg, blur_fade_kimg, seeds, presets, jobs, features, with_judge, backbone_weights):
     """Train, generate, score; print a table and write sheet.png."""
     from evaluation.features import build_features, feature_specs
     from evaluation.sections import FeatureBank
     from networks.clip import CLIP
 
-    plan, presets = Plan(data, train.split(","), held_out, out, kimg, backbone_weights), presets.split(",")
+    plan, presets = Plan(data, train.split(","), held_out, out, kimg, blur_fade_kimg or kimg / 10, backbone_weights), presets.split(",")
     if unknown := [preset for preset in presets if preset not in PRESETS]:
         raise click.BadParameter(f"expected some of {', '.join(PRESETS)}; found {unknown[0]}", param_hint="--presets")
     missing = plan.missing()
@@ -75,7 +77,7 @@ def main(data, train, held_out, out, kimg, seeds, presets, jobs, features, with_
     if missing or (spec.weights is not None and not spec.weights.is_file()):
         click.echo(f"skipped: {f'{data / missing[0]} is not prepared' if missing else f'no {spec.weights}'}")
         return
-    out.mkdir(parents=True, exist_ok=True)
+    plan.claim()
     plan.clip(out / "clip", 0)
     tower = ["model.image_encoder=timm:mobilenetv2_100", f"model.image_encoder_weights={spec.weights.resolve()}"] if spec.weights else []
     network = plan.clip(out / "judge", 1000, "model.image_views=1", *tower) if with_judge else None

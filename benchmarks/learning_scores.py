@@ -4,9 +4,10 @@ A measure is (value, that of real patches or None); scores are given by way, a l
 """
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
@@ -24,15 +25,24 @@ def run(script: str, *arguments: object) -> None:
 
 @dataclass(frozen=True)
 class Sections:
-    """Prepared sections: FOLDER/<section>/patches, gex_filt.h5ad."""
+    """Prepared sections, FOLDER/<section>/patches, gex_filt.h5ad, and where a benchmark keeps its runs of them."""
 
     data: Path
     train: list[str]
     held_out: str
+    out: Path                # of runs and what they make
 
     def files(self, names: list[str], what: str) -> str:
         """Paths of `what` of those sections, by commas."""
         return ",".join(str((self.data / name / what).resolve()) for name in names)
+
+    def claim(self) -> None:
+        """Write down what the runs of --out are made of; refused where they were made of something else."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        path, ours = self.out / "plan.json", {name: str(value) for name, value in asdict(self).items()}
+        if path.is_file() and json.loads(path.read_text()) != ours:
+            raise click.ClickException(f"{path} says that the runs there were made otherwise: choose another --out")
+        path.write_text(json.dumps(ours, indent=2) + "\n")
 
     def missing(self) -> list[str]:
         return [name for name in (*self.train, self.held_out) if not (self.data / name / "gex_filt.h5ad").exists()]

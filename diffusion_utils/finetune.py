@@ -99,8 +99,7 @@ class FinetuneRun:
     def train(self) -> Iterator[float]:
         """Train to the end; yields the loss of every step that moved the weights. Saves, also when stopped by a signal."""
         config, standing, main = self.config, self.standing, self.accelerator.is_main_process
-        stats = StatsLog(config.output_dir, config.report_to == "tensorboard") if main else NoStats()
-        stats.forget_after(standing.step)
+        stats = StatsLog(config.output_dir, standing.step, tensorboard=config.report_to == "tensorboard") if main else NoStats()
         clock = time.monotonic() - standing.elapsed_s
         keys = itertools.product(range(standing.step, self.n_steps), range(config.gradient_accumulation_steps))
         ready = in_order(keys, self.batches.read, config.dataloader_num_workers)

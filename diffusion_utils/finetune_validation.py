@@ -39,7 +39,8 @@ class Validation:
         if metrics := parse_metrics(config.metrics):
             images, embeddings = (run.data.images, run.data.embeddings) if held is None else (held.images, held.embeddings)
             n = min(max(metric.n for metric in metrics), len(embeddings))
-            self.rows = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(config.seed))[:n].sort().values
+            order = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(config.seed))
+            self.rows = order[:n]                # in random order: a metric of fewer takes the first
             self.asked = embeddings[self.rows]
             self.distances = ImageDistances(metrics, images[self.rows], run.device, config.seed)
 

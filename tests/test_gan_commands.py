@@ -131,6 +131,12 @@ def test_a_dry_run_reads_and_checks_but_writes_nothing(world):
     result = call(train_gan, **train_options(world, outdir=world / "dry", cache_dir="NONE"), dry_run=True)
     assert result.exit_code == 0 and "16 patches at 16 px" in result.output and not (world / "dry").exists()
     assert not Path("NONE").exists()                # it means no cache, in any case
+    for options, code, told in (({"batch": 64}, 3, "at least one batch of 64; found 16"), ({"resume": "nowhere"}, 3, "nowhere: --resume"),
+                                ({"resume": "auto"}, 0, "nothing was trained"), ({"resume_kimg": 0.0}, 2, "--resume-kimg"),
+                                ({"metrics": "fd_nosuch"}, 2, "found nosuch"), ({"suffix": "a/b"}, 2, "--suffix"),
+                                ({"n_train": 0}, 2, "--n-train")):
+        result = call(train_gan, **{**train_options(world, outdir=world / "dry"), **options}, dry_run=True)
+        assert result.exit_code == code and told in result.output and not (world / "dry").exists(), result.output
 
 
 def test_a_sample_sheet_splits_training_from_validation(world):
@@ -253,6 +259,25 @@ def test_a_run_is_mirrored_to_weights_and_biases_under_one_id(world, monkeypatch
     assert seen["log"].count("finished") == 2 and {"loss/G", "kimg"} <= seen["log"][1][1].keys()
 
 
+def test_a_run_goes_on_where_weights_and_biases_has_no_login(world, monkeypatch, caplog):
+    def init(**told):
+        raise RuntimeError("api_key not configured (no-tty)\ncall wandb.login")
+    module = ModuleType("wandb")
+    module.__spec__, module.init = ModuleSpec("wandb", None), init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    result = call(train_gan, **train_options(world, outdir=world / "unknown_there"), wandb="morphology")
+    assert result.exit_code == 0 and "going on without it: api_key not configured (no-tty)" in caplog.text
+
+
+def test_a_snapshot_that_a_kill_left_half_written_is_no_snapshot_and_goes_at_the_next_save(world):
+    options = train_options(world, outdir=world / "torn")
+    assert call(train_gan, **options).exit_code == 0
+    torn = next((world / "torn").iterdir()) / "snapshot-000016.tmp.123"
+    torn.mkdir()
+    result = call(train_gan, **{**options, "kimg": options["kimg"] + 0.016}, resume="auto")
+    assert result.exit_code == 0 and "newest snapshot" in result.output and not torn.exists(), result.output
+
+
 def test_the_same_seed_gives_the_same_picture_at_any_batch_size(world):
     one, eight = (pictures(generate(world, f"batch{size}", batch_sz=size, seeds="0-1")[1]) for size in (1, 8))
     assert len(one) == 2 * N and one.keys() == eight.keys()
@@ -352,6 +377,7 @@ def test_spots_that_clustering_left_out_are_nobodys_prompt(world, caplog):
     assert result.exit_code == 0, result.output
     made = pd.read_csv(outdir / "samples.csv")
     assert sorted(made["prompt"]) == [row for row in range(N) if row != 3] and "1 of 16 spots have no cluster" in caplog.text
+    assert "16 spots are brought to their own median library size" in caplog.text
 
 
 @pytest.mark.parametrize("labels", [N - 1, N + 1])

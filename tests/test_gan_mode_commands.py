@@ -220,7 +220,6 @@ def test_the_clock_of_a_grown_run_may_start_later(world, unconditional):
     ({"encoder": "mlp", "mask": "emb.npy"}, 3, "booleans, or whole row numbers"),
     ({"encoder": "mlp", "mask": "good", "train_clusters": "a"}, 3, "at least one batch of 8; found 3"),
     ({"encoder": "mlp", "resume_kimg": 1}, 2, "--resume-kimg: expected with --resume"),
-    ({"gex": None, "resume": "unconditional/checkpoint", "resume_kimg": 0.001}, 2, "a checkpoint knows its kimg"),
     ({"gex": None, "resume": "unconditional/checkpoint", "img_resolution": 8}, 2, "--img-resolution: expected at least the 16 px"),
     ({"gex": None, "resume": "unconditional/snapshot-000016", "resume_kimg": 1}, 2, "expected 0 up to less than --kimg 0.016"),
 ], ids=lambda value: str(value) if isinstance(value, dict) else "")

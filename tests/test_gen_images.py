@@ -87,6 +87,8 @@ def test_n_samples_are_prompts_per_cluster_or_over_all_or_patches_a_row(world, t
     assert len(made(world, tmp_path / "all", n_samples=3)) == 3
     grouped = made(world, tmp_path / "clusters", n_samples=3, clusters="cluster")
     assert [sum(name.startswith(folder) for name in grouped) for folder in ("cluster_stroma/", "cluster_tumour_a/")] == [3, 3]
+    no_seed_twice = made(world, tmp_path / "back", seeds="5,0", n_samples=4, gex=world / "embeddings.npy", encoded=True)
+    assert len(no_seed_twice) == 2 * len(made(world, tmp_path / "two", seeds="5,0", gex=world / "embeddings.npy", encoded=True))
     of_rows = made(world, tmp_path / "rows", n_samples=2, gex=world / "embeddings.npy", encoded=True)
     assert list(of_rows) == [f"prompt{row:05d}_seed{seed:04d}.png" for row in range(5) for seed in (0, 1)]
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,14 +37,26 @@ def test_the_demo_ends_with_a_page_and_starts_nothing_twice(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "demo" / "gan").rglob("model.safetensors")} == snapshots
 
 
+def every_second_spot(section: Path, folder: Path) -> None:
+    """A section of which half the spots count as tissue: the walk over three of them takes half the time."""
+    folder.mkdir(parents=True)
+    for name in ("image.jpg", "counts.tsv.gz", "clusters.tsv.gz"):
+        (folder / name).symlink_to(section / name)
+    spots = pd.read_csv(section / "spots.tsv", sep="\t")
+    spots["selected"] = spots.index.to_numpy() % 2
+    spots.to_csv(folder / "spots.tsv", sep="\t", index=False)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_real_tissue_walk_scores_a_held_out_section(tmp_path, shared_data):
-    out = tmp_path / "her2st"
-    bash(f"bash assets/real_tissue.sh --data {shared_data / 'her2st'} --train C2,C3 --val C4 --out {out} --budget-minutes 1")
+    out, sections = tmp_path / "her2st", tmp_path / "sections"
+    for name in ("C2", "C3", "C4"):
+        every_second_spot(shared_data / "her2st" / name, sections / name)
+    bash(f"bash assets/real_tissue.sh --data {sections} --train C2,C3 --val C4 --out {out} --budget-minutes 1")
     results = json.loads((out / "results.json").read_text())
     section = results["sections"]["C4"]
-    assert section["n_spots"] == 184
+    assert 85 < section["n_spots"] < 95
     for scores in (section["retrieval"], section["baseline_linear"]):
         assert RETRIEVAL_KEYS <= set(scores["gene_to_image"]) and RETRIEVAL_KEYS <= set(scores["image_to_gene"])
     assert section["baseline_linear"]["gene_to_image"]["r10"] > section["baseline_linear"]["gene_to_image"]["chance_r10"]

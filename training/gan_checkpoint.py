@@ -69,4 +69,4 @@ def _same_run(run: GanRun, checkpoint: Checkpoint, theirs: dict) -> None:
             ("data", "the patches and prompts it was started with", "" if state["data_sha256"] == run.data.sha256 else "others"),
             ("backbone", state["backbone"], "" if state["backbone"] == run.encoder.source else run.encoder.source)):
         if found:
-            raise WeightsError(checkpoint.folder, what, expected, found, "To start a new run from these weights, --resume a snapshot")
+            raise WeightsError(checkpoint.folder, what, expected, found, "--resume-kimg 0 starts a new run from these weights")

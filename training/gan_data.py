@@ -28,6 +28,7 @@ from training.sample_centres import SamplePatches
 from training.spot_choice import SpotChoice
 
 ALL_SPOTS = SpotChoice()
+LONGEST_NAME = 80
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,13 @@ def load_gan_data(sources: GanSources, img_resolution: int, *, choice: SpotChoic
     clip = CLIP.from_pretrained(sources.network, image_encoder=False) if sources.encoder == "clip" else None
     spots = _spots(sources.train, clip)
     mlp = _new_mlp(spots.gene_names, seed) if sources.encoder == "mlp" else None
-    name = "-".join(dict.fromkeys(spots.sample_ids))
+    name = _data_name(spots.sample_ids)
     keep_expression = keep_expression or mlp is not None
     training = _load(spots, sources.train, choice.training_rows(len(spots), spots.obs, name, seed), clip or mlp, keep_expression, **how)
     held_out, validation = None, None
     if sources.validation:
         held_out = _spots(sources.validation, clip, None if mlp is None else mlp.gene_names)
-        rows = choice.validation_rows(len(held_out), held_out.obs, "-".join(dict.fromkeys(held_out.sample_ids)))
+        rows = choice.validation_rows(len(held_out), held_out.obs, _data_name(held_out.sample_ids))
         validation = _load(held_out, sources.validation, rows, clip or mlp, keep_expression, **how)
     labels = spots.obs["cluster"] if "cluster" in spots.obs else None
     clusters = None if labels is None or labels.isna().any() else labels.astype(str).to_numpy()
@@ -132,15 +133,22 @@ def _load_patches_alone(sources: GanSources, choice: SpotChoice, seed: int, *, i
     """Unconditional: patches with prompts of width 0. Spots are counted in the patches' own order."""
     def read(paths, rows_of):
         patches, names, source_names = read_patch_images(paths)
-        rows = rows_of(len(patches), None, "-".join(source_names))
+        rows = rows_of(len(patches), None, _data_name(source_names))
         patches.keep(rows)
         images = patches.load_images(img_resolution, progress=progress, cache_dir=cache_dir)
-        return TrainingData(images, torch.zeros(len(images), 0)), names[rows], "-".join(source_names)
+        return TrainingData(images, torch.zeros(len(images), 0)), names[rows], _data_name(source_names)
 
     training, barcodes, name = read(sources.patches, partial(choice.training_rows, seed=seed))
     validation, validation_barcodes, _ = read(sources.val_patches, choice.validation_rows) if sources.val_patches else (None, None, "")
     return gan_data(name, training, barcodes, validation=validation, validation_barcodes=validation_barcodes, sources=sources.listed,
                     chosen=choice.record)
+
+
+def _data_name(sample_ids: Sequence[str]) -> str:
+    """`C2-C3`: what a run's folder is called after; of a cohort the first sample and a hash of all."""
+    names = list(dict.fromkeys(map(str, sample_ids)))
+    joined = "-".join(names)
+    return joined if len(joined) <= LONGEST_NAME else f"{names[0][:LONGEST_NAME]}-and-{len(names) - 1}-more-{strings_sha256(names)[:8]}"
 
 
 def gan_data(name: str, training: TrainingData, barcodes: np.ndarray, *, clusters: np.ndarray | None = None,

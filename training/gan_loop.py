@@ -116,13 +116,13 @@ class GanRun:
 
     def train(self) -> Iterator[dict[str, float]]:
         """Train to the end of the run or its budget; yields the losses of every step. Saves, also when stopped by a signal."""
-        stats = StatsLog(self.folder, self.tensorboard, self.wandb_project) if is_first() else NoStats()
-        stats.forget_after(self.progress.step)
-        clock = time.monotonic() - self.progress.elapsed_s
+        stats = StatsLog(self.folder, self.progress.step, tensorboard=self.tensorboard,
+                         wandb_project=self.wandb_project) if is_first() else NoStats()
+        clock, self._tick_kimg = time.monotonic() - self.progress.elapsed_s, self.kimg
         if self.progress.step == self.progress.first_step:
             self._snapshot(stats)
         totals: dict[str, float] = {}
-        n_steps, n_moved, tick_start = 0, 0, self.progress.elapsed_s
+        n_steps, n_moved, tick_start = 0, 0, time.monotonic() - clock
         with stop_signals() as stopped:
             while self.share < 1:
                 losses = self.one_step()
@@ -138,8 +138,10 @@ class GanRun:
                     self._tick(stats, {name: value / max(n_steps, 1) for name, value in totals.items()}, tick_start)
                     totals, n_steps, tick_start = {}, 0, self.progress.elapsed_s
                 if self._due("last_snap", self.config.tick * self.config.snap, MIN_SNAPSHOTS) or self.share >= 1:
+                    began = time.monotonic()
                     self._snapshot(stats)
                     self.save()
+                    tick_start += time.monotonic() - began      # a status line speaks of training
                 if number := any_rank(stopped[0] if stopped else 0, self.device):
                     self._stop(number, stats)
         stats.close()
@@ -193,7 +195,7 @@ class GanRun:
         return due
 
     def _tick(self, stats: StatsLog, losses: Mapping[str, float], tick_start: float) -> None:
-        shown = max(self.kimg - getattr(self, "_tick_kimg", 0.0), 1e-9)
+        shown = max(self.kimg - self._tick_kimg, 1e-9)
         self._tick_kimg = self.kimg
         values = {"kimg": self.kimg, "elapsed_s": self.progress.elapsed_s,
                   "sec_per_kimg": (self.progress.elapsed_s - tick_start) / shown, "bad_steps": self.progress.bad_steps, **losses,
@@ -242,4 +244,3 @@ class GanRun:
         """Go on from a checkpoint; refused (exit 5) if it belongs to another config, data set or backbone."""
         load_run(self, checkpoint)
         self.gan.augment_p = self.progress.augment_p
-        self._tick_kimg = self.kimg

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.generator import Generator
@@ -38,7 +39,7 @@ class SnapshotMetrics:
             raise OptionError("--metrics", "clip_score with CLIP weights that name an image tower", "none")
         pool = self.data.validation or self.data.training
         n = min(max((metric.n for metric in self.metrics), default=0), len(pool.images))
-        rows = np.sort(np.random.default_rng(self.seed).permutation(len(pool.images))[:n])
+        rows = np.random.default_rng(self.seed).permutation(len(pool.images))[:n]     # in random order: a metric of fewer takes the first
         self.prompts = pool.prompts[rows]
         self.distances = ImageDistances(self.metrics, pool.images[rows], self.device, self.seed)
         self.centres = self._centres(pool, rows) if scores else None
@@ -67,5 +68,5 @@ class SnapshotMetrics:
     def _clip_score(self, made: Tensor, own: Tensor) -> float:
         """Mean cosine of patches and the genes they were made for."""
         cosines = [(self.clip.encode_images(images_to_float(made[part].to(self.device)), self._centre_of(own[part])).cpu()
-                    * self.prompts[own[part]]).sum(1) for part in torch.arange(len(own)).split(BATCH)]
+                    * F.normalize(self.prompts[own[part]], dim=1)).sum(1) for part in torch.arange(len(own)).split(BATCH)]
         return float(gather_rows(torch.cat(cosines).to(self.device))[:len(self.prompts)].mean())

@@ -46,7 +46,7 @@ def stop_signals() -> Iterator[list[int]]:
     received: list[int] = []
 
     def note(number, _frame):
-        if number in received:
+        if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
         received.append(number)
 

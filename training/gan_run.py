@@ -36,14 +36,17 @@ def run_gan(config: GanConfig, sources: GanSources, watched: Sequence[Metric], d
     say(f"{gan_data.name}: {len(gan_data.training.images):,} patches at {config.img_resolution} px, "
         f"{f'prompts {width} wide' if width else 'no prompts'}, backbone {backbone.name}, {device}, {n_ranks} process(es)")
     say(f"config: {config}")
-    if dry_run:
-        return None
     name = "-".join(filter(None, (f"{gan_data.name}@{config.img_resolution}", cfg, f"gpus{n_ranks}-b{config.batch}", suffix)))
-    start = find_start(outdir, from_first(name), resume, config)
+    start = find_start(outdir, from_first(name), resume, config, as_weights=resume_kimg is not None)
     clip = _clip(sources.network, config, width, scored=any(metric.kind == "clip_score" for metric in watched))
     run = GanRun(config, gan_data, backbone, Path(outdir), clip=clip, tensorboard=tensorboard, wandb_project=wandb,
                  device=device, watched=watched)
-    begin(run, start, resume_kimg, name, preset=preset, cfg=cfg)
+    report = set_start(run, start, resume_kimg)
+    if dry_run:
+        say("\n".join([*report, "nothing was trained: --dry-run"]))
+        return None
+    if not isinstance(start, Checkpoint):
+        make_folder(run, name, report, preset=preset, cfg=cfg, started_from=None if start is None else str(start.folder))
     show_progress(run)
     return run.folder if is_first() else None
 
@@ -64,27 +67,29 @@ def _clip(network: Path | None, config: GanConfig, width: int, scored: bool) -> 
     return clip
 
 
-def begin(run: GanRun, start: Checkpoint | Weights | None, resume_kimg: float | None, name: str, **named: str) -> None:
-    """Go on from a checkpoint in its folder, or make the folder of a new run, with the weights of another where they are given."""
+def set_start(run: GanRun, start: Checkpoint | Weights | None, resume_kimg: float | None) -> list[str]:
+    """Go on from a checkpoint in its folder, or give a new run the weights of another; returns what a new run has to say of them."""
     if isinstance(start, Checkpoint):
-        if resume_kimg is not None:
-            raise OptionError("--resume-kimg", "weights of a lower resolution or a snapshot as --resume; a checkpoint knows its kimg",
-                              f"{resume_kimg:g}")
         run.folder = start.folder.parent
         run.load(start)
         say(f"resuming at kimg {run.kimg:.2f} from {start.folder}")
-        return
+        return []
     if start is None and resume_kimg is not None:
-        raise OptionError("--resume-kimg", "with --resume of a snapshot or of a checkpoint of a lower resolution", "a new run")
+        raise OptionError("--resume-kimg", "with --resume of a snapshot, checkpoint or run folder", "a new run")
     report = [] if start is None else [f"starting at kimg {resume_kimg or 0:g} from the weights of {start.folder}",
                                        *start_from(run, start, resume_kimg or 0.0)]
     if start is None and run.config.train_mode != "all":
         report.append(f"--train-mode {run.config.train_mode} without --resume: what it freezes was never trained")
-    folder = from_first(str(next_run_folder(run.folder, name)) if is_first() else None)     # only now: what is refused leaves no folder
+    return report
+
+
+def make_folder(run: GanRun, name: str, report: Sequence[str], *, preset: str, cfg: str, started_from: str | None) -> None:
+    """The folder of a new run, its config.json, and the report of its start."""
+    folder = from_first(str(next_run_folder(run.folder, name)) if is_first() else None)
     run.folder = Path(folder)
     if not is_first():
         return
-    start_folder(run.folder, run, started_from=None if start is None else str(start.folder), **named)
+    start_folder(run.folder, run, preset=preset, cfg=cfg, started_from=started_from)
     for line in report:
         click.echo(line)
     if report:

@@ -38,8 +38,8 @@ class GanSources:
 
 def gan_sources(*, data: str | None, gex: str | None, samples: Path | None, val_data: str | None, val_gex: str | None,
                 embeddings: str | None, val_embeddings: str | None, encoder: str | None, network: Path | None,
-                guided: bool) -> GanSources:
-    """Resolve the options; `guided` says whether CLIP guidance is on."""
+                guided: bool, scored: bool = False) -> GanSources:
+    """Resolve the options; `guided` says whether CLIP guidance is on, `scored` whether its weights score the snapshots."""
     if samples is None and not gex:
         return _unconditional(data, val_data, {"--val-gex": val_gex, "--embeddings": embeddings, "--val-embeddings": val_embeddings,
                                                "--encoder": encoder, "--network": network})
@@ -54,8 +54,8 @@ def gan_sources(*, data: str | None, gex: str | None, samples: Path | None, val_
         raise OptionError("--network", "CLIP weights that embed the expression (or --encoder mlp, or --embeddings)", "none")
     if kind == "ready" and guided and network is None:
         raise OptionError("--network", "CLIP weights with --clip-weight: they guide", "none")
-    if network is not None and (kind == "mlp" or (kind == "ready" and not guided)):
-        raise OptionError("--network", "nothing: prompts come from elsewhere and nothing is guided", str(network))
+    if network is not None and (kind == "mlp" or (kind == "ready" and not guided and not scored)):
+        raise OptionError("--network", "nothing: prompts come from elsewhere, nothing is guided or scored", str(network))
     return GanSources(kind, network, tuple(train), tuple(validation))
 
 

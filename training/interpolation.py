@@ -113,6 +113,8 @@ def _write_samples(path: Path, walk: Walk, config: InterpolateConfig, weights_sh
 
 def read_prompt_pair(config: InterpolateConfig, snapshot: Snapshot) -> tuple[Tensor, Tensor]:
     """The embeddings (c_dim,) of both prompts. A file that holds both is read once."""
+    if snapshot.is_unconditional:
+        raise OptionError("--network", "a generator that is asked with prompts", f"{config.network}, trained without expression")
     files: dict[Path, Prompts] = {}
     found = []
     for option, text in (("--prompt1", config.prompt1), ("--prompt2", config.prompt2)):

@@ -145,10 +145,10 @@ def read_patch_images(sources: Sequence[Path | str]) -> tuple[PatchImages, np.nd
     return PatchImages(paths, np.concatenate(rows), Path(sources[0]).absolute().parent), np.array(names), source_names
 
 
-def random_subset(n_rows: int, max_size: int, seed: int) -> np.ndarray:
+def random_subset(n_rows: int, max_size: int, seed: int, option: str = "max_size") -> np.ndarray:
     """At most `max_size` of `n_rows` row numbers, ascending."""
     if max_size < 1:
-        raise OptionError("max_size", "at least 1", str(max_size))
+        raise OptionError(option, "at least 1", str(max_size))
     if max_size >= n_rows:
         return np.arange(n_rows)
     return np.sort(np.random.default_rng(seed).choice(n_rows, max_size, replace=False))

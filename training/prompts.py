@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 NO_CLUSTER = ""                 # label of a spot that an obs column of clusters leaves out
 MAX_SEED = 2 ** 62              # what the random numbers take, with room for --n-samples to count on
 MAX_SEEDS = 1_000_000
+FEW_SPOTS = 30                  # whose median library size may be far from their sample's
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ def read_prompts(path: Path | str | None, snapshot: Snapshot, *, encoded: bool =
         if encoder.scales_by_sample:
             log.warning("%s: its %d spots are scaled by the sample's own genes: give whole samples, choose with --clusters or --n-samples",
                         path, len(table.barcodes))
+        elif encoder.target_sum == "median" and len(table.barcodes) < FEW_SPOTS:
+            log.warning("%s: its %d spots are brought to their own median library size, as whole samples were in training: give whole "
+                        "samples, choose with --clusters or --n-samples", path, len(table.barcodes))
         embeddings, barcodes, obs = encoder.embed_expression(table.expression, sample_ids=table.sample_ids), table.barcodes, table.obs
         sample_id, xy = str(table.sample_ids[0]) if len(table.sample_ids) else "", table.centre_xy_px
         xy = xy if np.isfinite(xy).all() else None
@@ -129,7 +133,7 @@ def load_array(path: Path, expected: str) -> np.ndarray:
 
 def _require_normalised(path: Path, rows: np.ndarray) -> None:
     """Refuse rows that cannot be normalised expression: negative ones, and whole numbers as raw counts are."""
-    how = "Scale each row to the library size of the snapshot and take log1p, or give raw counts as an .h5ad"
+    how = "Scale each row to the median library size of its sample and take log1p, or give raw counts as an .h5ad"
     negative = np.flatnonzero((rows < 0).any(axis=1))
     if len(negative):
         raise InputError(path, "normalised expression", "no negative values", f"some in rows {first_few(negative.tolist())}", how)
@@ -212,7 +216,7 @@ def plan_requests(prompts: Prompts, seeds: Sequence[int], n_samples: int | None)
     seeds = list(seeds)
     if prompts.are_rows:
         if n_samples is not None:
-            seeds = (seeds + list(range(seeds[-1] + 1, seeds[-1] + 1 + n_samples)))[:n_samples]
+            seeds = (seeds + list(range(max(seeds) + 1, max(seeds) + 1 + n_samples)))[:n_samples]
         rows = list(range(len(prompts)))
     else:
         rows = _chosen_rows(prompts, n_samples, seeds[0])

@@ -46,22 +46,19 @@ def next_run_folder(outdir: Path | str, name: str) -> Path:
 
 class StatsLog:
     """Write the numbers of one tick to stats.jsonl, and a status line to the screen and log.txt; as asked, also to TensorBoard and to
-    a project of Weights & Biases."""
+    a project of Weights & Biases. `step` is where the run stands: what is there of later steps goes, it will be shown again."""
 
-    def __init__(self, folder: Path | str, tensorboard: bool = True, wandb_project: str | None = None):
+    def __init__(self, folder: Path | str, step: int = 0, *, tensorboard: bool = True, wandb_project: str | None = None):
         self.folder = Path(folder)
-        self.writer = self.wandb_run = None
-        if wandb_project:
-            import wandb
-            about = json.loads((self.folder / "config.json").read_text())
-            self.wandb_run = wandb.init(project=wandb_project, name=self.folder.name, id=wandb_id(self.folder), resume="allow",
-                                        dir=str(self.folder), config=about["config"])
+        self._forget_after(step)
+        self.wandb_run = _wandb_run(self.folder, wandb_project) if wandb_project else None
+        self.writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(log_dir=str(self.folder))
+            self.writer = SummaryWriter(log_dir=str(self.folder), purge_step=step + 1)
 
-    def forget_after(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run will show again, and, with a notice, those that a kill or a full disk tore."""
+    def _forget_after(self, step: int) -> None:
+        """Drop the lines of later steps, and, with a notice, those that a kill or a full disk tore."""
         path = self.folder / "stats.jsonl"
         if not path.exists():
             return
@@ -97,6 +94,17 @@ class StatsLog:
             self.wandb_run.finish()
 
 
+def _wandb_run(folder: Path, project: str):
+    """The run on Weights & Biases that mirrors this folder; None, with a notice, where the service takes none (no login, no network)."""
+    import wandb
+    about = json.loads((folder / "config.json").read_text())
+    try:
+        return wandb.init(project=project, name=folder.name, id=wandb_id(folder), resume="allow", dir=str(folder), config=about["config"])
+    except Exception as error:      # a mirror is not worth a run, whatever it is that the service says
+        log.warning("--wandb %s: going on without it: %s", project, " ".join(str(error).split())[:200])
+        return None
+
+
 def wandb_id(folder: Path) -> str:
     """The same for a run and its continuation."""
     return strings_sha256([str(folder.absolute())])[:16]
@@ -104,9 +112,6 @@ def wandb_id(folder: Path) -> str:
 
 class NoStats:
     """The statistics of a rank that does not speak."""
-
-    def forget_after(self, step: int) -> None:
-        pass
 
     def write(self, step: int, values: Mapping[str, float], line: str) -> None:
         pass
@@ -136,8 +141,8 @@ class Checkpoint:
 
 def save_checkpoint(folder: Path | str, step: int, *, state: Mapping, tensors: Mapping[str, Mapping[str, Tensor]],
                     optimisers: Mapping[str, Mapping], keep: int = KEEP_CHECKPOINTS) -> Path:
-    """Write `folder/checkpoint-<step>`; older ones beyond `keep`, and what killed runs left half-written, go once this one was read
-    back. Returns its path."""
+    """Write `folder/checkpoint-<step>`; older ones beyond `keep`, and checkpoints and snapshots that killed runs left half-written, go
+    once this one was read back. Returns its path."""
     path = Path(folder) / f"checkpoint-{step:08d}"
     with finished_folder(path, validate=read_checkpoint) as temporary:
         for part, values in tensors.items():
@@ -149,7 +154,7 @@ def save_checkpoint(folder: Path | str, step: int, *, state: Mapping, tensors: M
         files = sorted(path.name for path in temporary.iterdir())
         (temporary / SUMS_FILE).write_text("".join(f"{file_sha256(temporary / name)}  {name}\n" for name in files))
         _write_and_sync(temporary / COMMIT, f"{step}\n")
-    for old in (*_checkpoint_folders(folder)[keep:], *Path(folder).glob("checkpoint-*.tmp.*")):
+    for old in (*_checkpoint_folders(folder)[keep:], *Path(folder).glob("checkpoint-*.tmp.*"), *Path(folder).glob("snapshot-*.tmp.*")):
         shutil.rmtree(old, ignore_errors=True)
     return path
 
@@ -197,9 +202,15 @@ def latest_checkpoint(folder: Path | str) -> Checkpoint | None:
 
 
 def latest_run(outdir: Path | str, name: str | None = None) -> Path | None:
-    """The newest run folder under `outdir` that has a checkpoint; with `name`, only runs of that name."""
+    """The newest run folder under `outdir` that has a checkpoint; with `name`, only runs of that name, on any number of GPUs."""
     runs = sorted((path for path in Path(outdir).glob("[0-9]" * 5 + "-*") if path.is_dir()), reverse=True)
-    return next((path for path in runs if (name is None or path.name[6:] == name) and _checkpoint_folders(path)), None)
+    named = [path for path in runs if name is None or _any_gpus(path.name[6:]) == _any_gpus(name)]
+    return next((path for path in named if _checkpoint_folders(path)), None)
+
+
+def _any_gpus(name: str) -> str:
+    """A run's name without the number of its GPUs, which changes nothing in what it learns."""
+    return re.sub(r"-gpus\d+-", "-", name)
 
 
 def _checkpoint_folders(folder: Path | str) -> list[Path]:

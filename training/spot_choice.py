@@ -32,7 +32,7 @@ class SpotChoice:
         if self.train_clusters is not None:
             chosen &= in_clusters(self.train_clusters, obs, name, "--train-clusters")
         rows = _require_some(np.flatnonzero(chosen), name, "--mask and --train-clusters")
-        return rows if self.n_train is None else rows[random_subset(len(rows), self.n_train, seed)]
+        return rows if self.n_train is None else rows[random_subset(len(rows), self.n_train, seed, "--n-train")]
 
     def validation_rows(self, n_spots: int, obs: pd.DataFrame | None, name: str) -> np.ndarray:
         if self.val_clusters is None:

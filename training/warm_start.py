@@ -1,4 +1,4 @@
-"""Start a new run from the weights of another: a snapshot, or a checkpoint of a lower resolution (progressive growing).
+"""Start a new run from the weights of another: a snapshot, or a checkpoint, also of a lower resolution (progressive growing).
 
 What fits by name and shape is taken, the rest starts anew and is listed. Blocks are numbered from 8 px up, so the lower blocks
 of a larger generator are those of the smaller one. A checkpoint also gives the discriminator's heads, where the backbone is the
@@ -36,24 +36,27 @@ class Weights:
     genes_sha256: str | None = None     # of the MLP's genes
 
 
-def find_start(outdir: Path, name: str, resume: str | None, config: GanConfig) -> Checkpoint | Weights | None:
+def find_start(outdir: Path, name: str, resume: str | None, config: GanConfig, as_weights: bool = False) -> Checkpoint | Weights | None:
     """Where `--resume` leads: None (a new run), a checkpoint to go on from exactly, or weights to start from.
 
     `auto`: the newest whole checkpoint of a run of this name. A path: a snapshot, a checkpoint, or a run folder (its newest
-    checkpoint); a checkpoint of a lower resolution gives weights, one of a higher is refused.
+    checkpoint); a checkpoint of a lower resolution gives weights, one of this resolution `as_weights`; one of a higher is refused.
     """
     if resume is None:
         return None
     if resume == "auto":
         run = latest_run(outdir, name) if Path(outdir).is_dir() else None
-        return latest_checkpoint(run) if run else None
+        checkpoint = latest_checkpoint(run) if run else None
+        if checkpoint is not None and as_weights:
+            raise OptionError("--resume-kimg", f"the path of a run as --resume; auto goes on with {checkpoint.folder} exactly", "auto")
+        return checkpoint
     path = Path(resume)
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
         found = _of_snapshot(path)
     else:
         checkpoint = _checkpoint(path)
         found = _of_checkpoint(checkpoint)
-        if found.img_resolution == config.img_resolution:
+        if found.img_resolution == config.img_resolution and not as_weights:
             return checkpoint
     if found.img_resolution > config.img_resolution:
         raise OptionError("--img-resolution", f"at least the {found.img_resolution} px of {path}", str(config.img_resolution))

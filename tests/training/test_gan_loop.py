@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from training.gan_grids import generate
 from training.gan_loop import DivergedError, GanRun
 from training.gan_step import alternate
 from training.run_folder import latest_checkpoint
+from training.warm_start import _set_clock
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -285,6 +287,27 @@ def test_a_stopped_run_finishes_its_step_saves_and_can_be_resumed(tmp_path, numb
     resumed = make_run(tmp_path / "a")
     resumed.load(latest_checkpoint(run.folder))
     assert sum(1 for _ in resumed.train()) == 7
+
+
+@pytest.mark.parametrize(("number", "saves"), [(signal.SIGTERM, True), (signal.SIGINT, False)], ids=["SIGTERM", "Ctrl-C"])
+def test_a_batch_system_that_signals_twice_still_gets_its_checkpoint_and_a_second_ctrl_c_ends_at_once(tmp_path, number, saves):
+    run = make_run(tmp_path / "a")
+    with pytest.raises(SystemExit if saves else KeyboardInterrupt):
+        for _ in run.train():
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+    assert (latest_checkpoint(run.folder) is not None) == saves
+
+
+def test_the_pace_of_a_status_line_leaves_snapshots_out_and_starts_at_the_clock_of_the_run(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "a", kimg=0.08)
+    _set_clock(run, 0.04)
+    monkeypatch.setattr(type(run), "_snapshot", lambda run, stats: time.sleep(0.5))
+    list(run.train())
+    lines = [json.loads(line) for line in (tmp_path / "a" / "stats.jsonl").read_text().splitlines()]
+    paces, elapsed_s = [line["sec_per_kimg"] for line in lines if "sec_per_kimg" in line], lines[-1]["elapsed_s"]
+    trained_s = 0.008 * sum(paces)                # one step of 8 images a line
+    assert len(paces) == 5 and trained_s < elapsed_s - 0.5 and max(paces) < elapsed_s / 0.008
 
 
 def test_a_checkpoint_of_other_options_or_data_is_refused(tmp_path):

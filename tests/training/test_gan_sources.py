@@ -8,7 +8,7 @@ from paired_samples import two_samples, write_sample
 from networks.clip import CLIP, ClipModelConfig
 from preprocessing.errors import InputError, OptionError
 from training.data import read_sample_sheet
-from training.gan_data import load_gan_data
+from training.gan_data import _data_name, load_gan_data
 from training.gan_sources import gan_sources
 from training.spot_choice import SpotChoice, in_clusters, read_mask
 
@@ -19,6 +19,13 @@ NOTHING = dict.fromkeys(("data", "gex", "samples", "val_data", "val_gex", "embed
 def files(samples, **more):
     data, gex = (",".join(str(getattr(sample, name)) for sample in samples) for name in ("images", "gex"))
     return {**NOTHING, "data": data, "gex": gex, **more}
+
+
+def test_the_data_of_a_cohort_have_a_short_name_of_their_own():
+    few, many = ["C2", "C3", "C2"], [f"patient_{number:03d}_section" for number in range(40)]
+    assert _data_name(few) == "C2-C3"
+    assert _data_name(many).startswith("patient_000_section-and-39-more-") and len(_data_name(many)) < 60
+    assert _data_name(many) != _data_name(many[:-1] + ["another"])
 
 
 # ---- masks and clusters ---------------------------------------------------------------------------------------------

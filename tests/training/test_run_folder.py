@@ -77,6 +77,10 @@ def test_the_latest_run_is_the_newest_of_its_name_with_a_checkpoint(tmp_path):
     first, other, empty = (next_run_folder(tmp_path, name) for name in ("a", "b", "a"))
     save(first, 1)
     save(other, 1)
+    grown = next_run_folder(tmp_path, "a@64-lite-gpus1-b8")
+    save(grown, 1)
+    assert latest_run(tmp_path, "a@64-lite-gpus4-b8") == grown     # on more GPUs it is the same run
+    grown.rename(tmp_path / "away")
     assert latest_run(tmp_path, "a") == first and latest_run(tmp_path) == other and latest_run(tmp_path, "c") is None
     assert empty.exists()
 
@@ -85,7 +89,7 @@ def test_statistics_after_a_checkpoint_are_forgotten_when_it_is_resumed(tmp_path
     stats = StatsLog(tmp_path, tensorboard=False)
     for step in (1, 2, 3):
         stats.write(step, {"loss": step / 2}, f"step {step}")
-    stats.forget_after(2)
+    StatsLog(tmp_path, 2, tensorboard=False)
     assert [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()] == [
         {"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
     assert (tmp_path / "log.txt").read_text().splitlines()[-1] == "step 3"
@@ -98,7 +102,7 @@ def test_torn_lines_of_statistics_are_dropped_with_a_notice_and_the_run_goes_on(
     with open(tmp_path / "stats.jsonl", "a") as stream:
         stream.write(torn + "\n" * (torn == ""))
     with caplog.at_level(logging.WARNING):
-        stats.forget_after(5)
+        stats = StatsLog(tmp_path, 5, tensorboard=False)
     assert "dropping 1 unreadable line" in caplog.text and "stats.jsonl" in caplog.text
     stats.write(2, {"loss": 0.25}, "step 2")
     assert [json.loads(line)["step"] for line in (tmp_path / "stats.jsonl").read_text().splitlines()] == [1, 2]
@@ -109,7 +113,11 @@ def test_tensorboard_mirrors_the_statistics(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     stats = StatsLog(tmp_path)
     stats.write(3, {"loss/D": 1.25}, "line")
+    stats.write(4, {"loss/D": 1.5}, "line")
     stats.close()
+    resumed = StatsLog(tmp_path, 3)          # killed after step 4, resumed from a checkpoint of step 3
+    resumed.write(4, {"loss/D": 1.75}, "line")
+    resumed.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss/D")] == [(3, 1.25)]
+    assert [(event.step, event.value) for event in events.Scalars("loss/D")] == [(3, 1.25), (4, 1.75)]

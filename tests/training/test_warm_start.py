@@ -110,6 +110,9 @@ def test_a_run_that_was_started_from_weights_resumes_exactly(tmp_path):
 def test_the_same_resolution_goes_on_exactly_a_higher_one_is_refused_and_nothing_is_a_new_run(tmp_path):
     trained(tmp_path / "small")
     assert isinstance(find_start(tmp_path, "x", str(tmp_path / "small"), config()), Checkpoint)
+    weights = find_start(tmp_path, "x", str(tmp_path / "small"), config(), as_weights=True)
+    report = start_from(make_run(tmp_path / "other", train_mode="freeze8", g_lr=0.001), weights)
+    assert [line for line in report if "new here" in line or "without a place" in line or "anew" in line] == []     # heads and all
     assert find_start(tmp_path, "x", None, config()) is None and find_start(tmp_path / "none", "x", "auto", config()) is None
     with pytest.raises(OptionError, match="--img-resolution: expected at least the 16 px"):
         find_start(tmp_path, "x", str(tmp_path / "small"), config(img_resolution=8))
