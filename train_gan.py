@@ -40,10 +40,10 @@ def train_as_said(device: str, *, preset: str, cfg: str, fp32: bool | None, nobe
     """Resolve options and train on the device of this rank; returns as `train_gan`."""
     from training.compiler_probe import require_compiler
     from training.gan_config import resolve
-    from training.gan_metrics import parse_metrics
     from training.gan_run import run_gan
     from training.gan_sources import gan_sources
     from training.gan_speed import default_precision, set_up_gpu
+    from training.image_metrics import parse_metrics
     from training.ranks import own_part
 
     watched = parse_metrics(metrics)

@@ -1,14 +1,18 @@
-"""Count and time the published diffusion recipe and ours: FLOPs of SD-1.4 without its weights, images/s of a small UNet with random ones.
+"""Count, time and compare the published diffusion recipe and ours: FLOPs and memory of SD-1.4 without its weights, images/s of a small
+UNet with random ones, and the pictures of both ways of sampling from weights that you have trained.
 
 FLOPs are those torch's counter sees, on the meta device: training with the autoencoder at every step and gradient checkpointing, 77
 tokens (published), against cached latents and 8 tokens (ours); sampling with 50 guided steps against ours. Timings run both ways in one
 process, taking turns, on the same weights: what else the machine does falls on both.
-Example: python -m benchmarks.diffusion --parts flops
+
+    python -m benchmarks.diffusion --parts flops,memory
+    python -m benchmarks.diffusion --parts quality --model runs/diffusion --prompts emb/gene_clip_emb.npy --real runs/C4/patches
 """
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import click
@@ -150,23 +154,76 @@ def time_both(device: str, side: int, size: str, batch: int, rounds: int) -> Non
                    f"{found['ours'] / found['published']:.2f} x")
 
 
+def count_memory(sides: list[int], rank: int) -> None:
+    """Print GB of training SD-1.4 with our prompts, of all weights and of adapters, with and without gradient checkpointing."""
+    from diffusers import UNet2DConditionModel
+
+    from benchmarks.stages.diffusion_memory import kept_gb, state_gb, ways
+
+    width = OUR_TOKENS * EMBEDDING
+    click.echo(f"\nGB, float32, SD-1.4 with {OUR_TOKENS} learned tokens; kept: for the backward pass of one image, () with gradient "
+               "checkpointing")
+    click.echo(f"{'':<16}" + "".join(f"{name:>11}" for name in ("weights", "gradients", "optimiser", "average", "sum"))
+               + "".join(f"{f'kept {side} px':>20}" for side in sides))
+    for name, unet in ways(lambda: UNet2DConditionModel(**SD_UNET, encoder_hid_dim=width, encoder_hid_dim_type="text_proj"), rank).items():
+        state = state_gb(unet)
+        kept = []
+        for side in sides:
+            unet.disable_gradient_checkpointing()
+            plain = kept_gb(unet, side // 8, OUR_TOKENS, width)
+            unet.enable_gradient_checkpointing()
+            kept.append(f"{plain:.3f} ({kept_gb(unet, side // 8, OUR_TOKENS, width):.3f})")
+        click.echo(f"{name:<16}" + "".join(f"{value:>11.3f}" for value in (*state.values(), sum(state.values())))
+                   + "".join(f"{text:>20}" for text in kept))
+
+
+def compare_quality(model: Path, prompts: Path, real: Path, out: Path, n: int, guidance: float, features: str) -> None:
+    """Print the kernel distance to real patches of the published sampling and of ours, from the same weights and prompts."""
+    from benchmarks.stages.diffusion_quality import distances_to_real, draw_way
+
+    interval = f"{OUR_INTERVAL[0]:g},{OUR_INTERVAL[1]:g}"
+    published, ours = f"ddpm, {PUBLISHED_STEPS} steps, guided throughout", f"dpm++, {OUR_STEPS} steps, guided at {interval}"
+    folders = {published: draw_way(out / "published", model, prompts, n, guidance, "ddpm", PUBLISHED_STEPS, "0,1"),
+               ours: draw_way(out / "ours", model, prompts, n, guidance, "dpm++", OUR_STEPS, interval)}
+    found = distances_to_real(folders, real, model, features)
+    click.echo(f"\nkernel distance to real patches x 1000, {n} prompts, guidance {guidance:g}, {features.split('=')[0]} (95 %)")
+    for way, (value, low, high) in found.items():
+        click.echo(f"{way:<40} {value * 1000:8.3f} ({low * 1000:.3f} to {high * 1000:.3f})")
+    click.echo("ours is " + ("not above" if found[ours][0] <= found[published][2] else "above") + " the interval of the published sampling")
+
+
 @click.command(context_settings={"show_default": True})
-@click.option("--parts", default="flops,time", help="flops, time.")
+@click.option("--parts", default="flops,memory,time", help="flops, memory, time, quality.")
 @click.option("--sides", default="64,128,256", help="Of the FLOPs, px.")
 @click.option("--device", default="cpu", help="Of the timings: cpu or cuda.")
 @click.option("--side", default=64, help="Of the timings, px.")
 @click.option("--size", default="small", type=click.Choice(["small", "base"]), help="Of the timed UNet.")
 @click.option("--batch", default=16, help="Images at a time.")
 @click.option("--rounds", default=3, type=click.IntRange(min=1), help="Goes a row.")
-def main(parts: str, sides: str, **timing):
-    """Print GFLOP an image for SD-1.4, and images/s of a small UNet, of the published recipe and ours."""
+@click.option("--lora-rank", default=8, help="Of the memory of adapters.")
+@click.option("--model", type=click.Path(path_type=Path), help="quality: run or pipeline folder of train_diffusion.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="quality: .npy of prompt embeddings.")
+@click.option("--real", type=click.Path(path_type=Path), help="quality: folder of the real patches.")
+@click.option("--out", type=click.Path(path_type=Path), default="runs/diffusion_quality", help="quality: where pictures are kept.")
+@click.option("--n", default=500, help="quality: prompts, one picture each.")
+@click.option("--guidance-scale", default=3.0, help="quality: of both.")
+@click.option("--features", default="efficientnet_lite0", help="quality: encoder of the distances.")
+def main(parts: str, sides: str, lora_rank: int, model, prompts, real, out, n, guidance_scale, features, **timing):
+    """Print GFLOP an image and GB for SD-1.4, images/s of a small UNet, and the quality of sampling, of the published recipe and ours."""
     chosen = parts.split(",")
-    if unknown := set(chosen) - {"flops", "time"}:
-        raise click.BadParameter(f"expected flops, time; found {', '.join(sorted(unknown))}")
+    if unknown := set(chosen) - {"flops", "memory", "time", "quality"}:
+        raise click.BadParameter(f"expected flops, memory, time, quality; found {', '.join(sorted(unknown))}")
+    if "quality" in chosen and None in (model, prompts, real):
+        raise click.UsageError("--parts quality needs --model, --prompts and --real")
+    px = [int(side) for side in sides.split(",")]
     if "flops" in chosen:
-        count_flops([int(side) for side in sides.split(",")])
+        count_flops(px)
+    if "memory" in chosen:
+        count_memory(px, lora_rank)
     if "time" in chosen:
         time_both(**timing)
+    if "quality" in chosen:
+        compare_quality(model, prompts, real, out, n, guidance_scale, features)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ Size = Literal["small", "base"]
 UNET, PIXART, SD3 = "UNet2DConditionModel", "PixArtTransformer2DModel", "SD3Transformer2DModel"
 VAES = ("AutoencoderKL", "AutoencoderTiny")
 PROMPT_LAYER = {UNET: "encoder_hid_proj", PIXART: "caption_projection", SD3: "context_embedder"}   # first to see the tokens
+REPEATED_BLOCKS = ("BasicTransformerBlock", "JointTransformerBlock")    # of all of these denoisers
 PROMPT_WIDTH = {PIXART: "caption_channels", SD3: "joint_attention_dim"}
 SIZES = {   # channels by level, residual blocks a level, width of cross-attention; attention from the second level on
     "small": {"block_out_channels": (32, 64, 128), "layers_per_block": 1, "cross_attention_dim": 128, "attention_head_dim": 4},
@@ -60,6 +61,13 @@ def denoise(denoiser: nn.Module, x: Tensor, timesteps: Tensor, tokens: Tensor) -
                        added_cond_kwargs={"resolution": None, "aspect_ratio": None})[0]
         return out[:, :x.shape[1]]                   # the rest is a learned variance, which no loss here trains
     return denoiser(x, timesteps, tokens, return_dict=False)[0]
+
+
+def compile_blocks(denoiser: nn.Module, backend: str | Callable = "inductor") -> None:
+    """Compile the blocks that a denoiser is built of again and again, each once; names of weights stay."""
+    for module in denoiser.modules():
+        if type(module).__name__ in REPEATED_BLOCKS:
+            module.compile(backend=backend)
 
 
 def prompt_width(config: Mapping) -> int:
@@ -235,23 +243,3 @@ def read_sharded(folder: Path) -> dict[str, Tensor]:
             raise InputError(folder, "weights", "diffusion_pytorch_model.safetensors (or .bin)", "nothing there")
         tensors = read_state_dict(path)
     return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
-
-
-def local_or_hub_pipeline(path: Path | str) -> Path:
-    """A path of this machine as it is; `owner/name`, where nothing of that name lies here: what the hub or its cache holds."""
-    path = Path(path)
-    if path.is_dir() or path.is_absolute() or len(path.parts) != 2 or Path(path.parts[0]).exists():
-        if not path.is_dir():
-            raise InputError(path, "base", "a pipeline folder in diffusers' layout", "nothing there",
-                             "Put unet/, vae/ and scheduler/ of, for example, CompVis/stable-diffusion-v1-4 there, or --from-scratch small")
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-    try:
-        return Path(snapshot_download(path.as_posix(), allow_patterns=[f"{part}/*.{kind}" for part in ("unet", "transformer", "vae")
-                                                                       for kind in ("json", "safetensors")] + ["scheduler/*"]))
-    except (OSError, HFValidationError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        hint = f"Download unet/, vae/ and scheduler/ of {path.as_posix()} and name their folder, or --from-scratch small"
-        raise InputError(path, "base", "a pipeline folder here, or a repository of the hub",
-                         f"nothing there, and the hub says: {reason}", hint) from error

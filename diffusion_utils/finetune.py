@@ -5,59 +5,42 @@ steps that was resumed for m, bit for bit on a CPU. Saving, validating and avera
 """
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from diffusion_utils.adapters import add_adapters, merged
-from diffusion_utils.denoisers import Base, own_prediction
+from diffusion_utils.denoisers import Base, compile_blocks, own_prediction
 from diffusion_utils.ema import Ema
-from diffusion_utils.finetune_config import MAY_CHANGE, FinetuneConfig
-from diffusion_utils.finetune_data import FinetuneData, HeldOut, open_source, read_data
-from diffusion_utils.finetune_step import Batches, held_out_losses, losses_of
-from diffusion_utils.latents import OnlineLatents
+from diffusion_utils.finetune_checkpoint import Standing, find_checkpoint, load_run, save_run
+from diffusion_utils.finetune_config import FinetuneConfig
+from diffusion_utils.finetune_data import FinetuneData, open_source, read_data
+from diffusion_utils.finetune_processes import make_accelerator, stop_requests
+from diffusion_utils.finetune_step import Batches, losses_of
+from diffusion_utils.finetune_validation import Validation
 from diffusion_utils.noising import noising_of
-from diffusion_utils.pipeline import GenePipeline, write_pipeline
-from diffusion_utils.sampling import Solver, make_scheduler
-from evaluation.contact_sheet import contact_sheet, save_png
-from preprocessing.errors import InputError, OptionError, WeightsError
+from diffusion_utils.pipeline import write_pipeline
+from diffusion_utils.sampling import make_scheduler
+from preprocessing.errors import InputError
 from preprocessing.outputs import write_json
-from training.gan_grids import as_pictures
-from training.gan_progress import stop_signals
 from training.loading import in_order
 from training.ranks import any_rank, sum_values
-from training.run_folder import Checkpoint, NoStats, StatsLog, latest_checkpoint, read_checkpoint, save_checkpoint
+from training.run_folder import Checkpoint, NoStats, StatsLog
 
 log = logging.getLogger(__name__)
-SHOWN_PROMPTS, SHOWN_SEEDS = 8, 4
 MOST_LINES = 500          # about so many lines of a run; steps between two are averaged
-TIMEOUT_MINUTES = 30
 
 
 class DivergedError(InputError):
     """Losses stayed NaN or infinite."""
 
     exit_code = 1
-
-
-@dataclass
-class Standing:
-    """Counters of a run; what a checkpoint's state.json keeps."""
-
-    step: int = 0
-    ema_updates: int = 0
-    bad_steps: int = 0
-    bad_in_a_row: int = 0
-    elapsed_s: float = 0.0
 
 
 @dataclass
@@ -86,13 +69,12 @@ class FinetuneRun:
         self.trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
         self.ema = Ema(denoiser, config.ema_decay) if config.use_ema else None
         if config.compile:
-            denoiser.compile_repeated_blocks()
+            compile_blocks(denoiser)
         optimiser = torch.optim.AdamW(self.trained, lr=config.step_size, weight_decay=config.adam_weight_decay,
                                       fused=self.device.startswith("cuda") or None)
         self.wrapped, self.optimiser = accelerator.prepare(denoiser, optimiser)
         self.prompts = self.data.prompts.to(self.device)
-        self.scheduler = _scheduler(self.base.scheduler)
-        self.noising = noising_of(self.scheduler, config.snr_gamma)
+        self.noising = noising_of(_scheduler(self.base.scheduler), config.snr_gamma)
         side = config.resolution // self.base.pixels_a_latent
         self.noise_shape = (denoiser.config.in_channels, side, side)
         self.batches = Batches(config, self.data, self.source, self.noise_shape, accelerator.process_index, accelerator.num_processes)
@@ -101,9 +83,7 @@ class FinetuneRun:
                              "Lower --train-batch-size or --gradient-accumulation-steps, or give more patches")
         self.n_steps = config.max_train_steps or config.num_train_epochs * -(-len(self.data) // self.batches.global_batch)
         self.lr_share = self._lr_share()
-        held = self.data.held_out
-        self.held_source = None if held is None or not accelerator.is_main_process else \
-            open_source(held.images, self.base, config, self.device, speaks=True)
+        self.validation = Validation(self)
 
     def _lr_share(self):
         """Share of the learning rate at a step; a pure function, so that there is nothing to resume."""
@@ -124,7 +104,7 @@ class FinetuneRun:
         keys = itertools.product(range(standing.step, self.n_steps), range(config.gradient_accumulation_steps))
         ready = in_order(keys, self.batches.read, config.dataloader_num_workers)
         n_moved, tick, losses = 0, max(1, self.n_steps // MOST_LINES), []
-        with stop_signals() as stopped:
+        with stop_requests() as stopped:
             while standing.step < self.n_steps:
                 loss = self._one_step(ready)
                 standing.elapsed_s = time.monotonic() - clock
@@ -209,86 +189,19 @@ class FinetuneRun:
         """What pictures come from: the average, else the live denoiser."""
         return self.live if self.ema is None else self.ema.average
 
-    @torch.no_grad()
     def validate(self, stats: StatsLog) -> None:
-        """Held-out losses and pictures, from the weights in memory; live weights and random numbers stay as they are."""
-        held: HeldOut | None = self.data.held_out
-        if not self.accelerator.is_main_process or (held is None and self.data.shown is None):
-            return
-        was_training = self.live.training
-        self.live.eval()
-        try:
-            if held is not None:
-                found = held_out_losses(self.shown_model(), self.prompts, self.noising, self.held_source, held, self.noise_shape,
-                                        self.config.seed, self.device)
-                stats.write(self.standing.step, found, f"step {self.standing.step:>7,} held out: loss {found['val/loss']:.4f}, "
-                                                       f"with other patches' genes {found['val/gene_gap']:+.4f}")
-            if self.data.shown is not None:
-                self._show()
-        finally:
-            self.live.train(was_training)
-
-    def _show(self) -> None:
-        pipeline = GenePipeline(self.shown_model(), self.base.vae, self.base.scheduler, self.prompts, self.config.resolution, "")
-        if self.base.vae is not None:
-            self.base.vae.to(self.device)
-        solver = Solver(guidance_scale=self.config.guidance_scale if self.config.dropout else 1.0)
-        shown = self.data.shown[:SHOWN_PROMPTS]
-        images = as_pictures(pipeline.generate(shown.repeat_interleave(SHOWN_SEEDS, dim=0),
-                                               [(seed, 0) for _ in shown for seed in range(SHOWN_SEEDS)], solver).cpu())
-        if self.base.vae is not None and not isinstance(self.source, OnlineLatents):
-            self.base.vae.to("cpu")
-        save_png(self.config.output_dir / "samples" / f"step-{self.standing.step:08d}.png",
-                 contact_sheet([images[start:start + SHOWN_SEEDS] for start in range(0, len(images), SHOWN_SEEDS)],
-                               row_labels=[f"prompt {number}" for number in range(len(shown))]))
+        """Measure and say how the run stands; every process must call it."""
+        values, line = self.validation.measure()
+        if values:
+            stats.write(self.standing.step, values, line)
 
     def save(self) -> Path | None:
         """Write a checkpoint of this moment, on the first process."""
-        if not self.accelerator.is_main_process:
-            return None
-        tensors = {"denoiser": self._trained_state()} | ({} if self.ema is None else {"ema": self.ema.state()})
-        return save_checkpoint(self.config.output_dir, self.standing.step, keep=self.config.checkpoints_total_limit, tensors=tensors,
-                               state={**self.standing.__dict__, "config": self.config.record, "data_sha256": self.data.sha256,
-                                      "base": self.base.source, "frozen_sha256": self._frozen_sha256()},
-                               optimisers={"optimiser": self.optimiser.state_dict()})
+        return save_run(self) if self.accelerator.is_main_process else None
 
-    def _trained_state(self) -> dict[str, torch.Tensor]:
-        return {name: parameter for name, parameter in self.live.named_parameters() if parameter.requires_grad}
-
-    def _frozen_sha256(self) -> str | None:
-        """Over what adapters stand on, which a checkpoint does not hold; None where all weights are trained."""
-        if not self.config.lora_rank:
-            return None
-        digest = hashlib.sha256()
-        for name, parameter in self.live.named_parameters():
-            if not parameter.requires_grad:
-                digest.update(name.encode() + parameter.detach().cpu().float().contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
-    @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint; refused (exit 5) if it belongs to other options or other data."""
-        state, ours = checkpoint.state, self.config.record
-        theirs = state.get("config", {})
-        changed = [name for name in ours if name not in MAY_CHANGE and name in theirs and ours[name] != theirs[name]]
-        for what, expected, found in (
-                ("config", "the options it was started with", ", ".join(f"{name} {theirs[name]} -> {ours[name]}" for name in changed)),
-                ("data", "the patches and prompts it was started with", "" if state.get("data_sha256") == self.data.sha256 else "others"),
-                ("base", f"the weights of {state.get('base')}", "" if state.get("frozen_sha256") == self._frozen_sha256() else "others")):
-            if found:
-                raise WeightsError(checkpoint.folder, what, expected, found)
-        parts = {"denoiser": self._trained_state()} | ({} if self.ema is None else {"ema": self.ema.state()})
-        for part, own in parts.items():
-            tensors = checkpoint.tensors.get(part, {})
-            if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in own.items()}:
-                raise WeightsError(checkpoint.folder, part, f"the {len(own)} trained tensors of {type(self.live).__name__}",
-                                   f"{len(tensors)}, not all of these names and shapes")
-            for name, tensor in own.items():
-                tensor.copy_(tensors[name])
-        self.optimiser.load_state_dict(checkpoint.optimisers["optimiser"])
-        self.standing = Standing(**{name: state[name] for name in Standing.__dataclass_fields__})
-        if self.ema is not None:
-            self.ema.n_updates = self.standing.ema_updates
+        """Go on from a checkpoint; refused (exit 5) if it belongs to other options, data or base."""
+        load_run(self, checkpoint)
 
     def write_pipeline(self) -> Path | None:
         """The pipeline folder of this moment, on the first process."""
@@ -314,32 +227,6 @@ def open_run(config: FinetuneConfig, accelerator=None) -> FinetuneRun:
         write_json(config.output_dir / "config.json", {"config": config.record, "base": base.source, "n_patches": len(data),
                                                        "data_sha256": data.sha256})
     return run
-
-
-def make_accelerator(config: FinetuneConfig):
-    """accelerate's processes; ranks that wait for another give up after 30 minutes."""
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedType, InitProcessGroupKwargs
-
-    precision = config.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
-    waits = InitProcessGroupKwargs(timeout=timedelta(minutes=TIMEOUT_MINUTES))
-    ranks_on_cpus = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()     # accelerate joins these only if it is told to
-    accelerator = Accelerator(mixed_precision=precision, cpu=ranks_on_cpus, kwargs_handlers=[waits])
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise OptionError("accelerate launch", "one process, or data-parallel ones", str(accelerator.distributed_type.value))
-    return accelerator
-
-
-def find_checkpoint(config: FinetuneConfig) -> Checkpoint | None:
-    """What the run goes on from; None for a new one. A folder that holds a run is not started anew by accident."""
-    said = config.resume_from_checkpoint
-    if said == "latest":
-        return latest_checkpoint(config.output_dir)
-    if said:
-        return read_checkpoint(said)
-    if any(config.output_dir.glob("checkpoint-*")):
-        raise OptionError("--output-dir", "a folder without checkpoints, or --resume-from-checkpoint latest", str(config.output_dir))
-    return None
 
 
 def _scheduler(config: dict):

@@ -10,12 +10,14 @@ from diffusion_utils.denoisers import SIZES, Size
 from diffusion_utils.noising import Prediction
 from diffusion_utils.prompts import PromptTokens
 from preprocessing.errors import OptionError
+from training.image_metrics import CLIP_SCORE, parse_metrics
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 MAY_CHANGE = ("output_dir", "train_data_dir", "dataset_embs", "num_train_epochs", "max_train_steps", "checkpointing_steps",
               "checkpoints_total_limit", "resume_from_checkpoint", "validation_prompts", "validation_steps", "val_data_dir", "val_embs",
               "guidance_scale", "report_to", "push_to_hub", "dataloader_num_workers", "cache_dir", "latent_cache", "max_bad_steps",
-              "pretrained_model_name_or_path", "pretrained_vae_path", "progress", "compile", "uncond_embedding")   # by a continuation
+              "pretrained_model_name_or_path", "pretrained_vae_path", "progress", "compile", "uncond_embedding", "metrics",
+              "timeout_minutes")   # by a continuation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +70,11 @@ class FinetuneConfig:
     val_data_dir: str | None = None            # held-out patches: loss with their own and with exchanged prompts
     val_embs: str | None = None
     guidance_scale: float = 3.0                # of the pictures
+    metrics: str = "none"                      # distances of generated patches to real ones, at validation steps
     report_to: Literal["tensorboard", "none"] = "tensorboard"
     push_to_hub: str | None = None             # owner/name
     max_bad_steps: int = 10
+    timeout_minutes: float = 30.0              # that one process waits for another
     progress: bool = True
 
     def __post_init__(self):
@@ -90,13 +94,15 @@ class FinetuneConfig:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("max_train_steps", "lora_rank"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
-        for name in ("learning_rate", "snr_gamma", "max_grad_norm"):
+        for name in ("learning_rate", "snr_gamma", "max_grad_norm", "timeout_minutes"):
             value = getattr(self, name)
             self._require(name, value is None or (isfinite(value) and value > 0), "a number above 0")
         for name in ("noise_offset", "input_perturbation", "adam_weight_decay", "lr_warmup_steps", "dataloader_num_workers", "seed"):
             self._require(name, isfinite(getattr(self, name)) and getattr(self, name) >= 0, "at least 0")
         self._require("p_uncond", 0 <= self.p_uncond < 1, "at least 0 and less than 1")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and less than 1")
+        if any(metric.kind == CLIP_SCORE for metric in parse_metrics(self.metrics)):
+            raise OptionError("--metrics", "distances, as fd_ENCODER: a run knows no CLIP", CLIP_SCORE)
         self._require("lr_scheduler", self.lr_scheduler in get_args(Schedule), f"one of {', '.join(get_args(Schedule))}")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:

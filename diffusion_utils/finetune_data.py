@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusion_utils.denoisers import Base, from_scratch, load_base, load_vae, local_or_hub_pipeline, token_width_of
+from diffusion_utils.denoisers import Base, from_scratch, load_base, load_vae, token_width_of
 from diffusion_utils.finetune_config import FinetuneConfig
+from diffusion_utils.hub import local_or_hub_pipeline
 from diffusion_utils.latents import CachedLatents, OnlineLatents, Pixels, cached_latents, images_sha256
 from diffusion_utils.pairs import read_pairs
 from diffusion_utils.prompts import PromptEncoder, read_embeddings, read_null_prompt, shuffled

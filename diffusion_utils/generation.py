@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_utils.denoisers import compile_blocks
+from diffusion_utils.pairs import prompt_barcodes
 from diffusion_utils.pipeline import GenePipeline, load_pipeline
 from diffusion_utils.prompts import read_embeddings
 from diffusion_utils.sampling import Solver, parse_interval
@@ -27,7 +29,7 @@ from training.gan_grids import as_pictures
 from training.prompts import parse_seeds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-COLUMNS = ("file", "prompt", "seed", "guidance_scale", "sampler", "steps", "weights_sha256")
+COLUMNS = ("file", "prompt", "seed", "guidance_scale", "sampler", "steps", "weights_sha256")   # and barcode, where it is known
 SAMPLES, GRID, LATENTS, GRID_PROMPTS, GRID_SEEDS = "samples.csv", "grid.png", "latents.npy", 24, 8
 
 
@@ -97,7 +99,7 @@ def open_pipeline(config: GenerateConfig) -> GenePipeline:
             raise InputError(config.uncond_embedding, "null prompt", "one embedding, (D,) or (1, D)", str(tuple(null.shape)))
         pipeline.prompts.null.copy_(null[0])
     if config.compile:
-        pipeline.denoiser.compile_repeated_blocks()
+        compile_blocks(pipeline.denoiser)
     return pipeline
 
 
@@ -106,6 +108,7 @@ def generate_images(config: GenerateConfig) -> list[Path]:
     seeds, solver = config.chosen_seeds(), config.solver()
     pipeline = open_pipeline(config)
     prompts = read_embeddings(config.prompt_file, pipeline.prompts.embedding_width)
+    barcodes = prompt_barcodes(config.prompt_file, len(prompts))
     pipeline.noise_shape(config.resolution)            # refuses a resolution that the layers cannot halve
     asked = [Request(row, seed, null) for null in ((False, True) if config.null_control else (False,))
              for row in _chosen_rows(len(prompts), config.n_prompts) for seed in seeds]
@@ -119,7 +122,7 @@ def generate_images(config: GenerateConfig) -> list[Path]:
             names = [f"{LATENTS}:{row}" for row in range(len(asked))]
         else:
             files, names = _save_pictures(pipeline, prompts, asked, solver, config), [request.file_name for request in asked]
-        _write_samples(samples, asked, names, solver, pipeline.weights_sha256)
+        _write_samples(samples, asked, names, solver, pipeline.weights_sha256, barcodes)
     return [*files, samples]
 
 
@@ -167,10 +170,12 @@ def _save_latents(path: Path, parts: list[Tensor]) -> Path:
     return path
 
 
-def _write_samples(path: Path, asked: list[Request], names: list[str], solver: Solver, weights_sha256: str) -> None:
+def _write_samples(path: Path, asked: list[Request], names: list[str], solver: Solver, weights_sha256: str,
+                   barcodes: list[str] | None) -> None:
     with finished_file(path) as temporary, open(temporary, "w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(COLUMNS)
+        writer.writerow(COLUMNS if barcodes is None else [*COLUMNS, "barcode"])
         for request, name in zip(asked, names, strict=True):
-            writer.writerow([name, "null" if request.null else request.prompt, request.seed, 1.0 if request.null else solver.guidance_scale,
-                             solver.sampler, solver.steps, weights_sha256])
+            row = [name, "null" if request.null else request.prompt, request.seed, 1.0 if request.null else solver.guidance_scale,
+                   solver.sampler, solver.steps, weights_sha256]
+            writer.writerow(row if barcodes is None else [*row, "" if request.null else barcodes[request.prompt]])

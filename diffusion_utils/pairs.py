@@ -101,6 +101,15 @@ def _require_count(file: Path, n_rows: int, n_patches: int, source: Path) -> Non
         raise InputError(file, "rows", f"{n_patches:,}, one a patch of {source}", f"{n_rows:,}")
 
 
+def prompt_barcodes(file: Path | str, n_rows: int) -> list[str] | None:
+    """Barcodes of the rows of an embeddings file, where `embeddings.json` beside it tells them; else None."""
+    file = Path(file)
+    barcodes = _recorded_barcodes(file, _record(file))
+    if barcodes is not None and len(barcodes) != n_rows:
+        raise InputError(file, "rows", f"{len(barcodes):,}, as {RECORD} says", f"{n_rows:,}")
+    return barcodes
+
+
 def _record(file: Path) -> dict:
     """What `embeddings.json` says of this file; empty where it says nothing."""
     path = file.parent / RECORD

@@ -131,7 +131,7 @@ def load_pipeline(folder: Path | str, device: str = "cpu", dtype: torch.dtype = 
     verify_sums(folder)
     record = read_json(folder / TRAINING, "how the pipeline was trained")
     prompts = PromptEncoder.load(folder / "prompts")
-    denoiser = load_denoiser(folder).eval().requires_grad_(False).to(device, dtype)
+    denoiser = nn.Module.to(load_denoiser(folder).eval().requires_grad_(False), device, dtype)   # diffusers' own `to` warns of nothing
     vae = load_vae(folder / "vae").to(device) if (folder / "vae").is_dir() else None
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "the config of a scheduler")
     sha256 = file_sha256(folder / SUMS_FILE)       # stands for every file

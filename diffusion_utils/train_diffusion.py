@@ -11,6 +11,13 @@ from preprocessing.errors import Command
 
 def train_diffusion(**options) -> Path | None:
     """Train and write the run folder; returns the pipeline folder, None on all processes but the first."""
+    from diffusion_utils.finetune_processes import ending_together
+
+    with ending_together():
+        return _train(options)
+
+
+def _train(options: dict) -> Path | None:
     from diffusion_utils.finetune import open_run
     from diffusion_utils.finetune_config import FinetuneConfig
     from preprocessing.progress import ProgressBar
@@ -88,9 +95,12 @@ def train_diffusion(**options) -> Path | None:
 @option("val-data-dir", help="Held-out patches: loss with their own prompts, and with those of others.")
 @option("val-embs", help="Their embeddings.")
 @option("guidance-scale", default=3.0, help="Of the pictures.")
+@option("metrics", default="none", help="Distances of patches drawn for held-out (else training) prompts to the real ones, at validation "
+        "steps: fid10k, kid10k, fd_ENCODER, kd_ENCODER@500=weights.safetensors, by commas.")
 @option("report-to", type=click.Choice(["tensorboard", "none"]), default="tensorboard", help="Mirror of stats.jsonl.")
 @option("push-to-hub", help="owner/name: upload the pipeline at the end, with the login of this machine.")
 @option("max-bad-steps", default=10, help="Steps with NaN or infinite gradients in a row that end the run.")
+@option("timeout-minutes", default=30.0, help="Of several processes: how long one waits for another before the run ends.")
 @switch("progress", True, help="Show progress bars.")
 def main(**options):
     """Train a generator of patches on prompt embeddings (CLIP's gene_clip_emb.npy, scGPT's or any other); writes OUTPUT_DIR/pipeline.

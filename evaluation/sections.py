@@ -66,6 +66,7 @@ def read_generated(folder: Path, sample_id: str, barcodes: Sequence[str]) -> Gen
     absent = [column for column in ("barcode", "seed") if column not in rows[0]]
     if absent:
         raise InputError(source, "columns", "file, barcode, seed", f"no {', '.join(absent)}")
+    rows = [row for row in rows if row["barcode"]] or rows      # a null control is a picture of no spot
     row_of = {barcode: i for i, barcode in enumerate(barcodes)}
     places_of: dict[tuple[int, str], Path] = {}
     foreign = []

@@ -23,9 +23,10 @@ from training.clip_data import Pairs, centre_features, fit_inputs, load_clip_dat
 from training.data import SampleFiles
 from training.gan_data import load_gan_data
 from training.gan_losses import guidance_loss
-from training.gan_metrics import SnapshotMetrics, parse_metrics
+from training.gan_metrics import SnapshotMetrics
 from training.gan_sources import GanSources
 from training.guidance import clip_guidance, guidance_centres, wanted_prompts
+from training.image_metrics import parse_metrics
 from training.sample_centres import SamplePatches
 from training.spot_choice import SpotChoice
 
@@ -172,7 +173,7 @@ def test_clip_score_centres_a_patch_as_its_sample(samples, tmp_path, views):
                              for n in (0, 1)])
         embeds = clip.encode_images(images_to_float(data.training.images), means[data.training.samples])
     expected = (embeds * data.training.prompts).sum(1).mean()
-    found = metrics._value(metrics.metrics[0], {}, data.training.images, torch.arange(20))
+    found = metrics._clip_score(data.training.images, torch.arange(20))
     assert abs(found - float(expected)) < 1e-5
 
 

@@ -29,11 +29,12 @@ from training.gan_config import GanConfig
 from training.gan_data import GanData, mean_colour
 from training.gan_grids import Showcase
 from training.gan_losses import blur_sigma, scheduled_weight
-from training.gan_metrics import Metric, SnapshotMetrics
+from training.gan_metrics import SnapshotMetrics
 from training.gan_progress import SHORT_RUN_FADE, Progress, resolved_fade_kimg, status_line, stop_signals
 from training.gan_speed import prepare
 from training.gan_step import SIGN, GanStep
 from training.held_out import HeldOut
+from training.image_metrics import Metric
 from training.ranks import any_rank, from_first, is_first
 from training.run_folder import Checkpoint, NoStats, StatsLog
 

@@ -15,8 +15,8 @@ from preprocessing.progress import ProgressBar
 from training.gan_config import GanConfig
 from training.gan_data import load_gan_data
 from training.gan_loop import GanRun
-from training.gan_metrics import Metric
 from training.gan_sources import GanSources
+from training.image_metrics import Metric
 from training.patch_cache import cache_place
 from training.ranks import from_first, is_first, rank_and_size
 from training.run_folder import Checkpoint, next_run_folder

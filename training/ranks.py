@@ -160,7 +160,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
     dist.all_reduce(flat)
     used, *parts = flat.split([len(trained), *(gradient.numel() for gradient in gradients)])
     for parameter, part, times in zip(trained, parts, used.tolist(), strict=True):
-        parameter.grad = part.view_as(parameter).to(parameter.dtype) if times else None
+        parameter.grad = torch.empty_like(parameter).copy_(part.view_as(parameter)) if times else None    # in the parameter's layout
 
 
 def sum_values(values: Mapping[str, float], device: torch.device | str) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """A pipeline folder: pictures that depend on prompt and seed alone, guidance that costs what it must, stock diffusers' picture."""
 import csv
+import json
 import shutil
 
 import numpy as np
@@ -15,6 +16,7 @@ from diffusion_utils.finetune import open_run
 from diffusion_utils.pipeline import GenePipeline, load_pipeline, write_pipeline
 from diffusion_utils.prompts import PromptEncoder
 from diffusion_utils.sampling import Solver
+from evaluation.sections import read_generated
 from preprocessing.errors import InputError, OptionError, WeightsError
 
 
@@ -113,6 +115,27 @@ def test_the_list_the_sheet_and_the_control_are_written(world, tmp_path):
     assert Image.open(tmp_path / "grid.png").size[0] > 2 * 16
     some = made(world, tmp_path / "some", num_imgs=1, n_prompts=2, output_px=16)
     assert list(some) == ["prompt00000_seed0000.png", "prompt00004_seed0000.png"]
+
+
+def test_the_list_names_the_spot_of_a_prompt_where_its_embeddings_record_it(world, tmp_path):
+    import anndata as ad
+
+    from preprocessing.outputs import strings_sha256
+    barcodes = ["AC-1", "GT-1", "TT-1"]
+    adata = ad.AnnData(np.ones((3, 1), np.float32))
+    adata.obs_names = barcodes
+    adata.write_h5ad(tmp_path / "gex.h5ad")
+    np.save(tmp_path / "emb.npy", np.ones((3, WIDTH), np.float32))
+    (tmp_path / "embeddings.json").write_text(json.dumps({"barcode_sha256": strings_sha256(barcodes), "files": ["emb.npy"],
+                                                          "gex": str(tmp_path / "gex.h5ad")}))
+    made(world, tmp_path / "out", prompt_file=tmp_path / "emb.npy", seeds="3", n_prompts=2, null_control=True)
+    rows = list(csv.DictReader(open(tmp_path / "out" / "samples.csv")))
+    assert [(row["prompt"], row["barcode"]) for row in rows] == [("0", "AC-1"), ("2", "TT-1"), ("null", ""), ("null", "")]
+    generated = read_generated(tmp_path / "out", "S", barcodes)                # evaluation reads it, without the controls
+    assert generated.rows.tolist() == [0, 2] and generated.images.shape == (2, 1, PX, PX, 3)
+    np.save(tmp_path / "emb.npy", np.ones((4, WIDTH), np.float32))
+    refused = call(world, tmp_path / "other", prompt_file=tmp_path / "emb.npy")
+    assert refused.exit_code == 3 and "expected 3, as embeddings.json says; found 4" in refused.output
 
 
 def test_latents_decode_to_the_pictures(world, latent_folder, tmp_path):

@@ -10,7 +10,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 from gan_runs import make_run, tiny_data  # noqa: E402
 
 from preprocessing.errors import one_line_errors  # noqa: E402
-from training.gan_metrics import parse_metrics  # noqa: E402
+from training.image_metrics import parse_metrics  # noqa: E402
 from training.ranks import is_first, joined_ranks  # noqa: E402
 
 
