@@ -33,6 +33,12 @@ class Spots:
     def __len__(self) -> int:
         return len(self.barcodes)
 
+    @property
+    def own_clusters(self) -> np.ndarray:
+        """(N,) str: "SAMPLE: CLUSTER", as two samples number theirs apart; `NOBODY` stays."""
+        return np.array([f"{sample}: {label}" if label != NOBODY else NOBODY
+                         for sample, label in zip(self.sample_ids, self.clusters, strict=True)])
+
 
 def read_embedded(gex: Mapping[str, Path | str], folders: Mapping[str, Path | str], names: Sequence[str] = ("gene", "image"),
                   clusters: str = "cluster") -> Spots:
