@@ -37,6 +37,7 @@ from preprocessing.patches import read_patch
 KID_SUBSET, KID_SUBSETS = 1000, 100      # torch-fidelity's
 INFINITE_SPLITS = 10                     # random halves behind the interval at infinite n, of five distances each
 SHARES = ("precision", "recall", "density", "coverage")   # at equal n; empty for fewer than 6 images a side
+SIZES_LOOKED_AT = 50
 CSV_NAME = "image_quality_metrics.csv"
 COLUMNS = (
     "experiment", "FID", "KID_mean", "KID_std", "seed",                                # the original's five
@@ -194,9 +195,21 @@ def notices(config: QualityConfig, reference: ImageSet, generated: ImageSet) -> 
 
 
 def unequal_sizes(config: QualityConfig, reference: ImageSet, generated: ImageSet) -> list[str]:
-    """A flag if patches of the two sides (the first of each) are compared at different sizes; else nothing."""
-    real, made = (read_patch(images.paths[0]).shape[0] for images in (reference, generated))
-    return [f"unequal sizes: {real} and {made} px"] if config.match_px is None and real != made else []
+    """A flag if patches are compared at different sizes, between the sides or within one; else nothing."""
+    if config.match_px is not None:
+        return []
+    real, made = (_sides(images) for images in (reference, generated))
+    return [f"unequal sizes: {_span(real)} and {_span(made)} px"] if len({*real, *made}) > 1 else []
+
+
+def _sides(images: ImageSet) -> tuple[int, int]:
+    """Smallest and largest height, of at most about `SIZES_LOOKED_AT` images from all over the list."""
+    found = [read_patch(path).shape[0] for path in images.paths[::max(1, len(images.paths) // SIZES_LOOKED_AT)]]
+    return min(found), max(found)
+
+
+def _span(sides: tuple[int, int]) -> str:
+    return str(sides[0]) if sides[0] == sides[1] else f"{sides[0]} to {sides[1]}"
 
 
 def append_rows(csv_path: Path, rows: Sequence[dict[str, object]]) -> None:

@@ -79,7 +79,7 @@ def test_the_distance_at_infinite_n_has_an_interval_and_lies_below_the_one_at_n(
     assert alike["FID_infinite"] < alike["FID"] and alike["FID_infinite_low"] < 0 < noise["FID_infinite_low"]
     assert all(row["FID_infinite_low"] < row["FID_infinite"] < row["FID_infinite_high"] for row in (alike, noise))
     answer = run(folders, tmp_path, "alike", "--num", 15)
-    assert answer.exit_code == 0 and "infinite" not in answer.output and np.isnan(rows(tmp_path).FID_infinite.iloc[-1])
+    assert answer.exit_code == 0 and "at infinite n" not in answer.output and np.isnan(rows(tmp_path).FID_infinite.iloc[-1])
 
 
 def test_a_folder_against_itself_is_zero_in_any_order(folders, tmp_path):
@@ -194,16 +194,17 @@ def test_folders_that_hold_no_images_are_one_line(folders, tmp_path, content, co
     assert not (tmp_path / "image_quality_metrics.csv").exists()
 
 
-def test_images_of_mixed_sizes_in_one_folder_are_measured_each_at_its_size(folders, tmp_path):
+def test_images_of_mixed_sizes_in_one_folder_are_measured_each_at_its_size_and_flagged(folders, tmp_path):
     (tmp_path / "mixed").mkdir()
     for number, path in enumerate(sorted((folders / "real").glob("*.png"))):
-        image = Image.open(path)
-        image.resize((32 + 16 * (number % 3),) * 2, Image.Resampling.BICUBIC).save(tmp_path / "mixed" / path.name)
-    plain = run(folders, tmp_path, "real", "--gen-img-path", tmp_path / "mixed")
-    matched = run(folders, tmp_path, "real", "--gen-img-path", tmp_path / "mixed", "--match-px", 32, "--batch-size", 7)
-    assert plain.exit_code == matched.exit_code == 0, plain.output + matched.output
-    first, second = rows(tmp_path).to_dict("records")
-    assert first["n_generated"] == 40 and second["FID"] < first["FID"]
+        side = (32, 48, 64)[number % 3]
+        Image.open(path).resize((side, side), Image.Resampling.BICUBIC).save(tmp_path / "mixed" / path.name)
+    for extra in ([], ["--batch-size", 7], ["--match-px", 32]):
+        answer = run(folders, tmp_path, "real", "--gen-img-path", tmp_path / "mixed", *extra)
+        assert answer.exit_code == 0, answer.output
+    table = rows(tmp_path)
+    assert (table.n_generated == 40).all() and table.FID[0] == pytest.approx(table.FID[1], rel=1e-3) and table.FID[2] != table.FID[0]
+    assert table.flags[0].endswith("unequal sizes: 32 and 32 to 64 px") and "sizes" not in table.flags[2]
 
 
 def test_match_px_takes_a_difference_in_sharpness_away(tmp_path):
