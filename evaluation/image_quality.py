@@ -188,9 +188,8 @@ def notices(config: QualityConfig, reference: ImageSet, generated: ImageSet) -> 
         lines.append(f"notice: KID subsets hold {smaller:,} images instead of {KID_SUBSET:,}: there are no more")
     if smaller < RELIABLE_N:
         lines.append(f"notice: below {RELIABLE_N:,} images a Frechet distance is mostly bias: read it beside its floor at equal n")
-    if unequal_sizes(config, reference, generated):
-        lines.append(f"notice: {unequal_sizes(config, reference, generated)[0]}: the distance includes that difference in sharpness; "
-                     "--match-px takes it away")
+    lines += [f"notice: {flag}: the distance includes that difference in sharpness; --match-px takes it away"
+              for flag in unequal_sizes(config, reference, generated)]
     return lines
 
 

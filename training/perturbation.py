@@ -102,8 +102,8 @@ def perturb(config: PerturbConfig, open_source: Callable[..., Source] | None = N
                     workers=workers)
     barcodes = [table.barcodes[row].split("__", 1)[-1] for row in rows]
     settings = {"network": str(config.network), **source.facts, "expression": str(config.gex),
-                "expression file": fingerprint(config.gex), "genes": config.genes, "gene sets": str(config.gene_sets or "none"),
-                "spots": ", ".join(barcodes), "seeds": config.seeds, "random sets": config.controls,
+                "expression file (SHA-256)": fingerprint(config.gex)["sha256"], "genes": config.genes,
+                "gene sets": str(config.gene_sets or "none"), "spots": ", ".join(barcodes), "seeds": config.seeds, "random sets": config.controls,
                 "patch side, µm": patch_um, "patch side, px": source.px,
                 "haematoxylin threshold": found.haematoxylin_threshold, **program_versions()}
     return found.effects, _write(config, found, changes.describe(encoder.gene_names), rows, barcodes, seeds, settings)
@@ -219,6 +219,13 @@ def compare(embedder: Embedder, changes: GeneChanges, rows: np.ndarray, seeds: S
                      effects_of(*statistics, np.array(by_control).reshape(-1, n, k, len(STATISTICS))), settings.threshold)
 
 
+def shortened(genes: str, most: int = 80) -> str:
+    """What was asked for, as a title: whole changes only, "..." for those that do not fit."""
+    parts = [part.strip() for part in genes.split(",") if part.strip()]
+    kept = [part for number, part in enumerate(parts) if number == 0 or len(", ".join(parts[:number + 1])) <= most]
+    return ", ".join(kept) + (", ..." if len(kept) < len(parts) else "")
+
+
 def _write(config: PerturbConfig, found: Perturbed, changes: str, rows: np.ndarray, barcodes: list[str], seeds: list[int],
            settings: dict) -> list[Path]:
     table, record, page = (config.outdir / name for name in ("perturbation.csv", "perturbation.json", "index.html"))
@@ -239,6 +246,6 @@ def _write(config: PerturbConfig, found: Perturbed, changes: str, rows: np.ndarr
                     writer.writerow([row, barcodes[i], seed, *(f"{value:.6g}" if np.isfinite(value) else "" for value in numbers)])
         write_json(record, {"changes": changes, "effects": {effect.name: nan_to_none(effect.to_json()) for effect in found.effects},
                             "settings": settings})
-        write_perturbation_page(page, f"Perturbation: {changes}"[:120], changes, found.effects,
+        write_perturbation_page(page, f"Perturbation: {shortened(config.genes)}", changes, found.effects,
                                 pairs_sheet(found.before, found.after, barcodes, seeds), settings)
     return [table, record, page]
