@@ -60,8 +60,9 @@ def bars_figure(table: pd.DataFrame, title: str = "", width: float = 6.4) -> Fig
     axes.axvline(0, color="#888888", linewidth=0.8)
     axes.tick_params(axis="x", labelsize=8)
     if len(table.columns) > 1:
-        axes.legend(fontsize=8, frameon=False)
-    axes.set_title(title, fontsize=9, loc="left")
+        figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=len(table.columns))    # never over a bar
+    if title:
+        figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     for edge in ("top", "right"):
         axes.spines[edge].set_visible(False)
     return figure

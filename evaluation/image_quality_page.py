@@ -79,12 +79,15 @@ def cluster_tables(rows: Sequence[dict[str, object]]) -> list[str]:
         value = row.get(name)
         return None if value is None else page.with_interval(value["mean"], *value["ci95"])
 
+    counts, sides = ("n_reference", "n_generated", "n_floor"), ("generated", "others", "real")
+    heads = ["made for it", "made for others", "real (floor)"]
     return [page.heading("By cluster"),
-            *(page.table(["cluster", "n real", "n generated", "n a side", "made for it", "made for others", "real (floor)"],
-                         [[row["cluster"], row["n_reference"], row["n_generated"], row["n_floor"],
-                           *(said(row, f"{name}_{what}") for what in ("generated", "others", "real"))] for row in found],
-                         f"{name} to real patches of the cluster, {rows[0]['features']}, at equal n. Patches made for a cluster should lie "
-                         "nearer to it than those made for others.") for name in ("FID", "KID"))]
+            page.table(["cluster", "n real", "n generated", "n a side", *heads],
+                       [[row["cluster"], *(row[name] for name in counts), *(said(row, f"FID_{side}") for side in sides)] for row in found],
+                       f"FID to real patches of the cluster, {rows[0]['features']}, at equal n. Patches made for a cluster should lie "
+                       "nearer to it than those made for others."),
+            page.table(["cluster", *heads], [[row["cluster"], *(said(row, f"KID_{side}") for side in sides)] for row in found],
+                       "The same by KID")]
 
 
 def interval(row: dict[str, object], name: str) -> str:

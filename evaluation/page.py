@@ -16,7 +16,7 @@ from PIL import Image
 
 from preprocessing.outputs import finished_file
 
-FITTING_COLUMNS, PHONE_PX = 3, 358    # of a table, of a picture: what a phone of 390 px shows without scrolling
+FITTING_COLUMNS, PHONE_PX = 5, 358    # of a table, of a picture: what a phone of 390 px shows without scrolling
 STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem; margin: 0 auto; padding: 1rem; }
@@ -25,12 +25,14 @@ p { max-width: 46rem; } .lead { font-size: 1.05rem; } .note { color: #555; font-
 .box { overflow-x: auto; margin: .75rem 0; } .box:focus-visible { outline: 3px solid #2563a8; outline-offset: 2px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; } thead th { border-bottom: 2px solid #888; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+thead th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom; }
 figure { margin: 1rem 0; } figcaption { color: #444; font-size: .92rem; max-width: 46rem; } img { display: block; }
 dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .2rem 1rem; font-size: .9rem; }
 dt { color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
 img.shrinks { max-width: 100%; height: auto; }
 @media (max-width: 40rem) { .scrolls::before { content: "Scroll sideways. "; font-weight: 600; } }
+@media (max-width: 40rem) { th, td { padding: .25rem .35rem; white-space: normal; font-size: .8rem; } }
 @media (max-width: 40rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .4rem; } }
 """.strip()
 

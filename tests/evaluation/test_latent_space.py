@@ -65,7 +65,7 @@ def test_the_nearest_images_come_first_and_the_own_one_has_its_place():
 
 def write_sample(folder, name, rng, genes=30, shift=0.0):
     """20 spots of two clusters, marked by the first five genes; `shift` is what the slide does to the last ten."""
-    level = np.full((20, genes), 3.0)
+    level = np.full((20, genes), 12.0)
     level[::2, :5] *= 8
     level[:, -10:] *= np.exp(shift)
     adata = ad.AnnData(sp.csr_matrix(rng.poisson(level).astype(np.float32)), var=pd.DataFrame(index=[f"g{i}" for i in range(genes)]),
