@@ -204,7 +204,7 @@ def test_images_of_mixed_sizes_in_one_folder_are_measured_each_at_its_size_and_f
         assert answer.exit_code == 0, answer.output
     table = rows(tmp_path)
     assert (table.n_generated == 40).all() and table.FID[0] == pytest.approx(table.FID[1], rel=1e-3) and table.FID[2] != table.FID[0]
-    assert table.flags[0].endswith("unequal sizes: 32 and 32 to 64 px") and "sizes" not in table.flags[2]
+    assert table["flags"][0].endswith("unequal sizes: 32 and 32 to 64 px") and "sizes" not in table["flags"][2]
 
 
 def test_match_px_takes_a_difference_in_sharpness_away(tmp_path):
