@@ -33,7 +33,7 @@ lint: $(STAMP)             ## style
 	$(BIN)/ruff check .
 
 bench: $(STAMP)            ## print the figures of benchmarks/RESULTS.md
-	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	for name in preprocessing loading clip gan diffusion evaluation; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:                     ## remove what runs left behind; .venv stays
 	rm -rf demo_run build *.egg-info .pytest_cache .ruff_cache

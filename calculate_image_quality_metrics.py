@@ -1,6 +1,7 @@
 """Append FID and KID of generated patches, with intervals and the real-vs-real floor, to image_quality_metrics.csv."""
 from __future__ import annotations
 
+from math import isnan
 from pathlib import Path
 
 import click
@@ -14,14 +15,16 @@ MORE = ("gex", "judge", "null", "training", "patch_um", "judge_encoder_weights")
 def calculate_image_quality(out_dir: Path, report: Path | None = None, progress: bool = True,
                             **settings) -> tuple[list[dict[str, object]], list[str]]:
     """Measure, append to the CSV in `out_dir`, write the page if one is asked for; returns the rows, and what else was found, in lines."""
-    from evaluation import features, image_quality, image_quality_page
+    from evaluation import cluster_quality, features, image_quality, image_quality_page
     more = more_config(report, settings)
     chosen = features.feature_specs(settings.pop("features"), inception_weights=settings.pop("weights"))
     config = image_quality.QualityConfig(features=tuple(chosen), **settings)
     reference, generated = image_quality.collect_both(config)
     for line in image_quality.notices(config, reference, generated):
         ProgressBar.write(line)
-    rows = list(image_quality.measure(config, reference, generated, progress))
+    clusters = [] if report is None else cluster_quality.cluster_rows(
+        (config.reference, reference.paths), (config.generated, generated.paths), None if more is None else more.gex)
+    rows = list(image_quality.measure(config, reference, generated, progress, clusters))
     image_quality.append_rows(out_dir / image_quality.CSV_NAME, rows)
     if report is None:
         return rows, []
@@ -51,6 +54,8 @@ def describe(row: dict[str, object]) -> str:
     name = "FID" if row["features"] == "inception" else f"Frechet distance on {row['features']}"
     return (f"{row['experiment']}: {name} {row['FID']:.4g} ({row['FID_low']:.4g} to {row['FID_high']:.4g}), "
             f"at n = {row['n_floor']:,}: {row['FID_at_floor_n']:.4g}, real vs real {row['FID_floor']:.4g}; "
+            + ("" if isnan(row["FID_infinite"]) else f"at infinite n {row['FID_infinite']:.4g} ({row['FID_infinite_low']:.4g} to "
+               f"{row['FID_infinite_high']:.4g}); ") +
             f"KID {row['KID_mean']:.4g} +- {row['KID_std']:.2g}, real vs real {row['KID_floor']:.2g}"
             + (f"  [{row['flags']}]" if row["flags"] else ""))
 

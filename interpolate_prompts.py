@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import click
 
-from preprocessing.errors import Command, OptionError
-from training.sampling_options import sampling_options
+from preprocessing.errors import Command
+from training.sampling_options import is_pipeline, refuse_given, sampling_options, solver_options
 
 GAN_ALONE = ("truncation", "noise_mode", "translate", "rotate", "workers", "clip")
 PIPELINE_ALONE = ("steps", "sampler", "guidance_scale")
@@ -15,10 +15,7 @@ PIPELINE_ALONE = ("steps", "sampler", "guidance_scale")
               "0. The files are as gen_images.py takes them; for a diffusion pipeline FILE.npy:ROW of embeddings.")
 @click.option("--prompt2", required=True, help="Where it ends.")
 @click.option("--n-steps", "--n_steps", default=9, help="Patches a seed, both ends included.")
-@click.option("--steps", type=int, help="Diffusion pipeline: steps from noise to patch. Default: 20.")
-@click.option("--sampler", type=click.Choice(["dpm++", "unipc", "ddim", "ddpm", "euler"]),
-              help="Diffusion pipeline: solver. Default: dpm++.")
-@click.option("--guidance-scale", "--guidance_scale", type=float, help="Diffusion pipeline: weight of the prompt. Default: 3.")
+@solver_options
 @sampling_options
 def main(**options):
     """Generate patches on the way from one gene-expression prompt to another: a row a seed, in which only the genes change.
@@ -30,8 +27,7 @@ def main(**options):
         --prompt2 runs/C4/embeddings/gene_clip_emb.npy:20 --outdir runs/walk
     """
     solving = {name: value for name in PIPELINE_ALONE if (value := options.pop(name)) is not None}
-    diffusion = (options["network"] / "model_index.json").is_file() or (options["network"] / "pipeline" / "model_index.json").is_file()
-    made = _walk_pipeline(options, solving) if diffusion else _walk_gan(options, solving)
+    made = _walk_pipeline(options, solving) if is_pipeline(options["network"]) else _walk_gan(options, solving)
     *patches, samples, strip = made
     click.echo(f"wrote {len([path for path in patches if path.suffix == '.png']):,} patches, {samples}, {strip}")
 
@@ -39,8 +35,7 @@ def main(**options):
 def _walk_gan(options: dict, solving: dict):
     from training.interpolation import InterpolateConfig, interpolate_prompts
 
-    if solving:
-        raise OptionError(f"--{next(iter(solving)).replace('_', '-')}", "a diffusion pipeline as --network", "a GAN snapshot")
+    refuse_given(solving, "a diffusion pipeline as --network", "a GAN snapshot")
     return interpolate_prompts(InterpolateConfig(**options))
 
 
@@ -48,10 +43,7 @@ def _walk_pipeline(options: dict, solving: dict):
     from diffusion_utils.interpolation import PipelineWalk, walk_with_pipeline
     from diffusion_utils.sampling import Solver
 
-    context = click.get_current_context()
-    for name in GAN_ALONE:
-        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            raise OptionError(f"--{name.replace('_', '-')}", "a GAN snapshot as --network", "a diffusion pipeline")
+    refuse_given(GAN_ALONE, "a GAN snapshot as --network", "a diffusion pipeline")
     taken = {name: value for name, value in options.items() if name not in (*GAN_ALONE, "encoded")}    # its prompts always are embeddings
     return walk_with_pipeline(PipelineWalk(**taken, solver=Solver(**solving)))
 

@@ -6,8 +6,8 @@ temperature of the tuned published model are found. With it the held-out section
 intervals, averaged over seeds, and the paired difference in R@10 to the baseline that `evaluate_sections.py` fits (its tower at
 224 px, counts to 10,000), bootstrapped over the spots. Intervals leave out the spread of seeds.
 
-    python benchmarks/clip_real_tissue.py --out runs/her2st --train C2,C3 --held-out C4 --seeds 0,1,2
-    python benchmarks/clip_real_tissue.py --out runs/her2st --train C2,C3 --recipes "clip_small,D 64"      (cross-validates only)
+    python -m benchmarks.clip_real_tissue --out runs/her2st --train C2,C3 --held-out C4 --seeds 0,1,2
+    python -m benchmarks.clip_real_tissue --out runs/her2st --train C2,C3 --recipes "clip_small,D 64"      (cross-validates only)
 
 The published gene encoder has G x G weights: give it a GPU, or leave it out with --recipes.
 """

@@ -5,7 +5,7 @@ once and kept. Before and after it the naive way runs on a thousand of the same 
 gives the ratio per spot of times on the wall, and of CPU time, which other work on the machine disturbs less and which our threads
 do not shorten. The naive "whole" is the sum of its parts a spot: reading, windows, sums, patches, writing.
 62,500 bins take a few minutes on 2 cores, 1 M about a quarter of an hour, 11 M about an hour and 60 GB of disk.
-Example: python benchmarks/preprocessing.py --sizes 62500,1000000,11222500 --work bench
+Example: python -m benchmarks.preprocessing --sizes 62500,1000000,11222500 --work bench
 """
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from sklearn.metrics import pairwise_distances_chunked
 from sklearn.neighbors import NearestNeighbors
 
 NEIGHBOURS = 5
+BLOCK_MB = 64              # of distances at a time: memory does not grow with N x M
 
 
 def coverage_metrics(real: np.ndarray, generated: np.ndarray, k: int = NEIGHBOURS) -> dict[str, float]:
@@ -21,7 +22,7 @@ def coverage_metrics(real: np.ndarray, generated: np.ndarray, k: int = NEIGHBOUR
     real_radius, generated_radius = own_radius(real, k), own_radius(generated, k)
     in_real = np.zeros(len(generated), dtype=np.int64)       # real balls each generated image lies in
     covered, recalled, start = [], [], 0
-    for block in pairwise_distances_chunked(real, generated):
+    for block in pairwise_distances_chunked(real, generated, working_memory=BLOCK_MB):
         rows = slice(start, start := start + len(block))
         inside = block <= real_radius[rows, None]
         in_real += inside.sum(axis=0)

@@ -8,15 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from evaluation.cluster_quality import ClusterRows, cluster_columns
 from evaluation.coverage import NEIGHBOURS, coverage_metrics
 from evaluation.distances import (
+    INFINITE_SHARES,
+    LEAST_INFINITE,
     RELIABLE_N,
     distances_to_halves,
+    frechet_at_infinity,
     frechet_distance,
     full_kernel_distance,
     half_sample_interval,
@@ -30,7 +35,9 @@ from preprocessing.outputs import finished_file, locked
 from preprocessing.patches import read_patch
 
 KID_SUBSET, KID_SUBSETS = 1000, 100      # torch-fidelity's
+INFINITE_SPLITS = 10                     # random halves behind the interval at infinite n, of five distances each
 SHARES = ("precision", "recall", "density", "coverage")   # at equal n; empty for fewer than 6 images a side
+SIZES_LOOKED_AT = 50
 CSV_NAME = "image_quality_metrics.csv"
 COLUMNS = (
     "experiment", "FID", "KID_mean", "KID_std", "seed",                                # the original's five
@@ -38,7 +45,7 @@ COLUMNS = (
     "n_floor", "FID_at_floor_n", "FID_at_floor_n_low", "FID_at_floor_n_high", "FID_floor", "FID_floor_low", "FID_floor_high",
     "KID_at_floor_n", "KID_at_floor_n_low", "KID_at_floor_n_high", "KID_floor", "KID_floor_low", "KID_floor_high",
     "kid_subset", "match_px", "n_ignored", "flags", "reference", "generated", "weights_sha256",
-    *SHARES,
+    *SHARES, "FID_infinite", "FID_infinite_low", "FID_infinite_high",
 )
 
 
@@ -97,8 +104,9 @@ def collect_both(config: QualityConfig) -> tuple[ImageSet, ImageSet]:
     return collect(config.reference, config.num, rng), collect(config.generated, config.num, rng)
 
 
-def measure(config: QualityConfig, reference: ImageSet, generated: ImageSet, progress: bool = True) -> Iterator[dict[str, object]]:
-    """One row of `COLUMNS` for each feature set."""
+def measure(config: QualityConfig, reference: ImageSet, generated: ImageSet, progress: bool = True,
+            clusters: Sequence[ClusterRows] = ()) -> Iterator[dict[str, object]]:
+    """One row of `COLUMNS` for each feature set; with `clusters` also `by_cluster`, a list of what `cluster_columns` finds."""
     device, sizes = pick_device(config.device), unequal_sizes(config, reference, generated)
     for spec in config.features:
         encoder = build_features(spec)
@@ -108,10 +116,12 @@ def measure(config: QualityConfig, reference: ImageSet, generated: ImageSet, pro
             if not np.isfinite(values).all():
                 raise InputError(side.name, f"{spec.label} features", "finite numbers", "NaN or infinity", "Are the weights damaged?")
         columns = distance_columns(real, fake, config)
+        by_cluster = {"by_cluster": cluster_columns(real, fake, clusters, config.seed, config.n_splits)} if clusters else {}
         yield {"experiment": config.experiment, "seed": config.seed, "features": spec.label, **columns,
                "flags": "; ".join([*columns["flags"], *sizes]), "n_ignored": reference.n_ignored + generated.n_ignored,
                "match_px": config.match_px or "",
-               "reference": reference.name, "generated": generated.name, "weights_sha256": encoder.source}
+               "reference": reference.name, "generated": generated.name, "weights_sha256": encoder.source,
+               **by_cluster}
 
 
 def distance_columns(real: np.ndarray, fake: np.ndarray, config: QualityConfig) -> dict[str, object]:
@@ -128,7 +138,8 @@ def distance_columns(real: np.ndarray, fake: np.ndarray, config: QualityConfig) 
         for column, key in ((f"{name}_at_floor_n", "generated"), (f"{name}_floor", "real_vs_real")):
             summary = mean_and_interval(splits[key])
             columns[column], (columns[f"{column}_low"], columns[f"{column}_high"]) = summary["mean"], summary["ci95"]
-    columns["flags"] = flags_of(len(real), len(fake))
+    columns |= infinite_columns(real, fake, config)
+    columns["flags"] = flags_of(len(real), len(fake), real.shape[1])
     return columns | share_columns(real, fake, np.random.default_rng([config.seed, 2]))
 
 
@@ -140,8 +151,20 @@ def share_columns(real: np.ndarray, fake: np.ndarray, rng: np.random.Generator) 
     return coverage_metrics(*(side[np.sort(rng.choice(len(side), n, replace=False))] for side in (real, fake)))
 
 
-def flags_of(n_reference: int, n_generated: int) -> list[str]:
-    """What a reader must know before quoting the row."""
+def infinite_columns(real: np.ndarray, fake: np.ndarray, config: QualityConfig) -> dict[str, float]:
+    """The Frechet distance at infinite n and its interval; NaN, an empty cell, where there are too few images for it."""
+    names = [f"FID_infinite{end}" for end in ("", "_low", "_high")]
+    if min(len(real), len(fake)) < 2 * LEAST_INFINITE:                     # half of them stand behind the interval
+        return dict.fromkeys(names, float("nan"))
+    rng = np.random.default_rng([config.seed, 3])
+    follow = partial(frechet_at_infinity, rng=rng)
+    value = follow(real, fake)
+    interval = half_sample_interval(real, fake, follow, value, rng=rng, n_splits=min(config.n_splits, INFINITE_SPLITS))
+    return dict(zip(names, (value, *interval), strict=True))
+
+
+def flags_of(n_reference: int, n_generated: int, width: int) -> list[str]:
+    """What a reader must know before quoting the row; `width` numbers a feature."""
     flags = []
     if min(n_reference, n_generated) < RELIABLE_N:
         flags.append(f"n < {RELIABLE_N}")
@@ -149,6 +172,8 @@ def flags_of(n_reference: int, n_generated: int) -> list[str]:
         flags.append(f"KID subset {min(n_reference, n_generated)}")
     if n_reference != n_generated:
         flags.append("unequal n")
+    if RELIABLE_N <= min(n_reference, n_generated) < max(INFINITE_SHARES) * width:
+        flags.append(f"infinite n from n < {max(INFINITE_SHARES) * width}")
     return flags
 
 
@@ -163,16 +188,27 @@ def notices(config: QualityConfig, reference: ImageSet, generated: ImageSet) -> 
         lines.append(f"notice: KID subsets hold {smaller:,} images instead of {KID_SUBSET:,}: there are no more")
     if smaller < RELIABLE_N:
         lines.append(f"notice: below {RELIABLE_N:,} images a Frechet distance is mostly bias: read it beside its floor at equal n")
-    if unequal_sizes(config, reference, generated):
-        lines.append(f"notice: {unequal_sizes(config, reference, generated)[0]}: the distance includes that difference in sharpness; "
-                     "--match-px takes it away")
+    lines += [f"notice: {flag}: the distance includes that difference in sharpness; --match-px takes it away"
+              for flag in unequal_sizes(config, reference, generated)]
     return lines
 
 
 def unequal_sizes(config: QualityConfig, reference: ImageSet, generated: ImageSet) -> list[str]:
-    """A flag if patches of the two sides (the first of each) are compared at different sizes; else nothing."""
-    real, made = (read_patch(images.paths[0]).shape[0] for images in (reference, generated))
-    return [f"unequal sizes: {real} and {made} px"] if config.match_px is None and real != made else []
+    """A flag if patches are compared at different sizes, between the sides or within one; else nothing."""
+    if config.match_px is not None:
+        return []
+    real, made = (_sides(images) for images in (reference, generated))
+    return [f"unequal sizes: {_span(real)} and {_span(made)} px"] if len({*real, *made}) > 1 else []
+
+
+def _sides(images: ImageSet) -> tuple[int, int]:
+    """Smallest and largest height, of at most about `SIZES_LOOKED_AT` images from all over the list."""
+    found = [read_patch(path).shape[0] for path in images.paths[::max(1, len(images.paths) // SIZES_LOOKED_AT)]]
+    return min(found), max(found)
+
+
+def _span(sides: tuple[int, int]) -> str:
+    return str(sides[0]) if sides[0] == sides[1] else f"{sides[0]} to {sides[1]}"
 
 
 def append_rows(csv_path: Path, rows: Sequence[dict[str, object]]) -> None:

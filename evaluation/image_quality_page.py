@@ -10,7 +10,7 @@ from evaluation import page
 from evaluation.contact_sheet import contact_sheet
 from evaluation.features import read_samples_csv
 from evaluation.image_quality import SHARES, ImageSet, QualityConfig
-from preprocessing.outputs import program_versions, write_json
+from preprocessing.outputs import nan_to_none, program_versions, write_json
 from preprocessing.patches import read_patch, read_patch_folder
 
 ROWS, COLUMNS = 8, 8
@@ -32,7 +32,7 @@ def write_quality_report(path: Path, config: QualityConfig, reference: ImageSet,
                  "delete-half jackknife, at the floor's n over random halves."),
              page.heading("Settings, weights, versions"), page.facts({**settings, **program_versions()})]
     page.write_page(path, page.page(f"Image quality: {config.experiment}", parts))
-    write_json(path.with_suffix(".json"), {"rows": list(rows), **(more_numbers or {}), "settings": settings,
+    write_json(path.with_suffix(".json"), {"rows": nan_to_none(list(rows)), **(more_numbers or {}), "settings": settings,
                                           "versions": program_versions()})
 
 
@@ -59,9 +59,35 @@ def number_tables(rows: Sequence[dict[str, object]]) -> list[str]:
                        "All images; in brackets the 95 % interval. FID proper is the row of the Inception features."),
             page.table(["distance", "n a side", "generated to real", "real to real (floor)"], equal,
                        "At equal n, over random halves of the real patches"),
+            page.table(["features", "FID at n", "FID at infinite n"],
+                       [[row["features"], row["FID"], interval(row, "FID_infinite")] for row in rows],
+                       "The straight line of the distance in 1/n, followed to infinitely many images (Chong & Forsyth 2020): what is left "
+                       "of it without the bias of few. Below four images a number of a feature it still lies too high."),
+            *cluster_tables(rows),
             page.table(["features", *SHARES], [[row["features"], *(row[name] for name in SHARES)] for row in rows],
                        "As many images a side as the smaller has, balls to the 5th neighbour. Precision: generated patches that look real. "
                        "Coverage: real patches that have a generated one near; a generator that repeats itself covers few.")]
+
+
+def cluster_tables(rows: Sequence[dict[str, object]]) -> list[str]:
+    """Cluster by cluster in the first feature set, where clusters are known."""
+    found = rows[0].get("by_cluster")
+    if not found:
+        return []
+
+    def said(row: dict[str, object], name: str) -> str | None:
+        value = row.get(name)
+        return None if value is None else page.with_interval(value["mean"], *value["ci95"])
+
+    counts, sides = ("n_reference", "n_generated", "n_floor"), ("generated", "others", "real")
+    heads = ["made for it", "made for others", "real (floor)"]
+    return [page.heading("By cluster"),
+            page.table(["cluster", "n real", "n generated", "n a side", *heads],
+                       [[row["cluster"], *(row[name] for name in counts), *(said(row, f"FID_{side}") for side in sides)] for row in found],
+                       f"FID to real patches of the cluster, {rows[0]['features']}, at equal n. Patches made for a cluster should lie "
+                       "nearer to it than those made for others."),
+            page.table(["cluster", *heads], [[row["cluster"], *(said(row, f"KID_{side}") for side in sides)] for row in found],
+                       "The same by KID")]
 
 
 def interval(row: dict[str, object], name: str) -> str:

@@ -48,6 +48,7 @@ def build_inception(weights: Path | str | None = None) -> Inception:
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "inception.pth"
         torch.save(tensors, plain)
+        del tensors                                          # the extractor reads its own: not two at a time
         try:
             extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(plain))
         except RuntimeError as error:                        # torch lists missing, unexpected and misshapen tensors

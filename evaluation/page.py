@@ -16,6 +16,7 @@ from PIL import Image
 
 from preprocessing.outputs import finished_file
 
+FITTING_COLUMNS, PHONE_PX = 5, 358    # of a table, of a picture: what a phone of 390 px shows without scrolling
 STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem; margin: 0 auto; padding: 1rem; }
@@ -24,10 +25,14 @@ p { max-width: 46rem; } .lead { font-size: 1.05rem; } .note { color: #555; font-
 .box { overflow-x: auto; margin: .75rem 0; } .box:focus-visible { outline: 3px solid #2563a8; outline-offset: 2px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; } thead th { border-bottom: 2px solid #888; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+thead th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom; }
 figure { margin: 1rem 0; } figcaption { color: #444; font-size: .92rem; max-width: 46rem; } img { display: block; }
 dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .2rem 1rem; font-size: .9rem; }
 dt { color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
+img.shrinks { max-width: 100%; height: auto; }
+@media (max-width: 40rem) { .scrolls::before { content: "Scroll sideways. "; font-weight: 600; } }
+@media (max-width: 40rem) { th, td { padding: .25rem .35rem; white-space: normal; font-size: .8rem; } }
 @media (max-width: 40rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .4rem; } }
 """.strip()
 
@@ -53,20 +58,23 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str
     head = "".join(f'<th scope="col">{escape(str(column))}</th>' for column in columns)
     body = "\n".join(f'<tr><th scope="row">{escape(number(row[0]))}</th>' + "".join(f"<td>{escape(number(cell))}</td>" for cell in row[1:])
                      + "</tr>" for row in rows)
-    return (f'<p class="note">{escape(caption)}</p>\n'
+    note = "note scrolls" if len(columns) > FITTING_COLUMNS else "note"
+    return (f'<p class="{note}">{escape(caption)}</p>\n'
             f'<div class="box" tabindex="0" role="region" aria-label="{escape(caption, quote=True)}"><table>\n'
             f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>")
 
 
-def picture(image: np.ndarray, caption: str) -> str:
-    """A uint8 (H, W, 3) picture at its own size, inside the page."""
+def picture(image: np.ndarray, caption: str, shrinks: bool = False) -> str:
+    """A uint8 (H, W, 3) picture inside the page: at its own size, behind a scroll bar where it is wider than the page; or, for a chart,
+    shrunk to the page's width."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
-    label = escape(caption, quote=True)
+    label, kind = escape(caption, quote=True), 'class="shrinks" ' if shrinks else ""
+    wide = ' class="scrolls"' if image.shape[1] > PHONE_PX and not shrinks else ""
     return (f'<figure><div class="box" tabindex="0" role="region" aria-label="{label}">'
-            f'<img width="{image.shape[1]}" height="{image.shape[0]}" alt="{label}" src="data:image/png;base64,{data}">'
-            f"</div><figcaption>{escape(caption)}</figcaption></figure>")
+            f'<img {kind}width="{image.shape[1]}" height="{image.shape[0]}" alt="{label}" src="data:image/png;base64,{data}">'
+            f"</div><figcaption{wide}>{escape(caption)}</figcaption></figure>")
 
 
 def facts(values: Mapping[str, object]) -> str:

@@ -11,7 +11,7 @@ from evaluation.contact_sheet import contact_sheet
 from evaluation.effects import Effect, difference_map
 from evaluation.nuclei import SAID
 
-SHOWN_SPOTS, SHOWN_SEEDS, CELL_PX = 8, 3, 96
+SHOWN_SPOTS, SHOWN_SEEDS, CELL_PX = 8, 3, 80      # as wide as the page
 FIGURE_DPI = 100
 
 
@@ -26,7 +26,7 @@ def write_perturbation_page(path: Path, title: str, changes: str, effects: Seque
              page.table(["", "before", "change (95 %)", "in deviations", "random sets (95 %)", "share as large"], rows,
                         f"Means over spots and seeds; intervals over seeds; {n_controls} random sets of as many genes of like expression"),
              page.picture(effects_figure(effects), "Changes in deviations of the patches before: the set with its interval over seeds "
-                          "(blue), each random set (grey)."),
+                          "(blue), each random set (grey).", shrinks=True),
              page.heading("Before, after, difference"),
              page.picture(sheet, "A row a spot; three patches a seed, of the same noise. Difference: blue is darker after the change, "
                           "orange lighter."),
@@ -68,7 +68,7 @@ def effects_figure(effects: Sequence[Effect]) -> np.ndarray:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.0, 0.55 * len(effects) + 0.9), dpi=FIGURE_DPI, layout="constrained")
+    figure = Figure(figsize=(5.0, 0.42 * len(effects) + 0.8), dpi=FIGURE_DPI, layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
     axes.axvline(0, color="#888", linewidth=1)
     for place, effect in enumerate(reversed(effects)):
@@ -79,7 +79,7 @@ def effects_figure(effects: Sequence[Effect]) -> np.ndarray:
         if np.isfinite(low):
             axes.plot([low, high], [place, place], color="#2563a8", linewidth=2.5, solid_capstyle="butt")
         axes.plot(effect.change / effect.spread, place, "o", color="#2563a8", markersize=7)
-    axes.set_yticks(range(len(effects)), [SAID[effect.name] for effect in reversed(effects)])
+    axes.set_yticks(range(len(effects)), [SAID[effect.name] for effect in reversed(effects)], fontsize=9)
     axes.set_ylim(-0.6, len(effects) - 0.4)
     axes.set_xlabel("change, in deviations before")
     for side in ("top", "right"):

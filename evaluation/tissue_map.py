@@ -6,7 +6,7 @@ from scipy.spatial import cKDTree
 
 from evaluation.features import resize_by_area
 
-LARGEST_PX = 560           # side of one map
+LARGEST_PX = 470           # side of one map: two are as wide as the page
 SMALLEST_CELL, LARGEST_CELL = 4, 32
 
 

@@ -71,6 +71,17 @@ def test_noise_lies_above_the_floor_and_more_of_the_same_kind_does_not(folders, 
     assert all(row["FID_low"] <= row["FID"] <= row["FID_high"] for row in (alike, blurred, noise))
 
 
+def test_the_distance_at_infinite_n_has_an_interval_and_lies_below_the_one_at_n(folders, tmp_path):
+    for generated in ("alike", "noise"):
+        answer = run(folders, tmp_path, generated)
+        assert "at infinite n" in answer.output
+    alike, noise = rows(tmp_path).to_dict("records")
+    assert alike["FID_infinite"] < alike["FID"] and alike["FID_infinite_low"] < 0 < noise["FID_infinite_low"]
+    assert all(row["FID_infinite_low"] < row["FID_infinite"] < row["FID_infinite_high"] for row in (alike, noise))
+    answer = run(folders, tmp_path, "alike", "--num", 15)
+    assert answer.exit_code == 0 and "at infinite n" not in answer.output and np.isnan(rows(tmp_path).FID_infinite.iloc[-1])
+
+
 def test_a_folder_against_itself_is_zero_in_any_order(folders, tmp_path):
     run(folders, tmp_path, "real")
     run(folders, tmp_path, "permuted")
@@ -162,6 +173,38 @@ def test_help_names_the_options_at_once():
     answer = CliRunner().invoke(command.main, ["--help"])
     assert answer.exit_code == 0 and time.monotonic() - started < 2
     assert all(option in answer.output for option in ("--experiment", "--ref-img-path", "--gen-img-path", "--out-dir", "--cache-dir"))
+
+
+@pytest.mark.parametrize(("content", "code", "message"), [
+    ({}, 3, "expected images (png, jpg, tif, bmp, webp); found none among 0 files"),
+    ({"notes.txt": b"x"}, 3, "found none among 1 files"),
+    ({"a.png": b""}, 3, "a.png"),
+    ({f"{i}.png": b"not an image" for i in range(5)}, 3, "0.png"),
+    ({".hidden.png": b"x"}, 3, "none among 0 files"),
+], ids=["empty folder", "no images", "an empty file", "other bytes", "hidden files alone"])
+def test_folders_that_hold_no_images_are_one_line(folders, tmp_path, content, code, message):
+    (tmp_path / "made").mkdir()
+    for name, data in content.items():
+        (tmp_path / "made" / name).write_bytes(data)
+    if "a.png" in content:
+        for path in sorted((folders / "alike").glob("*.png"))[:5]:
+            (tmp_path / "made" / path.name).write_bytes(path.read_bytes())
+    answer = run(folders, tmp_path, "alike", "--gen-img-path", tmp_path / "made")
+    assert answer.exit_code == code and message in answer.output and "Traceback" not in answer.output
+    assert not (tmp_path / "image_quality_metrics.csv").exists()
+
+
+def test_images_of_mixed_sizes_in_one_folder_are_measured_each_at_its_size_and_flagged(folders, tmp_path):
+    (tmp_path / "mixed").mkdir()
+    for number, path in enumerate(sorted((folders / "real").glob("*.png"))):
+        side = (32, 48, 64)[number % 3]
+        Image.open(path).resize((side, side), Image.Resampling.BICUBIC).save(tmp_path / "mixed" / path.name)
+    for extra in ([], ["--batch-size", 7], ["--match-px", 32]):
+        answer = run(folders, tmp_path, "real", "--gen-img-path", tmp_path / "mixed", *extra)
+        assert answer.exit_code == 0, answer.output
+    table = rows(tmp_path)
+    assert (table.n_generated == 40).all() and table.FID[0] == pytest.approx(table.FID[1], rel=1e-3) and table.FID[2] != table.FID[0]
+    assert table["flags"][0].endswith("unequal sizes: 32 and 32 to 64 px") and "sizes" not in table["flags"][2]
 
 
 def test_match_px_takes_a_difference_in_sharpness_away(tmp_path):

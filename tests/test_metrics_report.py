@@ -65,6 +65,20 @@ def test_the_report_says_whether_patches_follow_their_genes_and_whether_they_are
     assert "readout: generated" in answer.output and "memorisation: 0 of 30" in answer.output
 
 
+def test_the_report_compares_cluster_by_cluster_where_spots_have_clusters(world, tmp_path):
+    import anndata as ad
+    genes = ad.read_h5ad(world / "A" / "gex_filt.h5ad")
+    genes.obs["cluster"] = np.where(genes.X.toarray()[:, 0] > np.median(genes.X.toarray()[:, 0]), "red", "other")
+    genes.write_h5ad(tmp_path / "gex.h5ad")
+    answer = run(world, tmp_path, "faithful", "--report", tmp_path / "index.html", "--gex", tmp_path / "gex.h5ad")
+    assert answer.exit_code == 0, answer.output
+    (row,) = json.loads((tmp_path / "index.json").read_text())["rows"]
+    assert [part["cluster"] for part in row["by_cluster"]] == ["other", "red"]
+    assert all(part["FID_generated"]["mean"] < part["FID_others"]["mean"] for part in row["by_cluster"])
+    page = (tmp_path / "index.html").read_text()
+    assert "By cluster" in page and "made for others" in page and "FID at infinite n" in page
+
+
 def test_copies_are_counted(world, tmp_path):
     answer = run(world, tmp_path, "copies", "--report", tmp_path / "index.html", "--train-img-path", world / "B" / "patches")
     assert answer.exit_code == 0 and "memorisation: 30 of 30 generated patches are copies (0 of 30 held-out ones)" in answer.output

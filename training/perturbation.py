@@ -1,6 +1,7 @@
 """Change genes and look: what perturb.py does. Patches before and after have the same noise, so that only the genes differ.
 
-Reads a GAN snapshot and the expression of a sample; writes the patches, a table of their nuclei and stain, the effects and a page.
+Reads a GAN snapshot (a diffusion pipeline: `diffusion_utils.perturbation`) and the expression of a sample; writes the patches, a table
+of their nuclei and stain, the effects and a page.
 """
 from __future__ import annotations
 
@@ -20,7 +21,6 @@ from evaluation.effects import Effect, difference_map, effects_of
 from evaluation.nuclei import STATISTICS, fit_nuclei, measure_nuclei
 from evaluation.perturbation_page import pairs_sheet, write_perturbation_page
 from networks.sample_scaling import fit_sample_scaling, require_whole_samples
-from networks.snapshot import Snapshot
 from preprocessing.errors import InputError, OptionError, first_few
 from preprocessing.outputs import fingerprint, finished_file, locked, nan_to_none, program_versions, write_json
 from preprocessing.progress import ProgressBar
@@ -74,17 +74,52 @@ class Perturbed:
     haematoxylin_threshold: float
 
 
-def perturb(config: PerturbConfig, progress: bool = True) -> tuple[list[Effect], list[Path]]:
-    """Make and write everything; returns the effects, and the files that are not one a patch."""
+@dataclass(frozen=True)
+class Source:
+    """What patches are drawn from: a gene encoder, and how its prompts become patches."""
+
+    gene_encoder: object                   # networks.clip.CLIP without image tower, or ConditionMlp
+    make: Make
+    px: int                                # side of a patch
+    facts: dict[str, object]               # of the page: weights, how they were sampled
+
+
+def perturb(config: PerturbConfig, open_source: Callable[..., Source] | None = None,
+            progress: bool = True) -> tuple[list[Effect], list[Path]]:
+    """Make and write everything; returns the effects, and the files that are not one a patch.
+
+    `open_source(config, device, workers, progress)` opens what `config.network` is, by default a GAN snapshot.
+    """
     seeds, ranks = parse_seeds(config.seeds), Ranks()
-    device, workers = ranks.device(config.device), ranks.workers(config.workers)
-    snapshot = open_snapshot(newest_snapshot(config.network), config, device)
-    encoder = _gene_encoder(snapshot, config)
+    workers = ranks.workers(config.workers)
+    source = (open_source or snapshot_source)(config, ranks.device(config.device), workers, progress)
+    encoder = source.gene_encoder
     table = expression_only(config.gex, target_sum=encoder.target_sum, vocabulary=encoder.gene_names)
     changes = read_gene_changes(config.genes, encoder.gene_names, config.gene_sets)
     rows = choose_spots(config, table, seeds[0])
-    px = snapshot.generator.config.img_resolution
     patch_um = config.patch_um or _recorded_patch_um(config.gex) or PATCH_UM
+    found = compare(Embedder(encoder, table), changes, rows, seeds, source.make, um_per_px=patch_um / source.px, controls=config.controls,
+                    workers=workers)
+    barcodes = [table.barcodes[row].split("__", 1)[-1] for row in rows]
+    settings = {"network": str(config.network), **source.facts, "expression": str(config.gex),
+                "expression file (SHA-256)": fingerprint(config.gex)["sha256"], "genes": config.genes,
+                "gene sets": str(config.gene_sets or "none"), "spots": ", ".join(barcodes), "seeds": config.seeds,
+                "random sets": config.controls, "patch side, µm": patch_um, "patch side, px": source.px,
+                "haematoxylin threshold": found.haematoxylin_threshold, **program_versions()}
+    return found.effects, _write(config, found, changes.describe(encoder.gene_names), rows, barcodes, seeds, settings)
+
+
+def require_expression_file(config: PerturbConfig) -> None:
+    if config.gex.suffix != ".h5ad":
+        raise InputError(config.gex, "suffix", ".h5ad of raw counts", config.gex.suffix or "none")
+
+
+def snapshot_source(config: PerturbConfig, device: str, workers: int, progress: bool) -> Source:
+    """A GAN snapshot, with the gene encoder it names or holds."""
+    require_expression_file(config)
+    snapshot = open_snapshot(newest_snapshot(config.network), config, device)
+    if snapshot.gene_encoder is None:
+        raise InputError(config.network, "gene encoder", "a snapshot that draws from expression", "one without gene encoder")
 
     def make(prompts: Tensor, keys: Sequence[tuple[int, int]], what: str) -> Iterator[np.ndarray]:
         batches = (Batch(start, prompts[start:start + config.batch_sz], keys[start:start + config.batch_sz])
@@ -94,23 +129,8 @@ def perturb(config: PerturbConfig, progress: bool = True) -> tuple[list[Effect],
                 bar.update(len(pictures))
                 yield from pictures
 
-    found = compare(Embedder(encoder, table), changes, rows, seeds, make, um_per_px=patch_um / px, controls=config.controls,
-                    workers=workers)
-    barcodes = [table.barcodes[row].split("__", 1)[-1] for row in rows]
-    settings = {"network": str(config.network), "weights (SHA-256)": snapshot.weights_sha256, "expression": str(config.gex),
-                "expression file": fingerprint(config.gex), "genes": config.genes, "gene sets": str(config.gene_sets or "none"),
-                "spots": ", ".join(barcodes), "seeds": config.seeds, "random sets": config.controls, "truncation": config.truncation,
-                "noise": config.noise_mode, "patch side, µm": patch_um, "patch side, px": px,
-                "haematoxylin threshold": found.haematoxylin_threshold, **program_versions()}
-    return found.effects, _write(config, found, changes.describe(encoder.gene_names), rows, barcodes, seeds, settings)
-
-
-def _gene_encoder(snapshot: Snapshot, config: PerturbConfig):
-    if config.gex.suffix != ".h5ad":
-        raise InputError(config.gex, "suffix", ".h5ad of raw counts", config.gex.suffix or "none")
-    if snapshot.gene_encoder is None:
-        raise InputError(config.network, "gene encoder", "a snapshot that draws from expression", "one without gene encoder")
-    return snapshot.gene_encoder
+    return Source(snapshot.gene_encoder, make, snapshot.generator.config.img_resolution,
+                  {"weights (SHA-256)": snapshot.weights_sha256, "truncation": config.truncation, "noise": config.noise_mode})
 
 
 def _recorded_patch_um(path: Path) -> float | None:
@@ -199,6 +219,13 @@ def compare(embedder: Embedder, changes: GeneChanges, rows: np.ndarray, seeds: S
                      effects_of(*statistics, np.array(by_control).reshape(-1, n, k, len(STATISTICS))), settings.threshold)
 
 
+def shortened(genes: str, most: int = 80) -> str:
+    """What was asked for, as a title: whole changes only, "..." for those that do not fit."""
+    parts = [part.strip() for part in genes.split(",") if part.strip()]
+    kept = [part for number, part in enumerate(parts) if number == 0 or len(", ".join(parts[:number + 1])) <= most]
+    return ", ".join(kept) + (", ..." if len(kept) < len(parts) else "")
+
+
 def _write(config: PerturbConfig, found: Perturbed, changes: str, rows: np.ndarray, barcodes: list[str], seeds: list[int],
            settings: dict) -> list[Path]:
     table, record, page = (config.outdir / name for name in ("perturbation.csv", "perturbation.json", "index.html"))
@@ -219,6 +246,6 @@ def _write(config: PerturbConfig, found: Perturbed, changes: str, rows: np.ndarr
                     writer.writerow([row, barcodes[i], seed, *(f"{value:.6g}" if np.isfinite(value) else "" for value in numbers)])
         write_json(record, {"changes": changes, "effects": {effect.name: nan_to_none(effect.to_json()) for effect in found.effects},
                             "settings": settings})
-        write_perturbation_page(page, f"Perturbation: {changes}"[:120], changes, found.effects,
+        write_perturbation_page(page, f"Perturbation: {shortened(config.genes)}", changes, found.effects,
                                 pairs_sheet(found.before, found.after, barcodes, seeds), settings)
     return [table, record, page]

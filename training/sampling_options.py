@@ -1,7 +1,7 @@
 """Options that every command sampling from a snapshot has, as a dataclass and as click options. Loads no torch."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -38,6 +38,30 @@ class SamplingOptions:
                 raise OptionError(f"--{name}", "a finite number", str(getattr(self, name)))
         if not all(map(isfinite, self.translate)):
             raise OptionError("--translate", "two finite numbers", ",".join(map(str, self.translate)))
+
+
+def is_pipeline(network: Path) -> bool:
+    """Whether `network` is a diffusion pipeline, or a run folder with one."""
+    return any((folder / "model_index.json").is_file() for folder in (network, network / "pipeline"))
+
+
+def refuse_given(names: Iterable[str], expected: str, found: str) -> None:
+    """Refuse those options of the command that runs which were named on its command line."""
+    for name in names:
+        if click.get_current_context().get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise OptionError(f"--{name.replace('_', '-')}", expected, found)
+
+
+def solver_options(command: Callable) -> Callable:
+    """Add the options of `diffusion_utils.sampling.Solver` that a command has beside those of a GAN; None where they are not given."""
+    for option in reversed((
+        click.option("--steps", type=int, help="Diffusion pipeline: steps from noise to patch. Default: 20."),
+        click.option("--sampler", type=click.Choice(["dpm++", "unipc", "ddim", "ddpm", "euler"]),
+                     help="Diffusion pipeline: solver. Default: dpm++."),
+        click.option("--guidance-scale", "--guidance_scale", type=float, help="Diffusion pipeline: weight of the prompt. Default: 3."),
+    )):
+        command = option(command)
+    return command
 
 
 def sampling_options(command: Callable, *, seeds: str = "0", encoded: bool = True) -> Callable:

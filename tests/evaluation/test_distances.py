@@ -4,6 +4,7 @@ import pytest
 
 from evaluation.distances import (
     distances_to_halves,
+    frechet_at_infinity,
     frechet_distance,
     full_kernel_distance,
     half_sample_interval,
@@ -127,6 +128,25 @@ def test_the_interval_of_the_whole_holds_what_repeating_the_experiment_gives(rng
     a, b = draw()
     low, high = half_sample_interval(a, b, frechet_distance, frechet_distance(a, b), rng=rng, n_splits=60)
     assert 0.5 < (high - low) / (3.92 * truth.std()) < 2
+
+
+@pytest.mark.parametrize(("shift", "scale"), [(0, 1), (0.5, 1), (0.3, 2)], ids=["alike", "moved", "moved and wider"])
+def test_the_distance_at_infinite_n_is_the_closed_form_where_the_distance_at_n_lies_above(rng, shift, scale):
+    width, n = 12, 400
+    truth = width * (shift ** 2 + (scale - 1) ** 2)                      # |shift|^2 + tr of (1 - scale)^2
+    draws = [(rng.normal(size=(n, width)), rng.normal(size=(n, width)) * scale + shift) for _ in range(12)]
+    followed, at_n = (np.array([measure(a, b) for a, b in draws])
+                      for measure in (lambda a, b: frechet_at_infinity(a, b, rng=rng), frechet_distance))
+    error = followed.std(ddof=1) / np.sqrt(len(draws))
+    assert abs(followed.mean() - truth) < 3 * error + 0.01 and at_n.mean() - truth > 3 * abs(followed.mean() - truth)
+    assert at_n.mean() - truth > 0.1                                     # what the line takes away
+
+
+def test_unequal_sets_are_followed_from_the_smaller_size(rng):
+    a, b = rng.normal(size=(1000, 6)), rng.normal(size=(250, 6)) + 1
+    assert frechet_at_infinity(a, b, rng=rng) == pytest.approx(6, rel=0.25)
+    with pytest.raises(ValueError, match="needs at least 8 images a side; found 7"):
+        frechet_at_infinity(a, b[:7], rng=rng)
 
 
 def test_one_image_has_no_distance(rng):

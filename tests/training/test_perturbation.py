@@ -12,7 +12,7 @@ from preprocessing.errors import InputError, OptionError
 from preprocessing.stain import TARGET_VECTORS
 from training.data import ExpressionTable
 from training.gene_changes import GeneChanges, read_gene_changes
-from training.perturbation import Embedder, compare
+from training.perturbation import Embedder, compare, shortened
 
 GENES = [f"g{i}" for i in range(40)]
 SPOTS, PX = 12, 48
@@ -130,6 +130,11 @@ def test_sets_and_files_name_genes(tmp_path):
 def test_changes_that_cannot_be_meant_are_refused(text, message):
     with pytest.raises(InputError, match=message):
         read_gene_changes(text, GENES)
+
+
+def test_a_title_names_whole_changes():
+    assert shortened("A:+1, B:0") == "A:+1, B:0" and shortened("A" * 90) == "A" * 90
+    assert shortened(",".join(f"Gene{i:02d}:+1" for i in range(20)), most=30) == "Gene00:+1, Gene01:+1, ..."
 
 
 def test_random_genes_are_others_of_like_expression():
