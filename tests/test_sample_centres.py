@@ -173,7 +173,7 @@ def test_clip_score_centres_a_patch_as_its_sample(samples, tmp_path, views):
                              for n in (0, 1)])
         embeds = clip.encode_images(images_to_float(data.training.images), means[data.training.samples])
     expected = (embeds * data.training.prompts).sum(1).mean()
-    found = metrics._clip_score(data.training.images, torch.arange(20))
+    found = metrics._clip_score(metrics.distances.images, torch.arange(20))     # the patches of its prompts, in its order
     assert abs(found - float(expected)) < 1e-5
 
 
