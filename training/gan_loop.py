@@ -119,11 +119,11 @@ class GanRun:
         stats = StatsLog(self.folder, self.progress.step, tensorboard=self.tensorboard,
                          wandb_project=self.wandb_project) if is_first() else NoStats()
         clock, self._tick_kimg = time.monotonic() - self.progress.elapsed_s, self.kimg
-        if self.progress.step == self.progress.first_step:
-            self._snapshot(stats)
         totals: dict[str, float] = {}
-        n_steps, n_moved, tick_start = 0, 0, time.monotonic() - clock
         with stop_signals() as stopped:
+            if self.progress.step == self.progress.first_step:
+                self._snapshot(stats)
+            n_steps, n_moved, tick_start = 0, 0, time.monotonic() - clock
             while self.share < 1:
                 losses = self.one_step()
                 self.progress.elapsed_s = from_first(time.monotonic() - clock)   # one clock for all ranks
