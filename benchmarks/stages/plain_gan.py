@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.generator import RGB_CLAMP, Generator, ModulatedConv, NoiseMode, ToRGB
+from networks.generator import Generator
+from networks.synthesis_layers import RGB_CLAMP, ModulatedConv, NoiseMode, ToRGB
 from training.gan_draws import G_PHASE, Draws
 from training.gan_parts import Part, Step
 from training.gan_step import GanStep

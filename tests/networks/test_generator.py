@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from networks.generator import FourierInput, Generator, GeneratorConfig, Mapping, ModulatedConv, ToRGB
+from networks.generator import Generator, GeneratorConfig, Mapping
 from networks.layers import (
     ConditionNorm,
     EqualizedLinear,
@@ -16,6 +16,7 @@ from networks.layers import (
     upsample_image,
 )
 from networks.snapshot import load_snapshot, move_fourier_input, save_snapshot
+from networks.synthesis_layers import FourierInput, ModulatedConv, ToRGB
 from preprocessing.errors import InputError, OptionError, WeightsError
 
 TINY = {"img_resolution": 16, "c_dim": 8, "z_dim": 6, "cbase": 128, "cmax": 16, "res_blocks": 1, "norm_groups": 4}
