@@ -6,6 +6,8 @@ into them (`shutil.copytree` to a `tmp_path` first).
 """
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from pathlib import Path
 
@@ -15,6 +17,15 @@ from tqdm import tqdm
 
 # Tests kill forked children. One that dies while it draws its progress bar would keep tqdm's own lock, which all processes share.
 tqdm.set_lock(threading.RLock())
+
+@pytest.fixture(autouse=True)
+def threads_of_torch():
+    """A command called in this process may have said how many threads compute, on which the last bits of later tests would depend."""
+    yield
+    torch, threads = sys.modules.get("torch"), os.environ.get("OMP_NUM_THREADS")
+    if torch is not None and threads is not None and torch.get_num_threads() != int(threads):
+        torch.set_num_threads(int(threads))
+
 
 LONGEST_FIRST = ("test_walks.py", "test_workflow.py")
 

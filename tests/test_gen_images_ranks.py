@@ -71,14 +71,14 @@ def test_a_mistake_is_said_once_by_all_processes(world, tmp_path):
 
 
 def test_a_real_ctrl_c_ends_with_130_and_the_same_command_finishes(world, tmp_path):
-    options = {"network": world / "snapshot", "gex": world / "gex.h5ad", "seeds": "0-39", "batch_sz": 2}
+    options = {"network": world / "snapshot", "gex": world / "gex.h5ad", "seeds": "0-99", "batch_sz": 2}
     process = start("gen_images.py", *arguments(**options, outdir=tmp_path / "out"))
     while len(list((tmp_path / "out").glob("prompt*.png"))) < 10 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     code, _, errors = finish(process, 120)
     assert code == 130 and "run the same command again" in errors and "Traceback" not in errors
-    assert 10 <= len(pictures(tmp_path / "out")) < 640 and not list((tmp_path / "out").glob("*.tmp.*"))
+    assert 10 <= len(pictures(tmp_path / "out")) < 1600 and not list((tmp_path / "out").glob("*.tmp.*"))
     assert not (tmp_path / "out" / "samples.csv").exists()
     for name in ("out", "straight"):
         result = call(gen_images, **options, outdir=tmp_path / name)
