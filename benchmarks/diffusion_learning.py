@@ -12,7 +12,6 @@ learned - published is from one seed to the next.
 """
 from __future__ import annotations
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.learning_scores import Sections, read_section, run, score, sheet, table
+from benchmarks.learning_scores import Sections, run, score_runs, table
 
 WAYS = {   # how each is trained; None: drawn from the learned runs
     "published": ["--prompt-tokens", "published"],
@@ -124,9 +123,7 @@ def between_clusters(rows, clusters) -> float:
 def main(data, train, held_out, out, kimg, resolution, guidance_scale, seeds, ways, jobs, features, with_judge):
     """Train, generate, score; print a table and write sheet.png."""
     from diffusion_utils.prompts import read_embeddings
-    from evaluation.features import build_features, feature_specs
-    from evaluation.sections import FeatureBank
-    from networks.clip import CLIP
+    from evaluation.features import feature_specs
 
     plan, ways = Plan(data, train.split(","), held_out, out, kimg, resolution, guidance_scale), ways.split(",")
     if unknown := [way for way in ways if way not in WAYS]:
@@ -139,21 +136,13 @@ def main(data, train, held_out, out, kimg, resolution, guidance_scale, seeds, wa
     plan.clip(out / "clip", 0)
     for name in (*plan.train, held_out):
         plan.embeddings(name)
-    tower = ["model.image_encoder=timm:mobilenetv2_100", f"model.image_encoder_weights={spec.weights.resolve()}"] if spec.weights else []
-    network = plan.clip(out / "judge", 1000, "model.image_views=1", *tower) if with_judge else None
+    network = plan.judge(spec) if with_judge else None
     trained = [way for way in ways if WAYS[way] is not None]
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda key: plan.train_run(*key), [(way, int(seed)) for seed in seeds.split(",") for way in trained]))
         keys = [(way, int(seed)) for seed in seeds.split(",") for way in ways]
         folders = dict(zip(keys, pool.map(lambda key: plan.patches(*key), keys), strict=True))
-    encoder, bank = build_features(spec), FeatureBank(progress=False)
-    judge = CLIP.from_pretrained(network) if with_judge else None
-    section, patch_um = read_section(data / held_out, judge or CLIP.from_pretrained(out / "clip" / "clip", image_encoder=False))
-    scores: dict[str, list[dict]] = {way: [] for way in ways}
-    for (way, seed), folder in folders.items():
-        scores[way].append(score(section, folder, judge, encoder, bank, patch_um))
-        click.echo(f"{way}, seed {seed}: " + json.dumps(scores[way][-1]), err=True)
-    sheet(section, {way: folders[way, int(seeds.split(",")[0])] for way in ways}, out / "sheet.png")
+    section, scores = score_runs(plan, folders, spec, network)
     learned = plan.train_run("learned", int(seeds.split(",")[0])) if "learned" in ways else None
     cosines = prompts_apart(read_embeddings(plan.embeddings(held_out)), section.clusters, learned)
     click.echo("mean cosine between prompts of different clusters: " + ", ".join(f"{name} {value:.3f}" for name, value in cosines.items()))

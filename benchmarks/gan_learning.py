@@ -11,14 +11,13 @@ The interval of the difference is from one seed to the next.
 """
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from benchmarks.learning_scores import Sections, read_section, run, score, sheet, table
+from benchmarks.learning_scores import Sections, run, score_runs, table
 from training.run_folder import latest_run
 
 PRESETS = {   # of either: the same size, backbone and a blur that fades within the run; frozen prompts without dropout
@@ -65,9 +64,7 @@ class Plan(Sections):
 @click.option("--backbone-weights", help="Weight file of EfficientNet-Lite0, where its package is not installed.")
 def main(data, train, held_out, out, kimg, blur_fade_kimg, seeds, presets, jobs, features, with_judge, backbone_weights):
     """Train, generate, score; print a table and write sheet.png."""
-    from evaluation.features import build_features, feature_specs
-    from evaluation.sections import FeatureBank
-    from networks.clip import CLIP
+    from evaluation.features import feature_specs
 
     plan, presets = Plan(data, train.split(","), held_out, out, kimg, blur_fade_kimg or kimg / 10, backbone_weights), presets.split(",")
     if unknown := [preset for preset in presets if preset not in PRESETS]:
@@ -79,19 +76,11 @@ def main(data, train, held_out, out, kimg, blur_fade_kimg, seeds, presets, jobs,
         return
     plan.claim()
     plan.clip(out / "clip", 0)
-    tower = ["model.image_encoder=timm:mobilenetv2_100", f"model.image_encoder_weights={spec.weights.resolve()}"] if spec.weights else []
-    network = plan.clip(out / "judge", 1000, "model.image_views=1", *tower) if with_judge else None
+    network = plan.judge(spec) if with_judge else None
     with ThreadPoolExecutor(jobs) as pool:
         made = {(preset, int(seed)): pool.submit(plan.gan, preset, int(seed)) for seed in seeds.split(",") for preset in presets}
         folders = {key: future.result() for key, future in made.items()}
-    encoder, bank = build_features(spec), FeatureBank(progress=False)
-    judge = CLIP.from_pretrained(network) if with_judge else None
-    section, patch_um = read_section(data / held_out, judge or CLIP.from_pretrained(out / "clip" / "clip", image_encoder=False))
-    scores: dict[str, list[dict]] = {preset: [] for preset in presets}
-    for (preset, seed), folder in folders.items():
-        scores[preset].append(score(section, folder, judge, encoder, bank, patch_um))
-        click.echo(f"{preset}, seed {seed}: " + json.dumps(scores[preset][-1]), err=True)
-    sheet(section, {preset: folders[preset, int(seeds.split(",")[0])] for preset in presets}, out / "sheet.png")
+    section, scores = score_runs(plan, folders, spec, network)
     click.echo(f"{train} -> {held_out}, {kimg:g} kimg, seeds {seeds}, {len(section.barcodes)} prompts, scored by {spec.label}")
     click.echo("\n".join(table(scores)))
 

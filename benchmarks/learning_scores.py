@@ -56,6 +56,13 @@ class Sections:
         return folder / "clip"
 
 
+    def judge(self, spec) -> Path:
+        """CLIP weights of another seed that look for each prompt's patch; their image tower is the encoder that scores."""
+        tower = [] if spec.weights is None else ["model.image_encoder=timm:mobilenetv2_100",
+                                                 f"model.image_encoder_weights={spec.weights.resolve()}"]
+        return self.clip(self.out / "judge", 1000, "model.image_views=1", *tower)
+
+
 def read_section(folder: Path, clip):
     """The prepared section of a folder, its genes as that CLIP wants them, and its patches' side in um."""
     import anndata as ad
@@ -97,6 +104,25 @@ def score(section, folder: Path, judge, encoder, bank, patch_um: float) -> dict[
             "Frechet distance": (distances["generated"]["mean"], distances["real_vs_real"]["mean"]),
             "coverage": (sum(covered) / len(covered), None),
             "diversity within a prompt, grey levels": (diversity["generated"], diversity["real"])}
+
+
+def score_runs(plan: Sections, folders: dict[tuple[str, int], Path], spec, network: Path | None):
+    """Score the patches of every (way, seed), say each, and write sheet.png of the first seed: the held-out section, and scores by way."""
+    from evaluation.features import build_features
+    from evaluation.sections import FeatureBank
+    from networks.clip import CLIP
+
+    encoder, bank = build_features(spec), FeatureBank(progress=False)
+    judge = CLIP.from_pretrained(network) if network else None
+    section, patch_um = read_section(plan.data / plan.held_out,
+                                     judge or CLIP.from_pretrained(plan.out / "clip" / "clip", image_encoder=False))
+    scores: dict[str, list[dict]] = {}
+    for (way, seed), folder in folders.items():
+        scores.setdefault(way, []).append(score(section, folder, judge, encoder, bank, patch_um))
+        click.echo(f"{way}, seed {seed}: " + json.dumps(scores[way][-1]), err=True)
+    first_seed = next(iter(folders))[1]
+    sheet(section, {way: folders[way, first_seed] for way in scores}, plan.out / "sheet.png")
+    return section, scores
 
 
 def table(scores: dict[str, list[dict]]) -> list[str]:
