@@ -37,6 +37,7 @@ class Plan(Sections):
     kimg: float
     resolution: int
     guidance: float
+    images: int              # of every held-out spot
 
     def embeddings(self, name: str) -> Path:
         """Prompt embeddings of a section."""
@@ -69,12 +70,12 @@ class Plan(Sections):
         return folder
 
     def patches(self, way: str, seed: int) -> Path:
-        """Four patches of every held-out spot; returns their folder."""
+        """Patches of every held-out spot; returns their folder."""
         patches = self.out / f"{way}-{seed}-patches"
         if not (patches / "samples.csv").is_file():
             null = WAYS[way] is None
             run("diffusion_utils.generate_img", "--model-checkpoint", self.train_run("learned" if null else way, seed), "--prompt-file",
-                self.no_genes() if null else self.embeddings(self.held_out), "--gen-img-path", patches, "--num-imgs", 4, "--guidance-scale",
+                self.no_genes() if null else self.embeddings(self.held_out), "--gen-img-path", patches, "--num-imgs", self.images, "--guidance-scale",
                 1 if null else self.guidance, "--guidance-interval", "0.2,0.8", "--batch-size", 32, "--device", "cpu", "--no-progress")
         return patches
 
@@ -114,18 +115,19 @@ def between_clusters(rows, clusters) -> float:
 @click.option("--kimg", default=48.0, help="Of every run: equal images seen.")
 @click.option("--resolution", default=32, help="Of the pixels that are learned, px.")
 @click.option("--guidance-scale", default=3.0, help="Of the patches.")
+@click.option("--images", default=4, type=click.IntRange(min=1), help="Of every held-out spot.")
 @click.option("--seeds", default="0,1,2")
 @click.option("--ways", default=",".join(WAYS), help="Of: " + ", ".join(WAYS) + ". The difference is second - first.")
 @click.option("--jobs", default=1, help="Runs at a time.")
 @click.option("--features", default="timm:mobilenetv2_100=../shared/weights/mobilenetv2_100.imagenet_features.safetensors",
               help="Encoder that scores.")
 @click.option("--judge/--no-judge", "with_judge", default=True, help="Train a second CLIP that looks for each prompt's patch.")
-def main(data, train, held_out, out, kimg, resolution, guidance_scale, seeds, ways, jobs, features, with_judge):
+def main(data, train, held_out, out, kimg, resolution, guidance_scale, images, seeds, ways, jobs, features, with_judge):
     """Train, generate, score; print a table and write sheet.png."""
     from diffusion_utils.prompts import read_embeddings
     from evaluation.features import feature_specs
 
-    plan, ways = Plan(data, train.split(","), held_out, out, kimg, resolution, guidance_scale), ways.split(",")
+    plan, ways = Plan(data, train.split(","), held_out, out, kimg, resolution, guidance_scale, images), ways.split(",")
     if unknown := [way for way in ways if way not in WAYS]:
         raise click.BadParameter(f"expected some of {', '.join(WAYS)}; found {unknown[0]}", param_hint="--ways")
     [spec] = feature_specs(features)

@@ -97,13 +97,14 @@ def score(section, folder: Path, judge, encoder, bank, patch_um: float) -> dict[
     pairs = {f"{name}: {what}": (found[part]["generated"]["score"], found[part]["real"]["score"]) for name, part, what in (
         ("clusters", "clusters", "balanced accuracy"), ("judge", "retrieval", "R@10"), ("expression read-out", "readout", "Pearson"),
         ("nuclei and stain", "nuclei", "Pearson with the real patch")) if part in found}
+    if diversity["generated"] is not None:
+        pairs["diversity within a prompt, grey levels"] = (diversity["generated"], diversity["real"])
     if judge is not None:
         pairs["judge: R@10 shuffled"] = (found["retrieval"]["shuffled"]["score"], None)
     return {**pairs, "clusters: accuracy": tuple(found["clusters"][side]["accuracy"] for side in ("generated", "real")),
             "clusters: share of the way from shuffled to real": (found["clusters"]["share_of_ceiling"], 1.0),
             "Frechet distance": (distances["generated"]["mean"], distances["real_vs_real"]["mean"]),
-            "coverage": (sum(covered) / len(covered), None),
-            "diversity within a prompt, grey levels": (diversity["generated"], diversity["real"])}
+            "coverage": (sum(covered) / len(covered), None)}
 
 
 def score_runs(plan: Sections, folders: dict[tuple[str, int], Path], spec, network: Path | None):
