@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import sys
 import warnings
+import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,9 @@ from preprocessing.errors import InputError, first_few, read_json, read_text, re
 from preprocessing.outputs import strings_sha256
 
 METADATA, STAIN = "metadata.jsonl", "stain.json"
+# what Pillow and its decoders make of a damaged image
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, NotImplementedError, struct.error,
+                 zlib.error, Image.DecompressionBombError)
 SAME_PLACE_PX = 2.0               # centres may differ by this: `coords` are whole pixels, some programs round side and corner
 MAX_SIDE_PX = 4096                # of a patch; larger ones are refused before they are decoded
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
@@ -91,7 +96,8 @@ def _recorded_in_stain(folder: Path) -> str | None:
         content = read_json(folder / STAIN, "a stain.json")
     except InputError:
         return None                   # it proves more where it can be read; patches pair without it
-    return content.get("barcode_sha256") if isinstance(content, dict) else None
+    recorded = content.get("barcode_sha256") if isinstance(content, dict) else None
+    return recorded if isinstance(recorded, str) else None
 
 
 def _metadata_line(source: Path, number: int, text: str) -> dict:
@@ -218,7 +224,7 @@ def read_patch(path: Path | str, max_side: int = MAX_SIDE_PX) -> np.ndarray:
             raise InputError(path, "size", f"at most {max_side} x {max_side} px", str(error)) from error
         except InputError:
             raise
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
+        except DECODE_ERRORS as error:
             raise InputError(path, "image", "an image file that can be decoded", f"{error}") from error
 
 

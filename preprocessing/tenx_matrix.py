@@ -23,6 +23,7 @@ from anndata.utils import make_index_unique
 
 from preprocessing.errors import InputError
 from preprocessing.hd_barcodes import as_text
+from preprocessing.hdf5_output import HDF5_ERRORS
 from preprocessing.sample import INT32_MAX
 
 GENE_EXPRESSION = "Gene Expression"
@@ -146,7 +147,7 @@ def _whole_file(path: Path) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise InputError(path, "file", "a 10x HDF5 matrix", "nothing at this path") from error
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except HDF5_ERRORS as error:
         raise InputError(path, "file", "a whole 10x HDF5 matrix", f"one that cannot be read ({error})") from error
 
 
@@ -166,6 +167,8 @@ def runs_of_rows(indptr: np.ndarray, max_entries: int) -> Iterator[tuple[int, in
 def _strings(dataset: h5py.Dataset) -> np.ndarray:
     """Fixed- or variable-length strings as an `S` array where they are ASCII, else `U`."""
     strings = dataset[:]
+    if strings.ndim != 1:
+        raise ValueError(f"{dataset.name} has {strings.ndim} dimensions, not 1")
     return strings if strings.dtype.kind == "S" else np.array(strings.tolist(), dtype="S") if len(strings) else np.empty(0, "S1")
 
 
@@ -173,6 +176,8 @@ def _check_structure(path: Path, shape: tuple[int, ...], data: h5py.Dataset, ind
                      n_barcodes: int) -> None:
     if data.dtype.kind not in "iuf" or {data.ndim, indices.ndim, indptr.ndim} != {1}:
         raise InputError(path, "matrix/data", "a list of numbers", f"{data.dtype} of {data.ndim} dimensions")
+    if indices.dtype.kind not in "iu":
+        raise InputError(path, "matrix/indices", "a list of whole numbers", f"{indices.dtype}")
     if shape != (n_features, n_barcodes) or len(indptr) != n_barcodes + 1:
         raise InputError(path, "matrix/shape", f"{n_features:,} features x {n_barcodes:,} barcodes, as many as are named",
                          f"{' x '.join(f'{length:,}' for length in shape)}, {len(indptr) - 1:,} columns")
@@ -182,6 +187,8 @@ def _check_structure(path: Path, shape: tuple[int, ...], data: h5py.Dataset, ind
 
 def as_int32(path: Path | str, data: np.ndarray) -> np.ndarray:
     """Counts as int32; refuses what is not a whole number from 0 up. Space Ranger 1.0 files exist with float64 counts."""
+    if data.dtype.kind not in "biuf":
+        raise InputError(path, "counts", "raw UMI counts, whole numbers from 0 up", f"{data.dtype}")
     for start in range(0, len(data), CHECK_BLOCK):
         block = data[start:start + CHECK_BLOCK]
         wrong = block < 0
@@ -216,7 +223,7 @@ def _read_folder(path: Path) -> TenxMatrix:
     try:
         with _open(mtx) as stream:
             by_feature = scipy.io.mmread(stream)
-    except (OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
+    except (*HDF5_ERRORS, EOFError, zlib.error) as error:      # MemoryError: it announces more than there is
         raise InputError(mtx, "file", "a whole Matrix Market file", f"one that cannot be read ({error})") from error
     if by_feature.shape != (len(features[0]), len(barcodes)):
         raise InputError(mtx, "shape", f"{len(features[0]):,} features x {len(barcodes):,} barcodes, as many as are named",
