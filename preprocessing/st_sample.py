@@ -71,7 +71,8 @@ def read_counts(path: Path) -> ad.AnnData:
         raise InputError(path, "counts", "numbers", f"words in column {first_few(wordy)}")
     values = table.to_numpy()
     if not np.isfinite(values).all() or (values < 0).any() or (values != np.floor(values)).any() or (values > INT32_MAX).any():
-        raise InputError(path, "counts", f"raw counts, whole numbers from 0 to {INT32_MAX:,}", "negative, fractional, missing or larger ones")
+        raise InputError(path, "counts", f"raw counts, whole numbers from 0 up to {INT32_MAX:,}",
+                         "negative, fractional, missing or larger ones")
     counts = ad.AnnData(sp.csr_matrix(values.astype(np.int32)), obs=pd.DataFrame(index=table.index))
     names = _gene_names(path)
     if len(names) != counts.n_vars:

@@ -17,7 +17,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
-import scipy.io
 import scipy.sparse as sp
 from anndata.utils import make_index_unique
 
@@ -222,14 +221,14 @@ def _read_folder(path: Path) -> TenxMatrix:
     features, barcodes = _read_columns(features_tsv), _read_columns(barcodes_tsv)[0]
     try:
         with _open(mtx) as stream:
-            by_feature = scipy.io.mmread(stream)
-    except (*HDF5_ERRORS, EOFError, zlib.error) as error:      # MemoryError: it announces more than there is
+            by_feature = _read_mtx(stream)
+    except (OSError, EOFError, ValueError, OverflowError, zlib.error) as error:      # pandas' own are ValueErrors
         raise InputError(mtx, "file", "a whole Matrix Market file", f"one that cannot be read ({error})") from error
     if by_feature.shape != (len(features[0]), len(barcodes)):
         raise InputError(mtx, "shape", f"{len(features[0]):,} features x {len(barcodes):,} barcodes, as many as are named",
                          " x ".join(f"{length:,}" for length in by_feature.shape))
-    counts = sp.csr_matrix(by_feature.T)
-    counts.data = as_int32(mtx, counts.data)
+    by_feature.data = as_int32(mtx, by_feature.data)
+    counts = sp.csr_matrix(by_feature.T)                       # a pair that comes twice is summed
     ids = features[0]
     names = features[1] if len(features) > 1 else ids
     types = features[2] if len(features) > 2 else np.full(len(ids), GENE_EXPRESSION)         # Cell Ranger 2 had no types
@@ -238,6 +237,28 @@ def _read_folder(path: Path) -> TenxMatrix:
         counts = counts[:, np.flatnonzero(is_gene)]
     counts.sum_duplicates()
     return TenxMatrix(path, counts, barcodes, unique_names, ids[is_gene], software="")
+
+
+def _read_mtx(stream: io.BufferedIOBase) -> sp.coo_matrix:
+    """A general coordinate matrix as Space Ranger writes it. (scipy's reader ends the whole process over some damaged files.)"""
+    header = stream.readline(200).lower().split()
+    if header[:3] != [b"%%matrixmarket", b"matrix", b"coordinate"] or header[3:] not in ([b"integer", b"general"], [b"real", b"general"]):
+        raise ValueError("its first line is not: %%MatrixMarket matrix coordinate integer general")
+    line = stream.readline()
+    while line.startswith(b"%"):
+        line = stream.readline()
+    n_rows, n_columns, n_entries = map(int, line.split())
+    if min(n_rows, n_columns, n_entries) < 0 or max(n_rows, n_columns) > INT32_MAX:
+        raise ValueError(f"it announces {n_rows} x {n_columns} with {n_entries} entries")
+    if n_entries == 0:
+        return sp.coo_matrix((n_rows, n_columns), dtype=np.int32)
+    table = pd.read_csv(stream, sep=r"\s+", header=None, names=["row", "column", "value"], dtype={"row": np.int64, "column": np.int64})
+    if len(table) != n_entries or not isinstance(table.index, pd.RangeIndex):
+        raise ValueError(f"{len(table):,} lines for the {n_entries:,} entries that it announces")
+    row, column = table["row"].to_numpy() - 1, table["column"].to_numpy() - 1
+    if row.min() < 0 or row.max() >= n_rows or column.min() < 0 or column.max() >= n_columns:
+        raise ValueError("entries outside the matrix")
+    return sp.coo_matrix((table["value"].to_numpy(), (row, column)), shape=(n_rows, n_columns))
 
 
 def _member(folder: Path, *names: str) -> Path:

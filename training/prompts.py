@@ -16,7 +16,7 @@ from torch import Tensor
 
 from networks.snapshot import Snapshot
 from preprocessing.errors import InputError, OptionError, first_few
-from preprocessing.npy_file import load_array
+from preprocessing.npy_file import load_array, require_as_recorded
 from training.data import expression_only
 
 log = logging.getLogger(__name__)
@@ -107,6 +107,8 @@ def _no_prompt(path: Path | str | None, snapshot: Snapshot, encoded: bool, clust
 
 def read_rows(path: Path, width: int | None, encoded: bool) -> np.ndarray:
     """(N, width) float32 of an .npy, of any width if that is None; one prompt may be a plain row."""
+    if encoded:
+        require_as_recorded(path)
     rows = load_array(path, "an array of numbers")
     rows = rows[None] if rows.ndim == 1 else rows
     what = "prompt embeddings" if encoded else "normalised expression"

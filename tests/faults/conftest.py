@@ -15,11 +15,3 @@ def server():
 def sample(tmp_path_factory):
     """Visium HD, 420 x 380 µm, 60 genes: an extraction of seconds. Read it, never write into it."""
     return tiny_sample(tmp_path_factory.mktemp("faults"), "visium-hd", width_um=420, height_um=380, genes=60)
-
-
-@pytest.fixture
-def tried(request):
-    """Count a fault that this test tries, of the kind its marker `fault` names."""
-    def one(n: int = 1) -> None:
-        request.node.user_properties.append(("tried", n))
-    return one

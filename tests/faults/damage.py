@@ -5,8 +5,10 @@ import h5py
 import numpy as np
 from hypothesis import strategies as st
 
-TOKENS = [b"", b" ", b"nan", b"NaN", b"inf", b"-1", b"0", b"1.5", b"1e999", b"99999999999", b"9" * 30, b"1" + b"0" * 400, b"true", b"null", b"[]",
-          b"{}", b'""', b'"', b"'", b"x", b"\0", b"\n", b"\r\n", b"\r", b",", b"\t", b":", b"#", b"\xef\xbb\xbf", b"\xff", b"\xc3\xa9", b"../../x",
+TOKENS = [b"", b" ", b"nan", b"NaN", b"inf", b"-1", b"0", b"1.5", b"1e999", b"99999999999", b"9" * 30, b"1" + b"0" * 400,
+          b"true", b"null", b"[]",
+          b"{}", b'""', b'"', b"'", b"x", b"\0", b"\n", b"\r\n", b"\r", b",", b"\t", b":", b"#", b"\xef\xbb\xbf", b"\xff", b"\xc3\xa9",
+          b"../../x",
           b"/etc/passwd", b"\\ud800", b"[" * 3000, b'{"a":' * 3000, b"!!python/object/apply:os.mkdir [x]", b"Infinity", b"1_0", b"=1+1",
           b"0x10", b"\xe2\x80\xa8", b"a" * 70_000, b"NA", b"-0", b"&a [*a]", b"2020-01-01"]
 CELL = re.compile(rb"[^\s,:;\[\]{}\"<>]+")
@@ -54,7 +56,8 @@ ARRAYS = {
     "fractions": np.array([0.5, 1.5, 2.5]), "huge": np.array([2 ** 62, 1, 2 ** 62]), "unsigned": np.array([2 ** 64 - 1], dtype="u8"),
     "square": np.arange(9.0).reshape(3, 3), "cube": np.zeros((2, 2, 2), "f4"), "booleans": np.array([True, False, True]),
     "bytes": np.array([b"a", b"b", b"a"]), "not utf-8": np.array([b"\xff\xfe", b"\xc3"]), "complex": np.array([1j, 2.0]),
-    "half": np.ones(3, "f2"), "records": np.zeros(3, dtype=[("a", "i4"), ("b", "f4")]), "no rows": np.empty((0, 5)), "wide": np.ones((1, 70_000), "u1"),
+    "half": np.ones(3, "f2"), "records": np.zeros(3, dtype=[("a", "i4"), ("b", "f4")]), "no rows": np.empty((0, 5)),
+    "wide": np.ones((1, 70_000), "u1"),
 }
 
 
