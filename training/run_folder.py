@@ -192,8 +192,6 @@ def read_checkpoint(folder: Path | str) -> Checkpoint:
         state = json.loads((folder / STATE_FILE).read_text())
     except Exception as error:   # the loaders raise a dozen types for hostile contents; none of them may look like a bug of ours
         raise WeightsError(folder, "checkpoint", "tensors that load without running code", str(error)[:160]) from error
-    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-        raise WeightsError(folder / STATE_FILE, "contents", "a JSON object with the step", f"{str(state)[:80]}")
     return Checkpoint(folder, state, tensors, optimisers)
 
 
