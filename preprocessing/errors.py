@@ -44,7 +44,7 @@ class OptionError(ValueError):
     exit_code = EXIT_USAGE
 
     def __init__(self, option: str, expected: str, found: str):
-        super().__init__(f"{option}: expected {expected}; found {found}")
+        super().__init__(f"{_shown(option)}: expected {expected}; found {_shown(found)}")
 
 
 def _shown(text: str) -> str:

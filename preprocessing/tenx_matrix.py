@@ -121,6 +121,8 @@ def open_matrix(path: Path) -> TenxMatrix:
         ids, names, types = (as_text(_strings(features[key])) for key in ("id", "name", "feature_type"))
         software = file.attrs.get("software_version", "")
         software = software.decode() if isinstance(software, bytes) else str(software)
+        if not len(ids) == len(names) == len(types):
+            raise ValueError(f"{len(ids)} ids, {len(names)} names and {len(types)} types of features")
         _check_structure(path, shape, group["data"], group["indices"], indptr, len(ids), len(barcodes))
     is_gene, unique_names = _genes(path, names, types)
     counts = StoredCounts(path, indptr, np.where(is_gene, np.cumsum(is_gene) - 1, -1).astype(np.int32))
@@ -166,8 +168,8 @@ def runs_of_rows(indptr: np.ndarray, max_entries: int) -> Iterator[tuple[int, in
 def _strings(dataset: h5py.Dataset) -> np.ndarray:
     """Fixed- or variable-length strings as an `S` array where they are ASCII, else `U`."""
     strings = dataset[:]
-    if strings.ndim != 1:
-        raise ValueError(f"{dataset.name} has {strings.ndim} dimensions, not 1")
+    if strings.ndim != 1 or strings.dtype.names:
+        raise ValueError(f"{dataset.name} is no list of words")
     return strings if strings.dtype.kind == "S" else np.array(strings.tolist(), dtype="S") if len(strings) else np.empty(0, "S1")
 
 

@@ -28,7 +28,7 @@ from preprocessing.npy_file import RECORD
 from preprocessing.outputs import file_sha256, is_done, strings_sha256
 from preprocessing.patch_file import read_patch_file
 from preprocessing.patches import pair, read_patch, read_patch_folder
-from training.clip_checkpoints import SummedCheckpoints, require_checkpoint, sums_path
+from training.clip_checkpoints import PARTS, SummedCheckpoints, require_checkpoint, sums_path
 from training.patch_cache import PatchRows, cache_key, map_patches, packed_patches
 from training.prompts import read_rows
 from training.run_folder import latest_checkpoint, read_checkpoint, save_checkpoint
@@ -124,8 +124,7 @@ def checkpoint(folder):
 
 def clip_checkpoint(folder):
     path = folder / "step1.ckpt"
-    content = {"state_dict": {"a": torch.arange(60.0)}, "loops": {}, "optimizer_states": [], "lr_schedulers": [], "callbacks": {},
-               "epoch": 1, "global_step": 3, "pytorch-lightning_version": "2.5", "hyper_parameters": {}, "MixedPrecision": {}}
+    content = {**dict.fromkeys(PARTS, {}), "state_dict": {"a": torch.arange(60.0)}, "global_step": 3}
     SummedCheckpoints().save_checkpoint(content, path)
     return [path, sums_path(path)], lambda: SummedCheckpoints().load_checkpoint(require_checkpoint(path)), [path]
 
@@ -149,7 +148,7 @@ def embeddings(folder):
 
     def read():
         pairs = read_pairs(str(world / "patches"), str(world / "emb.npy"))
-        return read_rows(world / "emb.npy", WIDTH, encoded=True), [path.name for path in pairs.patches.paths]
+        return read_rows(world / "emb.npy", WIDTH, encoded=True), pairs.patches.load_images(progress=False)
 
     return [world / "emb.npy", world / RECORD], read, [world / "emb.npy"]
 
@@ -175,8 +174,8 @@ def packed(folder):
     key = cache_key(paths, [-1] * 4, 32, {"resize": "box"}, folder, program="Pillow")
 
     def read():
-        made = packed_patches(key, folder / "cache", lambda start, stop: np.stack([read_patch(path).transpose(2, 0, 1) for path in
-                                                                                  paths[start:stop]]), must=True, progress=False)
+        made = packed_patches(key, folder / "cache", lambda start, stop: np.stack([
+            np.ascontiguousarray(read_patch(path).transpose(2, 0, 1)) for path in paths[start:stop]]), must=True, progress=False)
         return map_patches(made).numpy().copy()
 
     read()
