@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 COHORT := .venv/.cohort
 
-.PHONY: setup cohort demo demo-diffusion test lint lock bench clean
+.PHONY: setup cohort demo demo-diffusion test faults lint lock bench clean
 setup: $(STAMP)            ## create .venv and install requirements.txt
 
 $(STAMP): requirements.txt pyproject.toml
@@ -28,6 +28,9 @@ demo-diffusion: demo       ## Stable Diffusion on the demo's patches, in pixel s
 
 test: $(COHORT)            ## every test, one file at a time on each core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations=15
+
+faults: $(COHORT)          ## the fault tests in full, with a table of what was tried
+	FAULT_ROUNDS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --timeout 7200 -m fault
 
 lock: $(STAMP)             ## requirements-lock.txt anew: exact versions with hashes, for Python 3.10-3.12
 	printf '%s\n' '# Every package of requirements.txt and requirements-cohort.txt, one version each, with the hashes of its files.' \

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from preprocessing.errors import Command, InputError, OptionError
+from preprocessing.errors import Command, InputError, OptionError, read_text
 
 
 def evaluate_sections(*, train: str, val: str, network: Path, judge: Path | None, generated: str | None, untrained: str | None,
@@ -138,14 +138,14 @@ def read_steps(path: Path | None) -> dict[str, float]:
     """Wall times by step from JSON lines or a CSV with step and seconds; times of the same step are added."""
     if path is None:
         return {}
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path, "rows of step and seconds")
     try:
         rows = ([json.loads(line) for line in text.splitlines() if line.strip()] if text.lstrip().startswith("{")
                 else list(csv.DictReader(text.splitlines())))
         total: dict[str, float] = {}
         for row in rows:
             total[row["step"]] = round(total.get(row["step"], 0) + float(row["seconds"]), 1)
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError, csv.Error) as error:
         raise InputError(path, "steps", "rows of step and seconds", str(error)) from error
     return total
 

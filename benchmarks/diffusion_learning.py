@@ -12,7 +12,7 @@ learned - published is from one seed to the next.
 """
 from __future__ import annotations
 
-import shutil
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,9 @@ class Plan(Sections):
 
         path, held = self.out / "embeddings" / "null" / EMBEDDINGS, self.embeddings(self.held_out)
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(held.with_name("embeddings.json"), path.with_name("embeddings.json"))
+        record = json.loads(held.with_name("embeddings.json").read_text())
+        record.pop("sha256", None)                              # of the embeddings that the null prompt takes the place of
+        path.with_name("embeddings.json").write_text(json.dumps(record))
         null = np.concatenate([np.load(self.embeddings(name), allow_pickle=False) for name in self.train]).mean(axis=0, keepdims=True)
         np.save(path, np.repeat(null, len(np.load(held, mmap_mode="r", allow_pickle=False)), axis=0), allow_pickle=False)
         return path

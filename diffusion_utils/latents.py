@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from diffusion_utils.draws import ORIENTATIONS, oriented
 from networks.layers import images_to_float
-from preprocessing.outputs import finished_file, flush_to_disk, locked, require_free_space
+from preprocessing.npy_file import NPY_ERRORS
+from preprocessing.outputs import finished_file, flush_to_disk, locked, require_free_space, write_json
 from preprocessing.progress import ProgressBar
-from training.patch_cache import PatchRows
+from training.patch_cache import PatchRows, spread_sha256
 
 ROWS_A_BLOCK = 8
 
@@ -94,7 +95,7 @@ def cached_latents(images: PatchRows, vae: nn.Module, folder: Path, *, device: s
     shape = (len(images), ORIENTATIONS, 2, vae.config.latent_channels, side, side)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "latents"):
-        if not path.is_file():
+        if not is_whole(path, shape):
             _fill(path, shape, images, vae, device, progress)
     return CachedLatents(np.load(path, mmap_mode="r", allow_pickle=False), dict(vae.config))
 
@@ -121,8 +122,18 @@ def _fill(path: Path, shape: tuple[int, ...], images: PatchRows, vae: nn.Module,
     array.flush()
     del array
     flush_to_disk(working)
+    write_json(path.with_suffix(".json"), {"shape": shape, "sha256": spread_sha256(working)})
     working.rename(path)
     note.unlink(missing_ok=True)
+
+
+def is_whole(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a cache is there with the bytes it was finished with; else it is made anew."""
+    try:
+        about = json.loads(path.with_suffix(".json").read_text())
+        return about["shape"] == list(shape) and about["sha256"] == spread_sha256(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _rows_done(working: Path, note: Path, shape: tuple[int, ...]) -> int:
@@ -130,9 +141,10 @@ def _rows_done(working: Path, note: Path, shape: tuple[int, ...]) -> int:
     try:
         said = json.loads(note.read_text())
         whole = np.load(working, mmap_mode="r", allow_pickle=False).shape == shape == tuple(said["shape"])
-    except (OSError, ValueError, KeyError, TypeError):
+        rows = said["rows"]
+    except (*NPY_ERRORS, OSError):
         return 0
-    return int(said["rows"]) if whole else 0
+    return rows if whole and isinstance(rows, int) and 0 <= rows <= shape[0] else 0
 
 
 def _key(images: PatchRows, vae: nn.Module) -> str:

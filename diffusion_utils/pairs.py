@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from diffusion_utils.prompts import read_embeddings
 from preprocessing.errors import InputError, OptionError, read_json
+from preprocessing.expression import open_h5ad
 from preprocessing.outputs import strings_sha256
 from preprocessing.patch_file import read_patch_file
 from preprocessing.patches import match_barcodes, pair, read_patch_folder
@@ -114,17 +116,16 @@ def _record(file: Path) -> dict:
     """What `embeddings.json` says of this file; empty where it says nothing."""
     path = file.parent / RECORD
     content = read_json(path, "a record of embeddings") if path.is_file() else {}
-    return content if isinstance(content, dict) and file.name in content.get("files", []) else {}
+    files = content.get("files") if isinstance(content, dict) else None
+    return content if isinstance(files, list) and file.name in files else {}
 
 
 def _recorded_barcodes(file: Path, record: dict) -> list[str] | None:
     """The barcodes of the rows, read from the expression file that was embedded, if it is still that one."""
     gex = record.get("gex")
-    if not gex or not Path(gex).is_file():
+    if not isinstance(gex, str) or not os.path.isfile(gex):
         return None
-    import anndata as ad
-
-    adata = ad.read_h5ad(gex, backed="r")
+    adata = open_h5ad(gex, backed=True)
     try:
         barcodes = [str(name) for name in adata.obs_names]
     finally:

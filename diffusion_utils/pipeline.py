@@ -21,11 +21,12 @@ from diffusion_utils.prompts import PromptEncoder
 from diffusion_utils.sampling import Solver, make_scheduler, sample
 from networks.layers import images_to_uint8
 from networks.weights import SUMS_FILE
-from preprocessing.errors import OptionError, WeightsError, read_json
+from preprocessing.errors import OptionError, WeightsError, first_few, read_json
 from preprocessing.outputs import file_sha256, finished_folder, program_versions
 from training.gan_draws import seeded_draws
 
 TRAINING = "training.json"
+CHECKED = (".json", ".safetensors", ".bin", ".py")
 PIPELINE_CLASS = {UNET: "StableDiffusionPipeline", PIXART: "PixArtAlphaPipeline", SD3: "StableDiffusion3Pipeline"}
 ABSENT = {UNET: ("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder"),
           PIXART: ("text_encoder", "tokenizer"),
@@ -63,9 +64,13 @@ def write_pipeline(folder: Path | str, denoiser: nn.Module, vae: nn.Module | Non
 
 
 def verify_sums(folder: Path) -> None:
-    """Compare every file with SHA256SUMS."""
-    for line in (folder / SUMS_FILE).read_text().splitlines():
-        expected, _, name = line.partition("  ")
+    """Compare every file with SHA256SUMS; JSON, weights and code that it does not list are refused."""
+    sums = [line.partition("  ")[::2] for line in (folder / SUMS_FILE).read_text(errors="replace").splitlines()]
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in CHECKED and path.is_file()}
+    unlisted = sorted(present - {name for _, name in sums})
+    if unlisted:
+        raise WeightsError(folder / SUMS_FILE, "content", "a line for every file of the pipeline", f"none for {first_few(unlisted)}")
+    for expected, name in sums:
         found = file_sha256(folder / name) if (folder / name).is_file() else "nothing there"
         if found != expected:
             raise WeightsError(folder / name, "SHA-256", expected, found, "the file is damaged")
@@ -130,6 +135,8 @@ def load_pipeline(folder: Path | str, device: str = "cpu", dtype: torch.dtype = 
         raise WeightsError(folder, "content", f"{SUMS_FILE} and prompts/, as train_diffusion writes them", "a pipeline without them")
     verify_sums(folder)
     record = read_json(folder / TRAINING, "how the pipeline was trained")
+    if not isinstance(record, dict) or not isinstance(record.get("resolution"), int):
+        raise WeightsError(folder / TRAINING, "resolution", "px of the pictures it learned", f"{str(record)[:80]}")
     prompts = PromptEncoder.load(folder / "prompts")
     denoiser = nn.Module.to(load_denoiser(folder).eval().requires_grad_(False), device, dtype)   # diffusers' own `to` warns of nothing
     vae = load_vae(folder / "vae").to(device) if (folder / "vae").is_dir() else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from networks.layers import images_to_float
-from preprocessing.errors import InputError, OptionError, first_few
-from preprocessing.outputs import file_sha256, finished_file
+from preprocessing.errors import InputError, OptionError, first_few, read_text
+from preprocessing.outputs import file_sha256, finished_file, is_as_recorded, record_file
 from preprocessing.patches import read_patch, read_patch_folder
 from preprocessing.progress import ProgressBar
 
@@ -64,8 +65,11 @@ def read_samples_csv(folder: Path | str) -> list[dict[str, str]]:
     source = Path(folder) / "samples.csv"
     if not source.is_file():
         raise InputError(source, "file", "the list that gen_images.py writes", "nothing there")
-    with open(source, newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
+    text = read_text(source, "the list that gen_images.py writes")
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), restkey="", restval=""))
+    except csv.Error as error:
+        raise InputError(source, "lines", "comma-separated text", str(error)) from error
     if not rows or "file" not in rows[0]:
         raise InputError(source, "columns", "at least one row with `file`", ", ".join(rows[0]) if rows else "no rows")
     outside = [row["file"] for row in rows if Path(row["file"]).is_absolute() or ".." in Path(row["file"]).parts]
@@ -187,14 +191,12 @@ def cached_features(paths: Sequence[Path], encoder: nn.Module, cache_dir: Path |
         contents = list(pool.map(file_sha256, paths))
     key = hashlib.sha256(json.dumps([encoder.name, encoder.source, match_px, contents]).encode()).hexdigest()[:32]
     target = cache_dir / f"{encoder.name.replace(':', '_')}_{key}.npy"
-    if target.is_file():
-        features = np.load(target, mmap_mode="r", allow_pickle=False)
-        if features.ndim == 2 and len(features) == len(paths):
-            return features, True
-        raise InputError(target, "shape", f"{len(paths)} rows", f"{features.shape}", "Delete this cache file")
+    if is_as_recorded(target):
+        return np.load(target, mmap_mode="r", allow_pickle=False), True
     features = image_features(paths, encoder, batch_size, device, progress, match_px)
     with finished_file(target) as temporary, open(temporary, "wb") as stream:
         np.save(stream, features, allow_pickle=False)
+    record_file(target)
     return features, False
 
 

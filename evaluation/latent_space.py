@@ -15,6 +15,7 @@ import pandas as pd
 from evaluation.retrieval import unit_rows
 from preprocessing.errors import InputError, OptionError, read_json, require_file
 from preprocessing.expression import read_expression
+from preprocessing.npy_file import load_array, require_as_recorded
 from preprocessing.outputs import strings_sha256
 
 LEAST_SPOTS = 5            # of all samples: fewer have no neighbours to speak of
@@ -76,12 +77,11 @@ def cluster_labels(obs: pd.DataFrame, column: str, path: Path | str) -> np.ndarr
 
 def _read_rows(path: Path, n: int) -> np.ndarray:
     require_file(path, "embeddings as clip_embeddings.py writes them, of genes and of images")
-    try:
-        rows = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InputError(path, "contents", "an array as numpy.save writes it", "something else") from error
-    if rows.ndim != 2 or len(rows) != n or not np.isfinite(rows).all():
-        raise InputError(path, "shape", f"({n}, D), finite numbers", f"{rows.shape}" if rows.shape[:1] != (n,) else "NaN or infinity")
+    require_as_recorded(path)
+    rows = load_array(path, "an array of numbers")
+    if rows.ndim != 2 or len(rows) != n or rows.dtype.kind not in "iuf" or not np.isfinite(rows).all():
+        raise InputError(path, "shape", f"({n}, D), finite numbers", f"{rows.dtype} {rows.shape}"
+                         + (" with NaN or infinity" if rows.shape[:1] == (n,) and rows.dtype.kind == "f" else ""))
     return rows
 
 

@@ -17,8 +17,9 @@ import scipy.sparse as sp
 from evaluation.latent_space import Spots, cluster_labels
 from evaluation.retrieval import unit_rows
 from preprocessing.errors import InputError, OptionError, first_few, require_file
-from preprocessing.expression import normalise_expression, read_expression
-from preprocessing.outputs import finished_file, program_versions, strings_sha256, write_json
+from preprocessing.expression import normalise_expression, open_h5ad, read_expression
+from preprocessing.npy_file import load_array
+from preprocessing.outputs import file_sha256, finished_file, program_versions, strings_sha256, write_json
 
 SCGPT_KEY = "X_scGPT"      # where scGPT's embed_data leaves its embeddings
 TARGET_SUM = 1e4
@@ -88,9 +89,9 @@ def read_scgpt(path: Path | str, samples: Sequence[SampleCounts], key: str = SCG
     names = [f"{sample.sample_id}__{barcode}" for sample in samples for barcode in sample.adata.obs_names]
     require_file(path, "the .h5ad or .npy that scGPT's environment wrote")
     if Path(path).suffix == ".npy":
-        rows = np.load(path, allow_pickle=False)
+        rows = load_array(path, "an array of numbers")
     else:
-        adata = ad.read_h5ad(path)
+        adata = open_h5ad(path)
         if key not in adata.obsm:
             raise InputError(path, "obsm", key, ", ".join(adata.obsm) or "none")
         place = {name: row for row, name in enumerate(adata.obs_names)}
@@ -98,8 +99,8 @@ def read_scgpt(path: Path | str, samples: Sequence[SampleCounts], key: str = SCG
         if missing:
             raise InputError(path, "obs_names", f"the {len(names):,} spots of the samples", f"missing {first_few(missing)}")
         rows = np.asarray(adata.obsm[key])[[place[name] for name in names]]
-    if rows.ndim != 2 or len(rows) != len(names) or not np.isfinite(rows).all():
-        raise InputError(path, "embeddings", f"({len(names):,}, D), finite numbers", f"{rows.shape}" if len(rows) != len(names) else "NaN")
+    if rows.ndim != 2 or len(rows) != len(names) or rows.dtype.kind not in "iuf" or not np.isfinite(rows).all():
+        raise InputError(path, "embeddings", f"({len(names):,}, D), finite numbers", f"{rows.dtype} {rows.shape}, or NaN")
     return unit_rows(rows).astype(np.float32)
 
 
@@ -132,6 +133,7 @@ def write_prompts(samples: Sequence[SampleCounts], embedding: np.ndarray, name: 
         with finished_file(path) as temporary, open(temporary, "wb") as stream:
             np.save(stream, rows.astype(np.float32), allow_pickle=False)
         write_json(path.with_name("embeddings.json"), {"embedding": name, "n_rows": len(rows), "barcode_sha256": strings_sha256(barcodes),
-                                                       "gex": str(sample.gex), "files": [path.name], "versions": program_versions()})
+                                                       "gex": str(sample.gex), "files": [path.name],
+                                                       "sha256": {path.name: file_sha256(path)}, "versions": program_versions()})
         written.append(path)
     return written

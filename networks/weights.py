@@ -105,7 +105,7 @@ def load_weights_folder(folder: Path | str) -> tuple[dict[str, Tensor], dict]:
     _verify_sums(folder)
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(folder / CONFIG_FILE, "contents", "JSON", str(error)) from error
     if not isinstance(config, dict):
         raise WeightsError(folder / CONFIG_FILE, "contents", "a JSON object", type(config).__name__)
@@ -147,7 +147,8 @@ def _verify_sums(folder: Path) -> None:
     missing = [name for name in (MODEL_FILE, CONFIG_FILE, SUMS_FILE) if not (folder / name).is_file()]
     if missing:
         raise WeightsError(folder, "files", f"{MODEL_FILE}, {CONFIG_FILE} and {SUMS_FILE}", f"missing {', '.join(missing)}")
-    expected = dict(line.split(maxsplit=1)[::-1] for line in (folder / SUMS_FILE).read_text().splitlines() if len(line.split()) == 2)
+    expected = dict(line.split(maxsplit=1)[::-1] for line in (folder / SUMS_FILE).read_text(errors="replace").splitlines()
+                    if len(line.split()) == 2)
     for name in (MODEL_FILE, CONFIG_FILE):
         found = file_sha256(folder / name)
         if expected.get(name) != found:

@@ -5,7 +5,8 @@ raw. Positions on an array, scale factors and images are used where the file has
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,19 +37,23 @@ def read_anndata_sample(gex_file: Path | str, *, sample_id: str | None = None, s
     gex_file = Path(gex_file)
     adata, counts = _raw_counts(gex_file)
     pixels = _pixels(gex_file, adata)
-    sample_id = sample_id or _own_sample_id(gex_file, adata)
-    library = _library(adata, sample_id)
-    factors = {name: float(value) for name, value in dict(library.get("scalefactors", {})).items() if np.isscalar(value)}
-    in_tissue = adata.obs["in_tissue"].to_numpy(bool) if "in_tissue" in adata.obs else np.ones(adata.n_obs, dtype=bool)
-    array_row, array_col, bin_um = _array_places(gex_file, adata)
-    decision = decide_mpp(gex_file, override=mpp, declared=_declared(adata, factors, spot_um),
+    with _usual(gex_file, "uns['spatial']", "libraries with scalefactors and images, as scanpy keeps them"):
+        sample_id = sample_id or _own_sample_id(gex_file, adata)
+        library = _library(adata, sample_id)
+        factors = {name: float(value) for name, value in dict(library.get("scalefactors", {})).items() if np.isscalar(value)}
+        images = {name: _as_uint8(image) for name, image in dict(library.get("images", {})).items()}
+    with _usual(gex_file, "obs", "in_tissue, array_row, array_col and n_members as numbers"):
+        in_tissue = adata.obs["in_tissue"].to_numpy(bool) if "in_tissue" in adata.obs else np.ones(adata.n_obs, dtype=bool)
+        array_row, array_col, bin_um = _array_places(gex_file, adata)
+    with _usual(gex_file, "uns['morphology']", "mpp, bin_um and stride_bins as numbers"):
+        declared, made_of = _declared(adata, factors, spot_um), _made_of(adata)
+    decision = decide_mpp(gex_file, override=mpp, declared=declared,
                           grid=_grid(array_row, array_col, pixels, bin_um), spot_diameter_px=factors.get("spot_diameter_fullres"),
                           slide_mpp=slide.declared_mpp if slide else None, slide_path=slide.path if slide else None,
                           use_wsi_res=use_wsi_res)
-    images = {name: _as_uint8(image) for name, image in dict(library.get("images", {})).items()}
     places = (check_slide_size(slide.path, (slide.width_px, slide.height_px), images, factors),
               check_on_image(gex_file, pixels[in_tissue], slide.width_px, slide.height_px, slide.path)) if slide else ()
-    metadata = {"mpp_source": decision.source, **_made_of(adata)}
+    metadata = {"mpp_source": decision.source, **made_of}
     if "cluster" in adata.obs:
         labels = adata.obs["cluster"].astype(object)
         metadata["cluster"] = labels.where(labels.notna(), "").to_numpy(str)
@@ -57,6 +62,17 @@ def read_anndata_sample(gex_file: Path | str, *, sample_id: str | None = None, s
         gene_names=adata.var_names.to_numpy(str), gene_ids=adata.var["gene_ids"].to_numpy(str) if "gene_ids" in adata.var else None,
         in_tissue=in_tissue, array_row=array_row, array_col=array_col, centre_xy_px=pixels, mpp=decision.mpp, bin_um=bin_um,
         images=images, scalefactors=factors, metadata=metadata, notices=tuple(text for text in (*decision.notices, *places) if text))
+
+
+@contextmanager
+def _usual(path: Path, field: str, expected: str) -> Iterator[None]:
+    """What a file has under a usual name, but of another form, is refused."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(path, field, expected, f"another form ({error})") from error
 
 
 def _raw_counts(path: Path) -> tuple[ad.AnnData, sp.csr_matrix]:

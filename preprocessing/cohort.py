@@ -258,7 +258,7 @@ def is_as_finished(product: Path) -> bool:
 
     done = read_done(product)
     if product.is_dir():
-        return bool(done) and done["content_sha256"] == patch_folder_sha256(product)
+        return bool(done) and done.get("content_sha256") == patch_folder_sha256(product)
     if not (done and product.is_file()) or product.stat().st_size != done.get("bytes"):
         return False
-    return product.stat().st_mtime_ns <= done_path(product).stat().st_mtime_ns or done["sha256"] == file_sha256(product)
+    return product.stat().st_mtime_ns <= done_path(product).stat().st_mtime_ns or done.get("sha256") == file_sha256(product)

@@ -18,6 +18,7 @@ import click
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)   # torch's words
 LOWER = ("Lower the batch size of this command (--batch-gpu where there is one) or the size of what it handles (--cfg); on a GPU, see "
          "whether other programs use it")
+MOST_SHOWN, MOST_OF_AN_ITEM = 1200, 120         # letters of what was found that a message repeats
 EXIT_USAGE, EXIT_INPUT, EXIT_IO, EXIT_WEIGHTS, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
 
 
@@ -28,7 +29,7 @@ class InputError(ValueError):
 
     def __init__(self, path: Path | str, field: str, expected: str, found: str, next_step: str = ""):
         hint = f". {next_step}" if next_step else ""
-        super().__init__(f"{path}: {field}: expected {expected}; found {found}{hint}")
+        super().__init__(f"{path}: {_shown(field)}: expected {expected}; found {_shown(found)}{hint}")
 
 
 class WeightsError(InputError):
@@ -43,12 +44,18 @@ class OptionError(ValueError):
     exit_code = EXIT_USAGE
 
     def __init__(self, option: str, expected: str, found: str):
-        super().__init__(f"{option}: expected {expected}; found {found}")
+        super().__init__(f"{_shown(option)}: expected {expected}; found {_shown(found)}")
+
+
+def _shown(text: str) -> str:
+    """One line of what a file says: no line ends, no codes that move a terminal's cursor, no text without end."""
+    line = "".join(letter if letter.isprintable() else " " for letter in str(text)[:MOST_SHOWN])
+    return line.strip() + (" ..." if len(str(text)) > MOST_SHOWN else "")
 
 
 def first_few(items: Sequence[object], limit: int = 5) -> str:
-    """`'3 (A, B, C)'`: the count and the first few, for messages that must not print a thousand barcodes."""
-    shown = ", ".join(str(item) for item in items[:limit])
+    """`'3 (A, B, C)'`: the count and the first few, for messages that must not print a thousand barcodes, nor one of a thousand letters."""
+    shown = ", ".join(str(item)[:MOST_OF_AN_ITEM] for item in items[:limit])
     return f"{len(items):,} ({shown}{', ...' if len(items) > limit else ''})"
 
 

@@ -35,11 +35,7 @@ def read_expression(path: Path | str, backed: bool = False, already_normalised: 
     symbols are made unique by AnnData's rule (`Actb`, `Actb-1`).
     `hint` says in the error what to do about values that are no counts.
     """
-    path = require_file(path, "an .h5ad file")
-    try:
-        adata = ad.read_h5ad(path, backed="r" if backed else None)
-    except (OSError, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise InputError(path, "file", "an .h5ad file", f"one that anndata cannot read ({str(error).splitlines()[0][:120]})") from error
+    adata = open_h5ad(path, backed)
     if not _has_x(adata) or 0 in adata.shape:
         found = f"shape {adata.shape}" if 0 in adata.shape else f"no X (layers: {', '.join(adata.layers) or 'none'})"
         raise InputError(path, "X", "counts of at least one spot and one gene", found)
@@ -50,6 +46,15 @@ def read_expression(path: Path | str, backed: bool = False, already_normalised: 
     if not adata.var_names.is_unique:
         adata.var_names_make_unique()
     return adata
+
+
+def open_h5ad(path: Path | str, backed: bool = False) -> ad.AnnData:
+    """Any `.h5ad`, unchecked; `InputError` where anndata cannot read it. `backed` leaves X on disk: close `.file` afterwards."""
+    path = require_file(path, "an .h5ad file")
+    try:
+        return ad.read_h5ad(path, backed="r" if backed else None)
+    except Exception as error:      # anndata, h5py and pandas raise a dozen types for a damaged file or one with other items
+        raise InputError(path, "file", "an .h5ad file", f"one that anndata cannot read ({str(error)[:120]})") from error
 
 
 def _has_x(adata: ad.AnnData) -> bool:
@@ -67,6 +72,7 @@ def as_csr(matrix: Any) -> sp.csr_matrix:
     if hasattr(matrix, "to_memory"):
         matrix = matrix.to_memory()
     csr = sp.csr_matrix(matrix if sp.issparse(matrix) else np.asarray(matrix))
+    csr.check_format(full_check=True)                # a damaged file's columns may lie outside the matrix, and memory with them
     csr.sum_duplicates()
     return csr
 
@@ -88,6 +94,11 @@ def row_blocks(adata: ad.AnnData, path: Path | str, first: int = 0) -> Iterator[
 def check_counts(path: Path | str, counts: sp.spmatrix | np.ndarray, already_normalised: bool = False, hint: str = RAW_COUNTS) -> None:
     """Refuse NaN, infinite and negative values, and (unless `already_normalised`) values that are not whole numbers."""
     values = counts.data if sp.issparse(counts) else counts
+    if sp.issparse(counts):
+        try:
+            counts.check_format(full_check=True)
+        except (ValueError, TypeError) as error:
+            raise InputError(path, "X", "a whole sparse matrix", f"a damaged one ({error})") from error
     if values.dtype.kind not in "iufb":
         raise InputError(path, "X", "numbers", f"{values.dtype}")
     if values.dtype.kind in "ub":

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import h5py
 
+# what h5py raises, reading a damaged file or one with other items than expected
+HDF5_ERRORS = (OSError, LookupError, RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError)
+
 
 class _Stream:
     """A binary file for h5py's `fileobj` driver; `error` is the first failure to write."""

@@ -21,6 +21,7 @@ SPOT_DIAMETER_UM = 65.0                    # what `spot_diameter_fullres` spans;
 PLAUSIBLE_MPP = (0.05, 2.0)                # a TIFF's 72 dpi reads as 352.8 µm/px
 TOLERANCE = 0.02                           # two sources of one mpp may differ by this much
 MAX_FITTED = 50_000                        # positions; a Visium HD array has 11 M, and a fit does not need them
+FARTHEST_PX = 2.0 ** 31                    # no position lies there; squares of such numbers do not fit a float
 MAX_ANISOTROPY = 1.2                       # swapped array axes give 3.0 on the Visium lattice; real fits stay below 1.02
 
 
@@ -51,7 +52,7 @@ def fit_grid(array_row, array_col, centre_xy_px, *, row_um: float, col_um: float
     as well as upright ones. Positions on one line fix the scale along it, and only that.
     """
     array_row, array_col, pixels = np.asarray(array_row), np.asarray(array_col), np.asarray(centre_xy_px)
-    usable = np.flatnonzero(np.isfinite(array_row) & np.isfinite(array_col) & np.isfinite(pixels).all(axis=1))
+    usable = np.flatnonzero(np.isfinite(array_row) & np.isfinite(array_col) & (np.abs(pixels) < FARTHEST_PX).all(axis=1))
     if len(usable) > MAX_FITTED:
         usable = np.random.default_rng(0).choice(usable, MAX_FITTED, replace=False)
     array_um = np.column_stack([array_col[usable] * float(col_um), array_row[usable] * float(row_um)])
@@ -121,6 +122,8 @@ def decide_mpp(path: Path | str, *, override: float | None = None, declared: flo
                          "Leave --use-wsi-res away, or give --mpp")
     sources = [("microns_per_pixel", declared), ("the fit of pixel to array positions", grid.mpp if grid else None)]
     sources = [(name, float(value)) for name, value in sources if value is not None]
+    if wrong := [f"{value:g} from {name}" for name, value in sources if not (math.isfinite(value) and value > 0)]:
+        raise InputError(path, "mpp", "a positive number of micrometres per pixel", ", ".join(wrong), "--mpp overrides all sources")
     if not sources and spot_diameter_px and slide_mpp is None:
         sources = [(f"spot_diameter_fullres ({SPOT_DIAMETER_UM:g} µm)", SPOT_DIAMETER_UM / spot_diameter_px)]
     if slide_mpp is not None:

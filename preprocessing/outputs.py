@@ -231,6 +231,22 @@ def read_done(path: Path | str) -> dict:
     return done if isinstance(done, dict) else {}
 
 
+def record_file(path: Path | str) -> None:
+    """Write the size and SHA-256 of a finished cache file beside it (`name.json`), for `is_as_recorded`."""
+    path = Path(path)
+    write_json(path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": file_sha256(path)})
+
+
+def is_as_recorded(path: Path | str) -> bool:
+    """Whether a cache file is there with the bytes it was finished with; else who needs it makes it anew."""
+    path = Path(path)
+    try:
+        about = read_json(path.with_suffix(".json"), "the record of a cache file")
+        return isinstance(about, dict) and about.get("bytes") == path.stat().st_size and about.get("sha256") == file_sha256(path)
+    except (InputError, OSError):
+        return False
+
+
 def program_versions() -> dict[str, str]:
     """Versions of ourselves and of the packages that shape numbers on disk."""
     versions = {}

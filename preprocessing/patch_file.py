@@ -13,7 +13,7 @@ import numpy as np
 
 from preprocessing.compressed_chunks import GZIP, compress_if_worthwhile, write_chunk
 from preprocessing.errors import InputError, require_file, require_unique
-from preprocessing.hdf5_output import hdf5_output
+from preprocessing.hdf5_output import HDF5_ERRORS, hdf5_output
 from preprocessing.outputs import finished_file, require_free_space
 
 BLOCK = 64                                                      # patches held in memory while streaming
@@ -87,6 +87,7 @@ class PatchFile:
         self.coords: np.ndarray = file["coords"][:].astype(np.int64)             # (N, 2) top-left, level 0
         self.barcodes: list[str] | None = _barcodes(file)
         self.attrs: dict = {**dict(file["coords"].attrs), **dict(self._images.attrs)}
+        self._side_px = float(self.attrs.get("patch_size_src", self.patch_px))
 
     def __len__(self) -> int:
         return self._images.shape[0]
@@ -98,7 +99,7 @@ class PatchFile:
     @property
     def centre_xy_px(self) -> np.ndarray:
         """(N, 2) float64: centres in level-0 px."""
-        return self.coords + float(self.attrs.get("patch_size_src", self.patch_px)) / 2
+        return self.coords + self._side_px / 2
 
     @property
     def recorded_xy_px(self) -> np.ndarray | None:
@@ -109,7 +110,7 @@ class PatchFile:
         """uint8 (n, H, W, 3) of a slice; (H, W, 3) of one row."""
         try:
             return self._images[rows]
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise InputError(self.path, "img", f"readable patches at {rows}", str(error)) from error
 
     def close(self) -> None:
@@ -139,16 +140,22 @@ def read_patch_file(path: Path | str) -> PatchFile:
     try:
         _check_schema(path, file)
         return PatchFile(path, file)
-    except BaseException:
+    except InputError:
         file.close()
         raise
+    except HDF5_ERRORS as error:
+        file.close()
+        raise InputError(path, "file", "an HDF5 file of patches", f"one that cannot be read ({error})") from error
 
 
 def _check_schema(path: Path, file: h5py.File) -> None:
     missing = {"img", "coords"} - set(file)
     if missing:
         raise InputError(path, "datasets", "`img` and `coords`", f"no {' and no '.join(sorted(missing))}")
-    images, count = file["img"], len(file["coords"])
+    images, coords = file["img"], file["coords"]
+    count = len(coords)
+    if coords.ndim != 2 or coords.shape[1] != 2 or coords.dtype.kind not in "iuf":
+        raise InputError(path, "coords", "numbers (N, 2): x, y", f"{coords.dtype} {coords.shape}")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise InputError(path, "img", "uint8 (N, H, W, 3)", f"{images.dtype} {images.shape}")
     if len(images) != count:

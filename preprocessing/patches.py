@@ -6,12 +6,16 @@ positions, where both sides have them, prove it. Writing such a folder: `png_fol
 from __future__ import annotations
 
 import json
+import os
 import re
+import struct
 import sys
 import warnings
+import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -20,6 +24,10 @@ from preprocessing.errors import InputError, first_few, read_json, read_text, re
 from preprocessing.outputs import strings_sha256
 
 METADATA, STAIN = "metadata.jsonl", "stain.json"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# what Pillow and its decoders make of a damaged image
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, NotImplementedError, struct.error,
+                 zlib.error, Image.DecompressionBombError)
 SAME_PLACE_PX = 2.0               # centres may differ by this: `coords` are whole pixels, some programs round side and corner
 MAX_SIDE_PX = 4096                # of a patch; larger ones are refused before they are decoded
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
@@ -91,7 +99,8 @@ def _recorded_in_stain(folder: Path) -> str | None:
         content = read_json(folder / STAIN, "a stain.json")
     except InputError:
         return None                   # it proves more where it can be read; patches pair without it
-    return content.get("barcode_sha256") if isinstance(content, dict) else None
+    recorded = content.get("barcode_sha256") if isinstance(content, dict) else None
+    return recorded if isinstance(recorded, str) else None
 
 
 def _metadata_line(source: Path, number: int, text: str) -> dict:
@@ -209,6 +218,8 @@ def read_patch(path: Path | str, max_side: int = MAX_SIDE_PX) -> np.ndarray:
         try:
             with Image.open(stream) as image:
                 _require_patch(path, image, max_side)
+                if image.format == "PNG":
+                    _require_whole_pixels(path, stream)
                 image = ImageOps.exif_transpose(image)
                 if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
                     image = image.convert("RGBA")
@@ -218,8 +229,27 @@ def read_patch(path: Path | str, max_side: int = MAX_SIDE_PX) -> np.ndarray:
             raise InputError(path, "size", f"at most {max_side} x {max_side} px", str(error)) from error
         except InputError:
             raise
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
+        except DECODE_ERRORS as error:
             raise InputError(path, "image", "an image file that can be decoded", f"{error}") from error
+
+
+def _require_whole_pixels(path: Path | str, stream: BinaryIO) -> None:
+    """Compare the pixels' chunks of a PNG with their checksums, which Pillow passes over: one changed bit may decode to other pixels."""
+    place = stream.tell()
+    stream.seek(len(PNG_SIGNATURE))
+    kind = b""
+    while len(header := stream.read(8)) == 8:
+        length, following = struct.unpack(">I4s", header)
+        if kind == b"IDAT" != following:
+            break
+        kind = following
+        if kind != b"IDAT":
+            stream.seek(length + 4, os.SEEK_CUR)
+            continue
+        pixels, found = stream.read(length), stream.read(4)
+        if len(pixels) < length or found != struct.pack(">I", zlib.crc32(pixels, zlib.crc32(kind))):
+            raise InputError(path, "image", "a whole PNG file", "pixels that are not those of their checksum (damaged)")
+    stream.seek(place)
 
 
 def _require_patch(path: Path | str, image: Image.Image, max_side: int) -> None:

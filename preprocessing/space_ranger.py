@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from preprocessing.barcode_join import match, match_bins
 from preprocessing.errors import InputError, first_few, read_json
 from preprocessing.hd_barcodes import HdBarcodes, as_bytes, as_text, check_agreement, parse_hd_barcodes
 from preprocessing.mpp import VISIUM_COL_UM, VISIUM_ROW_UM, check_axes, decide_mpp, fit_grid
+from preprocessing.patches import DECODE_ERRORS
 from preprocessing.position_checks import check_on_image, check_over_tissue, check_slide_size
 from preprocessing.sample import Sample
 from preprocessing.space_ranger_folder import BIN_FOLDER, SpaceRangerFolder, find_folder
@@ -145,7 +146,7 @@ def _read_image(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except DECODE_ERRORS as error:
         raise InputError(path, "image", "an image that can be decoded (or no such file)", str(error)) from error
 
 
@@ -194,6 +195,8 @@ def _read_clusters(path: Path, counted: np.ndarray, bins: HdBarcodes | None, n_r
     elif len(names):
         cluster_bins = parse_hd_barcodes(names, path)
         ratio = cluster_bins.bin_um[0] // bins.bin_um[0]
+        if ratio < 1:
+            raise InputError(path, "Barcode", f"bins of at least {bins.bin_um[0]} µm", f"bins of {cluster_bins.bin_um[0]} µm")
         place = match_bins(cluster_bins, HdBarcodes(bins.bin_um * ratio, bins.array_row // ratio, bins.array_col // ratio))
     if len(names):
         aligned[:len(counted)] = np.where(place >= 0, labels[place], "")

@@ -17,12 +17,12 @@ import scipy.sparse as sp
 from preprocessing.errors import InputError, first_few
 from preprocessing.mpp import ST_PITCH_UM, check_axes, decide_mpp, fit_grid
 from preprocessing.position_checks import check_on_image
-from preprocessing.sample import Sample
+from preprocessing.sample import INT32_MAX, Sample
 from preprocessing.slide import Slide
 
 SPOT_UM = 100.0                      # diameter of a spot
 HIRES_PX, LOWRES_PX = 2000, 600      # longer side of the thumbnails kept for drawing
-READ_ERRORS = (OSError, EOFError, UnicodeDecodeError, zlib.error, pd.errors.ParserError, pd.errors.EmptyDataError, ValueError)
+READ_ERRORS = (OSError, EOFError, zlib.error, ValueError, LookupError, ArithmeticError, TypeError)      # pandas' own are ValueErrors
 
 
 def read_st_sample(counts_file: Path, spots_file: Path, slide: Slide, *, sample_id: str, clusters_file: Path | None = None,
@@ -70,16 +70,20 @@ def read_counts(path: Path) -> ad.AnnData:
     if wordy:
         raise InputError(path, "counts", "numbers", f"words in column {first_few(wordy)}")
     values = table.to_numpy()
-    if not np.isfinite(values).all() or (values < 0).any() or (values != np.floor(values)).any():
-        raise InputError(path, "counts", "raw counts, whole numbers from 0 up", "negative, fractional or missing ones")
+    if not np.isfinite(values).all() or (values < 0).any() or (values != np.floor(values)).any() or (values > INT32_MAX).any():
+        raise InputError(path, "counts", f"raw counts, whole numbers from 0 up to {INT32_MAX:,}",
+                         "negative, fractional, missing or larger ones")
     counts = ad.AnnData(sp.csr_matrix(values.astype(np.int32)), obs=pd.DataFrame(index=table.index))
-    counts.var_names = ad.utils.make_index_unique(_gene_names(path))
+    names = _gene_names(path)
+    if len(names) != counts.n_vars:
+        raise InputError(path, "columns", "a name for every column of counts", f"{len(names):,} names, {counts.n_vars:,} columns")
+    counts.var_names = ad.utils.make_index_unique(names)
     return counts
 
 
 def _gene_names(path: Path) -> pd.Index:
     """Column names as they stand in the file: `read_csv` renames the second of two equal ones."""
-    header = pd.read_csv(path, sep="\t", header=None, nrows=1, index_col=0, dtype=str)
+    header = _read_table(path, header=None, nrows=1, index_col=0, dtype=str)
     return pd.Index(header.iloc[0].to_numpy(str).astype(object))
 
 
@@ -112,7 +116,7 @@ def read_clusters(path: Path, barcodes: Sequence[str]) -> tuple[np.ndarray, str]
 
 def _spot_names(path: Path, table: pd.DataFrame) -> pd.Index:
     for column in ("x", "y"):
-        if table[column].dtype.kind not in "iuf" or not (table[column] == np.floor(table[column])).all():
+        if table[column].dtype.kind not in "iuf" or not (np.isfinite(table[column]) & (table[column] == np.floor(table[column]))).all():
             raise InputError(path, column, "whole array positions", f"{first_few(list(table[column][:5]))}")
     return pd.Index(table["x"].astype(int).astype(str) + "x" + table["y"].astype(int).astype(str))
 

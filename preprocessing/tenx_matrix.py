@@ -17,12 +17,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
-import scipy.io
 import scipy.sparse as sp
 from anndata.utils import make_index_unique
 
 from preprocessing.errors import InputError
 from preprocessing.hd_barcodes import as_text
+from preprocessing.hdf5_output import HDF5_ERRORS
 from preprocessing.sample import INT32_MAX
 
 GENE_EXPRESSION = "Gene Expression"
@@ -121,6 +121,8 @@ def open_matrix(path: Path) -> TenxMatrix:
         ids, names, types = (as_text(_strings(features[key])) for key in ("id", "name", "feature_type"))
         software = file.attrs.get("software_version", "")
         software = software.decode() if isinstance(software, bytes) else str(software)
+        if not len(ids) == len(names) == len(types):
+            raise ValueError(f"{len(ids)} ids, {len(names)} names and {len(types)} types of features")
         _check_structure(path, shape, group["data"], group["indices"], indptr, len(ids), len(barcodes))
     is_gene, unique_names = _genes(path, names, types)
     counts = StoredCounts(path, indptr, np.where(is_gene, np.cumsum(is_gene) - 1, -1).astype(np.int32))
@@ -146,7 +148,7 @@ def _whole_file(path: Path) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise InputError(path, "file", "a 10x HDF5 matrix", "nothing at this path") from error
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except HDF5_ERRORS as error:
         raise InputError(path, "file", "a whole 10x HDF5 matrix", f"one that cannot be read ({error})") from error
 
 
@@ -166,6 +168,8 @@ def runs_of_rows(indptr: np.ndarray, max_entries: int) -> Iterator[tuple[int, in
 def _strings(dataset: h5py.Dataset) -> np.ndarray:
     """Fixed- or variable-length strings as an `S` array where they are ASCII, else `U`."""
     strings = dataset[:]
+    if strings.ndim != 1 or strings.dtype.names:
+        raise ValueError(f"{dataset.name} is no list of words")
     return strings if strings.dtype.kind == "S" else np.array(strings.tolist(), dtype="S") if len(strings) else np.empty(0, "S1")
 
 
@@ -173,6 +177,8 @@ def _check_structure(path: Path, shape: tuple[int, ...], data: h5py.Dataset, ind
                      n_barcodes: int) -> None:
     if data.dtype.kind not in "iuf" or {data.ndim, indices.ndim, indptr.ndim} != {1}:
         raise InputError(path, "matrix/data", "a list of numbers", f"{data.dtype} of {data.ndim} dimensions")
+    if indices.dtype.kind not in "iu":
+        raise InputError(path, "matrix/indices", "a list of whole numbers", f"{indices.dtype}")
     if shape != (n_features, n_barcodes) or len(indptr) != n_barcodes + 1:
         raise InputError(path, "matrix/shape", f"{n_features:,} features x {n_barcodes:,} barcodes, as many as are named",
                          f"{' x '.join(f'{length:,}' for length in shape)}, {len(indptr) - 1:,} columns")
@@ -182,6 +188,8 @@ def _check_structure(path: Path, shape: tuple[int, ...], data: h5py.Dataset, ind
 
 def as_int32(path: Path | str, data: np.ndarray) -> np.ndarray:
     """Counts as int32; refuses what is not a whole number from 0 up. Space Ranger 1.0 files exist with float64 counts."""
+    if data.dtype.kind not in "biuf":
+        raise InputError(path, "counts", "raw UMI counts, whole numbers from 0 up", f"{data.dtype}")
     for start in range(0, len(data), CHECK_BLOCK):
         block = data[start:start + CHECK_BLOCK]
         wrong = block < 0
@@ -215,14 +223,14 @@ def _read_folder(path: Path) -> TenxMatrix:
     features, barcodes = _read_columns(features_tsv), _read_columns(barcodes_tsv)[0]
     try:
         with _open(mtx) as stream:
-            by_feature = scipy.io.mmread(stream)
-    except (OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
+            by_feature = _read_mtx(stream)
+    except (OSError, EOFError, ValueError, OverflowError, zlib.error) as error:      # pandas' own are ValueErrors
         raise InputError(mtx, "file", "a whole Matrix Market file", f"one that cannot be read ({error})") from error
     if by_feature.shape != (len(features[0]), len(barcodes)):
         raise InputError(mtx, "shape", f"{len(features[0]):,} features x {len(barcodes):,} barcodes, as many as are named",
                          " x ".join(f"{length:,}" for length in by_feature.shape))
-    counts = sp.csr_matrix(by_feature.T)
-    counts.data = as_int32(mtx, counts.data)
+    by_feature.data = as_int32(mtx, by_feature.data)
+    counts = sp.csr_matrix(by_feature.T)                       # a pair that comes twice is summed
     ids = features[0]
     names = features[1] if len(features) > 1 else ids
     types = features[2] if len(features) > 2 else np.full(len(ids), GENE_EXPRESSION)         # Cell Ranger 2 had no types
@@ -231,6 +239,28 @@ def _read_folder(path: Path) -> TenxMatrix:
         counts = counts[:, np.flatnonzero(is_gene)]
     counts.sum_duplicates()
     return TenxMatrix(path, counts, barcodes, unique_names, ids[is_gene], software="")
+
+
+def _read_mtx(stream: io.BufferedIOBase) -> sp.coo_matrix:
+    """A general coordinate matrix as Space Ranger writes it. (scipy's reader ends the whole process over some damaged files.)"""
+    header = stream.readline(200).lower().split()
+    if header[:3] != [b"%%matrixmarket", b"matrix", b"coordinate"] or header[3:] not in ([b"integer", b"general"], [b"real", b"general"]):
+        raise ValueError("its first line is not: %%MatrixMarket matrix coordinate integer general")
+    line = stream.readline()
+    while line.startswith(b"%"):
+        line = stream.readline()
+    n_rows, n_columns, n_entries = map(int, line.split())
+    if min(n_rows, n_columns, n_entries) < 0 or max(n_rows, n_columns) > INT32_MAX:
+        raise ValueError(f"it announces {n_rows} x {n_columns} with {n_entries} entries")
+    if n_entries == 0:
+        return sp.coo_matrix((n_rows, n_columns), dtype=np.int32)
+    table = pd.read_csv(stream, sep=r"\s+", header=None, names=["row", "column", "value"], dtype={"row": np.int64, "column": np.int64})
+    if len(table) != n_entries or not isinstance(table.index, pd.RangeIndex):
+        raise ValueError(f"{len(table):,} lines for the {n_entries:,} entries that it announces")
+    row, column = table["row"].to_numpy() - 1, table["column"].to_numpy() - 1
+    if row.min() < 0 or row.max() >= n_rows or column.min() < 0 or column.max() >= n_columns:
+        raise ValueError("entries outside the matrix")
+    return sp.coo_matrix((table["value"].to_numpy(), (row, column)), shape=(n_rows, n_columns))
 
 
 def _member(folder: Path, *names: str) -> Path:

@@ -112,8 +112,11 @@ def read_tissue(path: Path | str, slide: Slide | None = None) -> MultiPolygon:
             raise InputError(path, f"geometry {number}", "a GeoJSON geometry with closed rings", f"an unreadable one ({error})") from error
         if not np.isfinite(shapely.get_coordinates(shape)).all():
             raise InputError(path, f"geometry {number}", "finite coordinates in level-0 pixels", "a coordinate that is not a number")
-        parts.append(shapely.make_valid(shape))
-    tissue = _polygons_of(shapely.union_all(parts))
+        parts.append(shape)
+    try:
+        tissue = _polygons_of(shapely.union_all([shapely.make_valid(part) for part in parts]))
+    except (shapely.errors.GEOSException, ValueError) as error:
+        raise InputError(path, "geometry", "outlines that can be repaired and united", f"others ({error})") from error
     if tissue.is_empty:
         raise InputError(path, "geometry", "at least one polygon with an area", f"{len(parts)} geometries and none")
     if slide is None:

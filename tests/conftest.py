@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from fault_table import pytest_runtest_makereport, pytest_terminal_summary, tried  # noqa: F401  hooks and a fixture for all tests
 from tiny_samples import tiny_sample
 from tqdm import tqdm
 

@@ -116,6 +116,7 @@ RAINED = "spots: expression: expected numbers; found rain"
 
 
 @pytest.mark.slow
+@pytest.mark.fault("rank that fails or hangs")
 @pytest.mark.parametrize("ranks, fault, code, said", [
     ((0,), RAISE, 3, RAINED), ((1,), RAISE, 3, RAINED), ((0, 1), RAISE, 3, RAINED),
     ((1,), "os.kill(os.getpid(), signal.SIGKILL)", 4, "of this run: ended by signal 9"),

@@ -118,7 +118,7 @@ def sums_path(path: Path) -> Path:
 
 def _recorded(path: Path) -> list[str]:
     sums = sums_path(path)
-    return [line.split()[0] for line in sums.read_text().splitlines() if line.strip()] if sums.is_file() else []
+    return [line.split()[0] for line in sums.read_text(errors="replace").splitlines() if line.strip()] if sums.is_file() else []
 
 
 def _write_sums(sums: Path, name: str, digests: list[str]) -> None:

@@ -18,7 +18,7 @@ from networks.clip import CLIP, clip_weights_sha256
 from networks.layers import images_to_float
 from networks.sample_scaling import patches_for_mean, require_whole_samples
 from preprocessing.errors import InputError, OptionError
-from preprocessing.outputs import finished_file, program_versions, strings_sha256, write_json
+from preprocessing.outputs import file_sha256, finished_file, program_versions, strings_sha256, write_json
 from preprocessing.patch_file import read_patch_file
 from preprocessing.patches import read_patch, read_patch_folder
 from preprocessing.progress import ProgressBar
@@ -62,7 +62,8 @@ def write_embeddings(config: EmbedConfig) -> tuple[list[Path], str]:
     written = [_save(config.out_dir / f"{name}_clip_emb.npy", array) for name, array in arrays.items()]
     record = {"model_sha256": clip_weights_sha256(config.network), "n_rows": len(barcodes), "barcode_sha256": strings_sha256(barcodes),
               "gex": str(config.gex) if config.gex else None, "images": str(config.images) if config.images else None,
-              "files": [path.name for path in written], "versions": program_versions()}
+              "files": [path.name for path in written], "sha256": {path.name: file_sha256(path) for path in written},
+              "versions": program_versions()}
     write_json(config.out_dir / "embeddings.json", record)
     if config.add_to_h5ad:
         _add_to_h5ad(config.gex, {f"X_clip_{name}": array for name, array in arrays.items() if name != "null"})

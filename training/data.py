@@ -26,6 +26,7 @@ from preprocessing.errors import InputError, OptionError, first_few, read_text, 
 from preprocessing.expression import (
     RAW_COUNTS,
     normalise_expression,
+    open_h5ad,
     read_expression,
     recorded_barcode_sha256,
     recorded_sample_id,
@@ -68,8 +69,8 @@ def sample_files(images: str | Path, gex: str | Path) -> list[SampleFiles]:
 def _recorded_name(gex: Path) -> str | None:
     require_file(gex, "an .h5ad file")
     try:
-        adata = ad.read_h5ad(gex, backed="r")
-    except (OSError, KeyError, ValueError, AttributeError, TypeError):
+        adata = open_h5ad(gex, backed=True)
+    except InputError:
         return None                            # read_expression says later what is wrong with it
     try:
         return recorded_sample_id(adata)

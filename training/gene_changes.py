@@ -6,6 +6,7 @@ The library size is not scaled again: only the named genes change. Letters: N sp
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,9 +58,9 @@ class GeneChanges:
 
 def read_gene_changes(text: str, gene_names: list[str], sets_file: Path | None = None) -> GeneChanges:
     """`NAME:CHANGE,...`, or a file of such lines. A name is a gene, or a set of `sets_file` (GMT), whose known genes then all change."""
-    path = Path(text)
-    source = str(path) if path.is_file() else "--genes"
-    if path.is_file():
+    path, is_file = Path(text), os.path.isfile(text)       # a list may be longer than any file's name: no error
+    source = str(path) if is_file else "--genes"
+    if is_file:
         text = ",".join(line.partition("#")[0] for line in read_text(path, "lines of GENE:CHANGE").splitlines())
     sets = read_gene_sets(sets_file) if sets_file else {}
     place = {name: column for column, name in enumerate(gene_names)}

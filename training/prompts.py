@@ -8,7 +8,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,12 +16,14 @@ from torch import Tensor
 
 from networks.snapshot import Snapshot
 from preprocessing.errors import InputError, OptionError, first_few
+from preprocessing.npy_file import load_array, require_as_recorded
 from training.data import expression_only
 
 log = logging.getLogger(__name__)
 NO_CLUSTER = ""                 # label of a spot that an obs column of clusters leaves out
 MAX_SEED = 2 ** 62              # what the random numbers take, with room for --n-samples to count on
 MAX_SEEDS = 1_000_000
+MOST_DIGITS = 1000               # of a number that is looked at
 FEW_SPOTS = 30                  # whose median library size may be far from their sample's
 
 
@@ -106,29 +107,21 @@ def _no_prompt(path: Path | str | None, snapshot: Snapshot, encoded: bool, clust
 
 def read_rows(path: Path, width: int | None, encoded: bool) -> np.ndarray:
     """(N, width) float32 of an .npy, of any width if that is None; one prompt may be a plain row."""
+    if encoded:
+        require_as_recorded(path)
     rows = load_array(path, "an array of numbers")
     rows = rows[None] if rows.ndim == 1 else rows
     what = "prompt embeddings" if encoded else "normalised expression"
     if rows.ndim != 2 or rows.shape[1] != (width or rows.shape[1]) or not rows.size or rows.dtype.kind not in "fiu":
         raise InputError(path, what, f"numbers, (prompts, {width or 'width'})", f"{rows.dtype} {rows.shape}")
+    with np.errstate(over="ignore"):
+        rows = rows.astype(np.float32)                         # beyond its range: infinite, refused
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(bad):
         raise InputError(path, what, "finite numbers", f"NaN or infinite ones in rows {first_few(bad.tolist())}")
     if not encoded:
         _require_normalised(path, rows)
-    return rows.astype(np.float32)
-
-
-def load_array(path: Path, expected: str) -> np.ndarray:
-    """The one array of an .npy, never a pickled object."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, BadZipFile) as error:      # what NumPy says of a pickle is how to run it: not repeated here
-        raise InputError(path, "contents", f"{expected} as numpy.save writes it, no Python objects",
-                         "Python objects, or no whole .npy file") from error
-    if not isinstance(array, np.ndarray):
-        raise InputError(path, "contents", f"{expected} as numpy.save writes it", "several arrays (.npz)")
-    return array
+    return rows
 
 
 def _require_normalised(path: Path, rows: np.ndarray) -> None:
@@ -152,7 +145,7 @@ def read_labels(clusters: str, obs, gex: Path, n_rows: int, *, option: str = "--
     elif path.is_file():
         try:
             labels = pd.read_csv(path).iloc[:, -1].to_numpy()
-        except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        except (ValueError, IndexError) as error:
             raise InputError(path, "cluster labels", "a CSV with a header line and one label a line", str(error)) from error
     elif obs is not None and clusters in obs:
         labels = obs[clusters].to_numpy()
@@ -161,6 +154,8 @@ def read_labels(clusters: str, obs, gex: Path, n_rows: int, *, option: str = "--
         raise InputError(gex, option, "an .npy or CSV file of labels, or an obs column", f"{clusters}; columns: {columns}")
     if labels.shape != (n_rows,):
         raise InputError(path if path.is_file() else gex, "cluster labels", f"one for each of the {n_rows:,} {rows_are}", str(labels.shape))
+    if labels.dtype.kind not in "biufUSOMm" or (labels.dtype.kind == "S" and not all(label.isascii() for label in labels)):
+        raise InputError(path if path.is_file() else gex, "cluster labels", "numbers or words", f"{labels.dtype}")
     missing = pd.isna(labels) | np.array([not str(label).strip() for label in labels])
     if missing.all() or (missing.any() and path.is_file()):
         raise InputError(path if path.is_file() else gex, "cluster labels", "no gaps", f"{int(missing.sum()):,} missing")
@@ -202,7 +197,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+    return text.isascii() and text.isdigit() and len(text) <= MOST_DIGITS
 
 
 def plan_requests(prompts: Prompts, seeds: Sequence[int], n_samples: int | None) -> list[Request]:

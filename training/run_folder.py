@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from preprocessing.errors import InputError, WeightsError
+from preprocessing.errors import InputError, WeightsError, first_few
 from preprocessing.outputs import file_sha256, finished_file, finished_folder, strings_sha256
 from preprocessing.progress import ProgressBar
 
@@ -173,7 +173,11 @@ def read_checkpoint(folder: Path | str) -> Checkpoint:
         raise InputError(folder, "checkpoint", "a checkpoint folder", "nothing there")
     if not (folder / COMMIT).is_file() or not (folder / SUMS_FILE).is_file():
         raise WeightsError(folder, "checkpoint", f"{SUMS_FILE} and {COMMIT}, which is written last", "an unfinished folder")
-    sums = dict(line.split("  ", 1)[::-1] for line in (folder / SUMS_FILE).read_text().splitlines() if "  " in line)
+    text = (folder / SUMS_FILE).read_text(errors="replace")
+    sums = dict(line.split("  ", 1)[::-1] for line in text.splitlines() if "  " in line)
+    unlisted = sorted({path.name for path in folder.iterdir()} - {*sums, SUMS_FILE, COMMIT})
+    if unlisted:                               # a damaged list would leave them out
+        raise WeightsError(folder / SUMS_FILE, "checkpoint", "a line for every file", f"none for {first_few(unlisted)}")
     for name, expected in sums.items():
         if not (folder / name).is_file():
             raise WeightsError(folder / name, "checkpoint", "a file named in SHA256SUMS", "nothing there")
@@ -187,7 +191,7 @@ def read_checkpoint(folder: Path | str) -> Checkpoint:
                       for name in sums if name.endswith(".pt")}
         state = json.loads((folder / STATE_FILE).read_text())
     except Exception as error:   # the loaders raise a dozen types for hostile contents; none of them may look like a bug of ours
-        raise WeightsError(folder, "checkpoint", "tensors that load without running code", str(error).splitlines()[0][:160]) from error
+        raise WeightsError(folder, "checkpoint", "tensors that load without running code", str(error)[:160]) from error
     return Checkpoint(folder, state, tensors, optimisers)
 
 

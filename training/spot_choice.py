@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from preprocessing.errors import InputError, first_few
+from preprocessing.npy_file import load_array
 from training.patch_images import random_subset
-from training.prompts import load_array
 
 TRUTHS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
@@ -77,7 +77,7 @@ def read_mask(mask: str, n_spots: int, obs: pd.DataFrame | None, data: str) -> n
     elif path.is_file():
         try:
             values = _truths(pd.read_csv(path, dtype=str, keep_default_na=False).iloc[:, -1], path)
-        except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        except (ValueError, IndexError) as error:
             raise InputError(path, "--mask", "a CSV with a header line and true or false on every line", str(error)) from error
     elif obs is not None and mask in obs:
         values = _truths(obs[mask], data)

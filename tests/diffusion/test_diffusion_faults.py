@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from diffusion_world import PX, config, differing, run, weights, write_world
+from fault_rounds import rounds
 
 from diffusion_utils.finetune import open_run
 from training.run_folder import latest_checkpoint
 
-KILLS = 3
+KILLS = rounds(3, 20)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,8 @@ def unfinished(folder) -> list:
     return list(folder.glob("checkpoint-*.tmp.*"))
 
 
-def test_a_run_killed_while_it_saves_loses_at_most_the_step_it_was_in(world, tmp_path, one_thread):
+@pytest.mark.fault("killed")
+def test_a_run_killed_while_it_saves_loses_at_most_the_step_it_was_in(world, tmp_path, one_thread, tried):
     server, moments, folder, last, in_a_save = forkserver(), random.Random(0), tmp_path / "killed", 0, 0
     for _ in range(KILLS):
         step = server.Value("q", 0, lock=False)
@@ -68,6 +70,7 @@ def test_a_run_killed_while_it_saves_loses_at_most_the_step_it_was_in(world, tmp
         while not unfinished(folder) and time.monotonic() < deadline:
             time.sleep(0.0005)
         time.sleep(moments.uniform(0, 0.01))
+        tried()
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         at, last = step.value, latest_checkpoint(folder).state["step"]
@@ -160,6 +163,7 @@ def two(world, folder, fault):
     return [child.exitcode for child in children], [[line for line in text.splitlines() if line.startswith("error: ")] for text in said]
 
 
+@pytest.mark.fault("rank that fails or hangs")
 @pytest.mark.parametrize("fault, codes, said", [
     ("0 fails", [4, 4], ["spots: No space left", f"process 1: {LOST}"]),
     ("1 fails", [4, 4], [f"process 0: {LOST}", "spots: No space left"]),

@@ -11,6 +11,7 @@ from output_contents import contents, differences, leftovers
 
 from preprocessing.parts import Parts
 
+pytestmark = pytest.mark.fault("damaged block of a stopped run")
 NOBODY = 65534
 
 
@@ -58,7 +59,7 @@ def stopped(stopped_once):
 
 # ---- one block ------------------------------------------------------------------------------------------------------
 
-def test_any_one_changed_bit_and_any_cut_of_a_block_is_noticed_or_harmless(tmp_path):
+def test_any_one_changed_bit_and_any_cut_of_a_block_is_noticed_or_harmless(tmp_path, tried):
     (tmp_path / "input").touch()
     parts = Parts(tmp_path / "imgs.h5", config={}, inputs={"slide": tmp_path / "input"})
     arrays = {"readable": np.ones(9, bool), "reasons": np.array([], dtype="u1"), "n_black": np.array(3),
@@ -70,6 +71,7 @@ def test_any_one_changed_bit_and_any_cut_of_a_block_is_noticed_or_harmless(tmp_p
     flips = [content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1:] for at in range(len(content))]
     for damaged in [*flips, *(content[:stop] for stop in range(0, len(content), 7))]:
         path.write_bytes(damaged)
+        tried()
         try:
             found = parts.read(0, *arrays)
         except OSError as error:

@@ -8,6 +8,7 @@ from output_contents import contents, differences, leftovers
 
 from preprocessing.expression import write_vocabulary
 
+pytestmark = pytest.mark.fault("full or read-only disk")
 POINTS, KIB = 10, 1024
 
 
@@ -42,7 +43,7 @@ def leave_free(disk, n_bytes: int) -> None:
     assert disk.call("mount", "-o", f"remount,size={(used(disk) + n_bytes) // KIB}k", disk.mount) == 0
 
 
-def fills_up(disk, command, before, arguments, whole, steps) -> None:
+def fills_up(disk, command, before, arguments, whole, steps, tried) -> None:
     """With an old output standing, run into a full disk at every step, a little further each time; then there is room."""
     out = disk.mount / "out"
     disk.call("mkdir", out)
@@ -62,6 +63,7 @@ def fills_up(disk, command, before, arguments, whole, steps) -> None:
         assert {name: found.get(name) for name in old} == old, f"old outputs at {kib} KiB"
         assert found.keys() == old.keys(), "nothing new under a final name"
         n_full += 1
+        tried()
     assert n_full >= POINTS
     leave_free(disk, 64 << 20)
     disk.succeeds(command, *arguments(out))
@@ -74,11 +76,11 @@ def extraction(sample, *options):
 
 
 @pytest.mark.slow
-def test_an_extraction_on_a_full_disk_leaves_the_old_outputs_together_and_goes_on_with_room(disk, sample, tmp_path):
+def test_an_extraction_on_a_full_disk_leaves_the_old_outputs_together_and_goes_on_with_room(disk, sample, tmp_path, tried):
     arguments = extraction(sample)
     disk.succeeds("extract", *arguments(tmp_path))
     steps = [0, 4, 300, 1200, 1800, 1800, 1200, 1500, 2500, 3500, 4200, 5000]
-    fills_up(disk, "extract", extraction(sample, "--stride", 9), arguments, contents(tmp_path), steps)
+    fills_up(disk, "extract", extraction(sample, "--stride", 9), arguments, contents(tmp_path), steps, tried)
 
 
 def test_sums_that_wait_on_a_full_disk_end_as_one_line(disk, sample):
@@ -102,23 +104,23 @@ def extracted(disk, sample, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_gene_filter_on_a_full_disk_leaves_the_old_file_and_goes_on_with_room(disk, extracted, tmp_path):
+def test_a_gene_filter_on_a_full_disk_leaves_the_old_file_and_goes_on_with_room(disk, extracted, tmp_path, tried):
     def arguments(out, vocabulary="vocab.txt"):
         return "--raw-file", extracted / "gex.h5ad", "--vocab-file", extracted / vocabulary, "--out-file", out / "gex_filt.h5ad"
 
     disk.succeeds("filter", *arguments(tmp_path))
     steps = [0, 4, 100, 400, 600, 700, 700, 500, 500, 550, 600, 700, 800]
-    fills_up(disk, "filter", lambda out: arguments(out, "other.txt"), arguments, contents(tmp_path), steps)
+    fills_up(disk, "filter", lambda out: arguments(out, "other.txt"), arguments, contents(tmp_path), steps, tried)
 
 
 @pytest.mark.slow
-def test_a_dump_on_a_full_disk_leaves_the_old_folder_and_goes_on_with_room(disk, sample, extracted, tmp_path):
+def test_a_dump_on_a_full_disk_leaves_the_old_folder_and_goes_on_with_room(disk, sample, extracted, tmp_path, tried):
     def arguments(out, *options):
         return "--images", extracted / "imgs.h5", "--wsi", sample.slide, "--out-dir", out / "patches", *options
 
     disk.succeeds("dump", *arguments(tmp_path))
     steps = [0, 4, 300, 900, 610, 460, 300, 220, 140, 60, 57, 20, 40, 60, 60]
-    fills_up(disk, "dump", lambda out: arguments(out, "--no-normalize"), arguments, contents(tmp_path), steps)
+    fills_up(disk, "dump", lambda out: arguments(out, "--no-normalize"), arguments, contents(tmp_path), steps, tried)
 
 
 # ---- a folder that cannot be written --------------------------------------------------------------------------------

@@ -6,11 +6,13 @@ import time
 
 import anndata as ad
 import pytest
+from fault_rounds import rounds
 from output_contents import contents, differences, leftovers
 
 from preprocessing.expression import write_vocabulary
 
-MOMENTS, ROUND = 6, 2                     # Ctrl-C so often, so often on one output folder
+pytestmark = pytest.mark.fault("Ctrl-C")
+MOMENTS, ROUND = rounds(6, 20), 2                     # Ctrl-C so often, so often on one output folder
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def jobs(server, sample, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["extract", "random", "filter", "dump"])
-def test_ctrl_c_at_any_moment_is_one_line_and_exit_code_130_and_the_run_goes_on_afterwards(server, jobs, tmp_path, job):
+def test_ctrl_c_at_any_moment_is_one_line_and_exit_code_130_and_the_run_goes_on_afterwards(server, jobs, tmp_path, job, tried):
     command, moments = {"random": "extract"}.get(job, job), random.Random(job)
     (whole := tmp_path / "whole").mkdir()
     start = time.monotonic()
@@ -52,6 +54,7 @@ def test_ctrl_c_at_any_moment_is_one_line_and_exit_code_130_and_the_run_goes_on_
                 out.mkdir()
                 continue
             n_interrupted += 1
+            tried()
             assert run.code == 130, (run.code, run.said)
             assert run.errors == ["error: interrupted; what was finished is kept, run the same command again"], run.said
             assert not [path.name for path in out.rglob("*") if ".tmp." in path.name or ".old." in path.name]

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from preprocessing import extract_patches, gex_preprocessing
 from preprocessing.expression import normalise_expression, write_vocabulary
 
+pytestmark = pytest.mark.fault("layout of a matrix")
 LAYOUTS = {
     "CSR": sp.csr_matrix, "CSC": sp.csc_matrix, "dense": np.asarray,
     "CSR of floats": lambda counts: sp.csr_matrix(counts.astype(np.float32)), "dense of 16 bits": lambda counts: counts.astype(np.uint16),

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from preprocessing.extract_patches import main
 
+pytestmark = pytest.mark.fault("odd outline")
 WIDTH, HEIGHT, SIDE = 900, 700, 55             # of the slide and of a patch, px, at 1 µm per px
 SECONDS = 20                                   # 0.1 to 4 on an idle machine
 

@@ -12,6 +12,7 @@ from output_contents import contents, differences, leftovers
 
 from preprocessing.outputs import locked
 
+pytestmark = pytest.mark.fault("two processes, locks")
 PAUSE_AT_BLOCK = """
 import pathlib, time
 from preprocessing.parts import Parts

@@ -60,7 +60,7 @@ def killed(command, arguments, after_s: float) -> bool:
     return True
 
 
-def survives(command, arguments_into, tmp_path, seed) -> None:
+def survives(command, arguments_into, tmp_path, seed, tried) -> None:
     """Kill the command `KILLS` times at random moments, `KILLS_A_ROUND` on one output folder; each round is then allowed to finish."""
     whole, moments, n_killed = tmp_path / "whole", random.Random(seed), 0
     succeeds(command, arguments_into(whole))                        # the first run also compiles and warms up
@@ -72,6 +72,7 @@ def survives(command, arguments_into, tmp_path, seed) -> None:
         for _ in range(KILLS_A_ROUND):
             if killed(command, arguments_into(disturbed), moments.uniform(0.05, 0.9) * duration):
                 n_killed += 1
+                tried()
             else:
                 duration *= 0.8                                     # it had ended: come earlier, to something still to be done
                 shutil.rmtree(disturbed)
@@ -81,10 +82,11 @@ def survives(command, arguments_into, tmp_path, seed) -> None:
     assert n_killed >= KILLS // 2, "the kills came too late to test anything"
 
 
-def test_an_extraction_killed_at_random_moments_ends_with_the_same_contents(hd_sample, tmp_path):
+@pytest.mark.fault("killed")
+def test_an_extraction_killed_at_random_moments_ends_with_the_same_contents(hd_sample, tmp_path, tried):
     survives(extract_patches.main, lambda out: (
         "--space-ranger-dir", hd_sample.space_ranger_dir, "--wsi-file", hd_sample.slide, "--out-dir", out, "--dump-dir", out / "patches",
-        "--patch-sz-px", 48, "--workers", 2), tmp_path, seed=1)
+        "--patch-sz-px", 48, "--workers", 2), tmp_path, seed=1, tried=tried)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,8 @@ def extracted(hd_sample, tmp_path_factory):
     return out
 
 
-def test_a_gene_filter_killed_at_random_moments_ends_with_the_same_contents(extracted, tmp_path):
+@pytest.mark.fault("killed")
+def test_a_gene_filter_killed_at_random_moments_ends_with_the_same_contents(extracted, tmp_path, tried):
     genes = ad.read_h5ad(extracted / "gex.h5ad", backed="r").var_names.tolist()
     write_vocabulary(tmp_path / "vocab.txt", genes[40:5:-1])
 
@@ -103,15 +106,16 @@ def test_a_gene_filter_killed_at_random_moments_ends_with_the_same_contents(extr
         out.mkdir(exist_ok=True)
         return ("--raw-file", extracted / "gex.h5ad", "--vocab-file", tmp_path / "vocab.txt", "--out-file", out / "gex_filt.h5ad")
 
-    survives(gex_preprocessing.main, into, tmp_path, seed=2)
+    survives(gex_preprocessing.main, into, tmp_path, seed=2, tried=tried)
 
 
-def test_a_dump_killed_at_random_moments_ends_with_the_same_contents(hd_sample, extracted, tmp_path):
+@pytest.mark.fault("killed")
+def test_a_dump_killed_at_random_moments_ends_with_the_same_contents(hd_sample, extracted, tmp_path, tried):
     def into(out):
         out.mkdir(exist_ok=True)
         return ("--images", extracted / "imgs.h5", "--wsi", hd_sample.slide, "--out-dir", out / "patches")
 
-    survives(dump_patches, into, tmp_path, seed=3)
+    survives(dump_patches, into, tmp_path, seed=3, tried=tried)
 
 
 # ---- what a run after a kill repeats --------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ def unfinished(folder) -> list:
     return list(folder.glob("checkpoint-*.tmp.*"))
 
 
-def test_a_run_killed_twenty_times_while_it_saves_loses_at_most_the_step_it_was_in(tmp_path, threads):
+@pytest.mark.fault("killed")
+def test_a_run_killed_twenty_times_while_it_saves_loses_at_most_the_step_it_was_in(tmp_path, threads, tried):
     server, moments = multiprocessing.get_context("forkserver"), random.Random(0)
     server.set_forkserver_preload(["torch", "gan_runs", "training.gan_loop"])       # each child starts at once
     folder, in_a_save, last = tmp_path / "killed", 0, 0
@@ -53,6 +54,7 @@ def test_a_run_killed_twenty_times_while_it_saves_loses_at_most_the_step_it_was_
         while not unfinished(folder) and time.monotonic() < deadline:               # of the next save
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.15))
+        tried()
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         saved, last = progress.value, latest_checkpoint(folder).state["step"]

@@ -45,11 +45,13 @@ def test_two_ranks_equal_one_at_the_same_global_batch_and_write_once(tmp_path, p
     assert sorted(p.name for p in (tmp_path / "1").iterdir()) == sorted(p.name for p in (tmp_path / "2").iterdir())
 
 
+@pytest.mark.fault("rank that fails or hangs")
 def test_a_rank_that_ends_early_ends_the_job(tmp_path):
     done = start(tmp_path / "run", 2, fault="raise")
     assert done.returncode != 0 and not (tmp_path / "run" / "end.pt").exists()
 
 
+@pytest.mark.fault("rank that fails or hangs")
 def test_a_rank_that_hangs_ends_the_job_within_the_timeout_and_one_speaks(tmp_path):
     done = start(tmp_path / "run", 2, fault="hang")          # it would hang for ten minutes: `start` allows five
     said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
