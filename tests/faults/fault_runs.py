@@ -51,8 +51,8 @@ class Run:
 class CommandServer:
     """Starts `extract`, `filter` and `dump`; with `unshare`, in mounts of its own, which end with it."""
 
-    def __init__(self, *unshare: str):
-        self.process = subprocess.Popen([*unshare, sys.executable, str(Path(__file__).with_name("command_server.py"))], text=True,
+    def __init__(self, *unshare: str, script: str = "command_server.py"):
+        self.process = subprocess.Popen([*unshare, sys.executable, str(Path(__file__).with_name(script))], text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
         self.logs = Path(tempfile.mkdtemp())
