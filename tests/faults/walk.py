@@ -14,7 +14,7 @@ from fault_runs import SECONDS, CommandServer, Run
 from output_contents import contents
 from safetensors.torch import load
 
-GAN_RUN = "gan/00000-data@16-custom-gpus1-b8"
+GAN_RUN = "gan/00000-SIM@16-custom-gpus1-b8"
 TINY_CLIP = ("model.image_encoder=random_tiny", "model.gene_encoder=bottleneck", "model.gene_hidden=16", "model.gene_width=16",
              "model.projection=8", "data.patch_px=16", "optimizer.lr=1e-3", "trainer.max_epochs=3", "trainer.batch_size=32",
              "trainer.val_every_steps=2", "trainer.accelerator=cpu", "trainer.num_threads=1")
