@@ -25,9 +25,9 @@ class Run:
             self.code = self._server.ask(kind="wait", child=self.child, flags=os.WNOHANG)
         return self.code is not None
 
-    def wait(self) -> int:
+    def wait(self, seconds: float = SECONDS) -> int:
         """The exit code; below 0, the signal that ended it."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + seconds
         while not self.is_over():
             assert time.monotonic() < deadline, f"it hangs; so far it said: {self.said}"
             time.sleep(0.005)
