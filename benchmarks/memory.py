@@ -3,7 +3,7 @@
 A bound is MB = base + share x what the command handles (thousands of patches or of bins), for the demo's settings: patches of 128 px,
 500 genes, GAN `small` at 64 px and batch 8, diffusion `small` at 32 px and batch 16. Training takes a few steps: its memory is that of
 a step, of the data and of a snapshot. The peak is the larger of the kernel's figure for one process and the sum over the process tree,
-looked at 20 times a second; pages that processes share count once for each.
+looked at five times a second; pages that processes share count once for each. Linux only.
 Example: python -m benchmarks.memory --um 2000 --work bench
 """
 from __future__ import annotations
@@ -21,6 +21,7 @@ import click
 ROOT = Path(__file__).resolve().parents[1]
 BIN_UM = 2
 MB = 1e6
+EVERY_S = 0.2
 HEADER = "| command | patches | bins, thousands | s | peak MB | bound MB |\n|---|---|---|---|---|---|"
 
 
@@ -92,33 +93,29 @@ def peak(command: tuple, folder: Path) -> tuple[float, float]:
     """(seconds, peak MB) of a command and all that it starts; it must succeed."""
     import psutil
 
-    began, highest, used = time.monotonic(), 0, None
+    began, highest = time.monotonic(), 0
     with open(folder / "memory.log", "ab") as log:
         script = command[:2] if command[0] == "-m" else (ROOT / command[0],)
         process = subprocess.Popen([sys.executable, *map(str, (*script, *command[len(script):]))], cwd=folder, stdout=log, stderr=log,
                                    env={**os.environ, "PYTHONPATH": str(ROOT)})
-        watched, status = psutil.Process(process.pid), None
-        while status is None:
-            highest = max(highest, _tree_rss(watched))
-            time.sleep(0.05)
-            ended, code, used = os.wait4(process.pid, os.WNOHANG)
-            status = code if ended else None
-    if status:
+        watched = psutil.Process(process.pid)
+        while process.poll() is None:
+            processes = [watched, *_children(watched)]
+            highest = max(highest, sum(_bytes(one, "VmRSS") for one in processes), *(_bytes(one, "VmHWM") for one in processes))
+            time.sleep(EVERY_S)
+    if process.returncode:
         tail = (folder / "memory.log").read_text(errors="replace")[-1500:]
-        raise click.ClickException(f"{' '.join(map(str, script))} failed ({os.waitstatus_to_exitcode(status)}):\n{tail}")
-    return time.monotonic() - began, max(highest, used.ru_maxrss * 1024) / MB
+        raise click.ClickException(f"{' '.join(map(str, script))} failed ({process.returncode}):\n{tail}")
+    return time.monotonic() - began, highest / MB
 
 
-def _tree_rss(process) -> int:
-    import psutil
-
-    total = 0
-    for one in (process, *_children(process)):
-        try:
-            total += one.memory_info().rss
-        except psutil.Error:                 # it ended meanwhile
-            continue
-    return total
+def _bytes(process, what: str) -> int:
+    """VmRSS (now) or VmHWM (the highest since the program began) of a process. Not getrusage's, in which a child begins with its parent's."""
+    try:
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    except OSError:                          # it ended meanwhile
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(what)), 0)
 
 
 def _children(process) -> list:
