@@ -110,7 +110,7 @@ def peak(command: tuple, folder: Path) -> tuple[float, float]:
 
 
 def _bytes(process, what: str) -> int:
-    """VmRSS (now) or VmHWM (the highest since the program began) of a process. Not getrusage's, in which a child begins with its parent's."""
+    """VmRSS (now) or VmHWM (highest since the program began) of a process. In getrusage's figure a child begins with its parent's."""
     try:
         lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     except OSError:                          # it ended meanwhile
