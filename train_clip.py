@@ -6,7 +6,8 @@
 Configurations lie in assets/: clip_config.yaml (the published values, default), clip_small.yaml (real tissue, few spots, on a
 CPU), clip_demo.yaml; choose with --config-name clip_small. Several samples: data.train_gex=A.h5ad,B.h5ad. Relative paths mean
 the folder the command is started in. SIGTERM and Ctrl-C finish the step and save; continue such a run, or any, with
-run_dir=runs/00000-clip ckpt_path=last. --debug shows tracebacks.
+run_dir=runs/00000-clip ckpt_path=last. With run_dir=runs/clip ckpt_path=auto from the start, the same command begins and goes on.
+--debug shows tracebacks.
 
 Gene encoders: model.gene_encoder=linear_block (published), bottleneck, hidden, identity, gene_tokens, or pathways with
 model.pathways_file=sets.gmt. Batch effects between samples: trainer.contrast=within_sample, trainer.batch_mmd=0.1,

@@ -23,7 +23,7 @@ from diffusion_utils.sampling import Solver, parse_interval
 from evaluation.contact_sheet import as_cell, contact_sheet, save_png
 from evaluation.features import pick_device
 from preprocessing.errors import InputError, OptionError
-from preprocessing.outputs import finished_file, locked
+from preprocessing.outputs import clear_leftovers_in, finished_file, locked
 from preprocessing.progress import ProgressBar
 from training.gan_grids import as_pictures
 from training.prompts import parse_seeds
@@ -114,7 +114,9 @@ def generate_images(config: GenerateConfig) -> list[Path]:
              for row in _chosen_rows(len(prompts), config.n_prompts) for seed in seeds]
     folder = config.gen_img_path
     samples, grid, latents = folder / SAMPLES, folder / GRID, folder / LATENTS
-    with locked(samples, covers=[grid, latents]):
+    with locked(samples):
+        for part in (folder, folder / "null"):
+            clear_leftovers_in(part)
         for old in (samples, grid, latents):           # what describes other pictures goes before they do
             old.unlink(missing_ok=True)
         if config.output_type == "latent":

@@ -1,6 +1,8 @@
 """Fine-tune Stable Diffusion, or train a denoiser from scratch, on patches and ready-made prompt embeddings."""
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -18,11 +20,18 @@ def train_diffusion(**options) -> Path | None:
 
 
 def _train(options: dict) -> Path | None:
-    from diffusion_utils.finetune import open_run
     from diffusion_utils.finetune_config import FinetuneConfig
-    from preprocessing.progress import ProgressBar
+    from preprocessing.outputs import only_writer
 
     config = FinetuneConfig(**options)
+    with only_writer(config.output_dir, parts=["samples"]) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        return _train_in_folder(config)
+
+
+def _train_in_folder(config) -> Path | None:
+    from diffusion_utils.finetune import open_run
+    from preprocessing.progress import ProgressBar
+
     run = open_run(config)
     main = run.accelerator.is_main_process
     if main:

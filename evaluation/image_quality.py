@@ -212,7 +212,8 @@ def _span(sides: tuple[int, int]) -> str:
 
 
 def append_rows(csv_path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """Append rows to the CSV, whole or not at all; older rows, also those of fewer columns, stay as they are."""
+    """Append rows to the CSV, whole or not at all; older rows, also those of fewer columns, stay as they are. The last rows are not
+    written a second time: who repeats a command that was killed after this moment has them already."""
     with locked(csv_path):
         new = pd.DataFrame([{name: cell(row[name]) for name in COLUMNS} for row in rows], columns=list(COLUMNS))
         if csv_path.exists():
@@ -220,6 +221,8 @@ def append_rows(csv_path: Path, rows: Sequence[dict[str, object]]) -> None:
             if "experiment" not in old.columns:
                 raise InputError(csv_path, "columns", ", ".join(COLUMNS[:5]), ", ".join(map(str, old.columns[:5])),
                                  "Name another --out-dir")
+            if set(COLUMNS) <= set(old.columns) and old[list(COLUMNS)].tail(len(new)).to_numpy().tolist() == new.to_numpy().tolist():
+                return
             new = pd.concat([old, new], ignore_index=True)
             new = new[[*COLUMNS, *(name for name in old.columns if name not in COLUMNS)]].fillna("")
         with finished_file(csv_path) as temporary:

@@ -10,7 +10,7 @@ from evaluation import page
 from evaluation.contact_sheet import contact_sheet
 from evaluation.features import read_samples_csv
 from evaluation.image_quality import SHARES, ImageSet, QualityConfig
-from preprocessing.outputs import nan_to_none, program_versions, write_json
+from preprocessing.outputs import locked, nan_to_none, program_versions, write_json
 from preprocessing.patches import read_patch, read_patch_folder
 
 ROWS, COLUMNS = 8, 8
@@ -31,9 +31,10 @@ def write_quality_report(path: Path, config: QualityConfig, reference: ImageSet,
                  "a number from elsewhere. Neither sees whether a patch follows its genes. Intervals are 95 %: of the whole by "
                  "delete-half jackknife, at the floor's n over random halves."),
              page.heading("Settings, weights, versions"), page.facts({**settings, **program_versions()})]
-    page.write_page(path, page.page(f"Image quality: {config.experiment}", parts))
-    write_json(path.with_suffix(".json"), {"rows": nan_to_none(list(rows)), **(more_numbers or {}), "settings": settings,
-                                          "versions": program_versions()})
+    numbers = path.with_suffix(".json")
+    with locked(path, covers=[numbers]):
+        page.write_page(path, page.page(f"Image quality: {config.experiment}", parts))
+        write_json(numbers, {"rows": nan_to_none(list(rows)), **(more_numbers or {}), "settings": settings, "versions": program_versions()})
 
 
 def lead(rows: Sequence[dict[str, object]]) -> str:

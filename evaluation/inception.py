@@ -58,7 +58,7 @@ def build_inception(weights: Path | str | None = None) -> Inception:
 
 def cached_weights() -> Path:
     """The weight file in the torch hub cache; fetched, aloud, if it is not there and the hub answers."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / FILE_NAME
+    path = hub_path()
     if path.is_file():
         return path
     print(f"fetching {URL} to {path}")
@@ -72,6 +72,11 @@ def cached_weights() -> Path:
                          f"nothing there, and no network ({getattr(error, 'reason', error)})",
                          f"Fetch {URL} elsewhere and put it there, or name another encoder with --features") from error
     return path
+
+
+def hub_path() -> Path:
+    """Where the weight file lies in the torch hub cache."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / FILE_NAME
 
 
 def require_published_file(path: Path) -> None:

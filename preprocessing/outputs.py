@@ -11,10 +11,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +27,7 @@ from preprocessing.errors import InputError, read_json
 MIB = 1 << 20
 WHOLE_FILE_MIB = 256              # inputs up to this size are hashed whole
 SILENT_WAIT_S = 2                 # a lock that is free within this time is not worth a line
+LEFTOVER = re.compile(r"(.+)\.(?:tmp|old)\.\d+")     # what is being written to, or replaced, by the process of that number
 
 
 @contextmanager
@@ -269,6 +271,24 @@ def require_free_space(folder: Path | str, needed_bytes: int) -> None:
 
 
 @contextmanager
+def only_writer(folder: Path | str, parts: Iterable[str] = ()) -> Iterator[None]:
+    """Hold a run folder while working in it, and remove what killed runs left half-written there and in its `parts`. That of a live
+    process is not waited for, which may be days: OSError (exit code 4)."""
+    folder = Path(folder)
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder / "run", wait_s=0))
+        except OSError as error:
+            if error.errno != errno.EAGAIN:
+                raise
+            raise OSError(errno.EAGAIN, "another process is at work in this folder; name another one, or wait until it has ended",
+                          str(folder)) from error
+        for part in ("", *parts):
+            clear_leftovers_in(folder / part)
+        yield
+
+
+@contextmanager
 def locked(path: Path | str, wait_s: float = 3600, covers: Iterable[Path | str] = ()) -> Iterator[None]:
     """Hold the lock of one output while writing it, and what else the lock `covers`. A live process's lock is waited for,
     never taken; the lock of a dead process is free (the kernel releases it), and what it left half-written is removed."""
@@ -279,7 +299,8 @@ def locked(path: Path | str, wait_s: float = 3600, covers: Iterable[Path | str] 
         try:
             lock.acquire(timeout=min(SILENT_WAIT_S, wait_s))
         except Timeout:
-            print(f"waiting for another process writing {path}", file=sys.stderr, flush=True)
+            if wait_s > SILENT_WAIT_S:
+                print(f"waiting for another process writing {path}", file=sys.stderr, flush=True)
             lock.acquire(timeout=max(wait_s - SILENT_WAIT_S, 0))
     except Timeout as error:
         raise OSError(errno.EAGAIN, "another process is still writing it", str(path)) from error
@@ -290,6 +311,12 @@ def locked(path: Path | str, wait_s: float = 3600, covers: Iterable[Path | str] 
         yield
     finally:
         lock.release()
+
+
+def clear_leftovers_in(folder: Path | str) -> None:
+    """Remove what killed processes left half-written among the files and folders of `folder`, whose lock the caller holds."""
+    for name in {match[1] for path in Path(folder).glob("*") if (match := LEFTOVER.fullmatch(path.name))}:
+        _clear_leftovers(Path(folder) / name)
 
 
 def _clear_leftovers(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from preprocessing.errors import Command, InputError
-from preprocessing.outputs import fingerprint, finished_folder, is_done, require_free_space, write_done
+from preprocessing.outputs import fingerprint, finished_folder, is_done, locked, require_free_space, write_done
 from preprocessing.simulation.config import BIN_UM, PLATFORMS, SimulateConfig
 
 if TYPE_CHECKING:
@@ -57,16 +57,29 @@ def simulate_sample(config: SimulateConfig, progress: bool = False) -> Simulated
     """Write the sample unless exactly this one stands finished; replaces only an older simulated sample."""
     folder = Path(config.out_dir)
     settings = {name: value for name, value in asdict(config).items() if name != "out_dir"}
-    if is_done(folder, config=settings, inputs={}, content=_content(folder)):
-        facts = json.loads((folder / "sample.json").read_text())
-        return SimulatedSample(folder, config.sample_id, config.mpp, config.platform, facts, was_kept=True)
+    if _stands(folder, settings):
+        return _kept(config)
     if folder.exists() and any(folder.iterdir()) and not (folder / "sample.json").is_file():
         raise InputError(folder, "--out-dir", "a new folder, or a simulated sample to replace", "a folder with other content")
     require_free_space(folder, _needed_bytes(config))
-    with finished_folder(folder) as temporary:
-        facts = _write_parts(config, temporary, settings, progress)
-    write_done(folder, config=settings, inputs={}, **facts, content=_content(folder))
+    with locked(folder):
+        if _stands(folder, settings):              # another process has just made it
+            return _kept(config)
+        with finished_folder(folder) as temporary:
+            facts = _write_parts(config, temporary, settings, progress)
+        write_done(folder, config=settings, inputs={}, **facts, content=_content(folder))
     return SimulatedSample(folder, config.sample_id, config.mpp, config.platform, facts)
+
+
+def _stands(folder: Path, settings: dict) -> bool:
+    """Whether exactly this sample stands finished."""
+    return is_done(folder, config=settings, inputs={}, content=_content(folder))
+
+
+def _kept(config: SimulateConfig) -> SimulatedSample:
+    folder = Path(config.out_dir)
+    facts = json.loads((folder / "sample.json").read_text())
+    return SimulatedSample(folder, config.sample_id, config.mpp, config.platform, facts, was_kept=True)
 
 
 def _content(folder: Path) -> dict[str, dict]:

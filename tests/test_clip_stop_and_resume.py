@@ -12,7 +12,7 @@ from clip_runs import config, finish, start, write_samples
 from networks.clip import CLIP
 from networks.weights import read_plain_file
 from preprocessing.errors import OptionError, WeightsError
-from preprocessing.outputs import file_sha256
+from preprocessing.outputs import file_sha256, only_writer
 from train_clip import train
 from training.clip_checkpoints import Stopped, SummedCheckpoints
 from training.clip_module import ClipModule
@@ -126,6 +126,27 @@ def test_a_flipped_byte_is_refused_naming_the_newest_whole_checkpoint(samples, t
     with pytest.raises(WeightsError, match=r"last.ckpt: .*the file is damaged.*ckpt_path=\S+step000010.ckpt") as error:
         train(config(run_dir=str(run), ckpt_path="last", **options), samples)
     assert error.value.exit_code == 5 and "\n" not in str(error.value)
+
+
+def test_auto_begins_a_run_goes_on_with_it_and_skips_a_damaged_checkpoint_aloud(samples, straight, tmp_path, monkeypatch, capsys):
+    same = config(run_dir=str(tmp_path / "run"), ckpt_path="auto", **RUN)
+    with monkeypatch.context() as patch:
+        send_at(patch, 7, signal.SIGTERM)
+        with pytest.raises(Stopped):                       # there was nothing to go on from
+            train(same, samples)
+    damage(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    whole = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step*.ckpt"))
+    (tmp_path / "run" / "checkpoints" / "last.ckpt.tmp.1").write_text("half")
+    resumed = train(same, samples)
+    assert "skipping a damaged checkpoint" in capsys.readouterr().out and whole
+    first, second = (CLIP.from_pretrained(folder / "clip").weights() for folder in (straight, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not list(resumed.rglob("*.tmp.*"))
+
+
+def test_a_run_folder_in_which_another_process_trains_is_refused_at_once(samples, tmp_path):
+    with only_writer(tmp_path / "run"), pytest.raises(OSError, match="another process is at work in this folder"):
+        train(config(run_dir=str(tmp_path / "run"), **RUN), samples)
 
 
 def test_a_checkpoint_killed_between_its_two_files_is_still_whole(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 import csv
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -103,6 +104,30 @@ def test_the_command_offers_the_guidance_there_is():
 
     from training.gan_losses import GuidanceKind
     assert train_gan.GUIDANCE == get_args(GuidanceKind)
+
+
+def test_resume_auto_begins_again_where_a_run_was_killed_before_its_first_checkpoint_and_waits_for_no_live_one(world, tmp_path):
+    from preprocessing.outputs import only_writer
+    options = {**train_options(world, outdir=tmp_path / "runs", resume="auto"), "no-tensorboard": True}
+    assert call(train_gan, **options).exit_code == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    whole = {path.parent.name: path.read_bytes() for path in folder.rglob("model.safetensors")}
+    for checkpoint in folder.glob("checkpoint-*"):                 # as one killed in its second snapshot leaves it
+        shutil.rmtree(checkpoint)
+    (folder / "snapshot-000048.tmp.9").mkdir()
+    with only_writer(folder):
+        result = call(train_gan, **options)
+        assert result.exit_code == 4 and f"{folder}: another process is at work in this folder" in result.output
+    assert call(train_gan, **options).exit_code == 0
+    assert list((tmp_path / "runs").iterdir()) == [folder] and not list(folder.glob("*.tmp.*"))
+    assert {path.parent.name: path.read_bytes() for path in folder.rglob("model.safetensors")} == whole
+    steps = [json.loads(line)["step"] for line in (folder / "stats.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps.count(0) == 1
+    assert call(train_gan, **{**options, "seed": 1}).exit_code == 5             # there are checkpoints again, of another run
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert call(train_gan, **{**options, "seed": 1}).exit_code == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2                        # another run does not take its folder
 
 
 def test_training_leaves_config_statistics_snapshots_and_a_checkpoint(world):

@@ -114,18 +114,24 @@ def test_one_row_for_each_feature_set(folders, tmp_path):
 
 
 def test_num_draws_so_many_a_side_and_the_seed_repeats_it(folders, tmp_path):
-    for seed in (1, 1, 2):
-        run(folders, tmp_path, "alike", "--num", 12, "--seed", seed)
-    table = rows(tmp_path)
+    for part, seed in (("first", 1), ("again", 1), ("first", 2)):
+        run(folders, tmp_path / part, "alike", "--num", 12, "--seed", seed)
+    table = pd.concat([rows(tmp_path / "first").iloc[:1], rows(tmp_path / "again"), rows(tmp_path / "first").iloc[1:]], ignore_index=True)
     assert (table.n_reference == 12).all() and (table.n_generated == 12).all()
     assert table.FID[0] == table.FID[1] != table.FID[2]
 
 
 def test_the_reference_comes_from_the_cache_and_gives_the_same_row(folders, tmp_path):
-    for _ in range(2):
-        assert run(folders, tmp_path, "alike", "--cache-dir", tmp_path / "cache").exit_code == 0
-    table = rows(tmp_path)
-    assert table.iloc[0].equals(table.iloc[1]) and len(list((tmp_path / "cache").glob("*.npy"))) == 1
+    for part in ("one", "two"):
+        assert run(folders, tmp_path / part, "alike", "--cache-dir", tmp_path / "cache").exit_code == 0
+    assert rows(tmp_path / "one").equals(rows(tmp_path / "two")) and len(list((tmp_path / "cache").glob("*.npy"))) == 1
+
+
+def test_a_repeated_command_does_not_write_its_rows_twice_but_older_ones_may_come_again(folders, tmp_path):
+    """Killed after the rows were written, before the page was, and given again."""
+    for generated in ("alike", "alike", "noise", "noise", "alike"):
+        assert run(folders, tmp_path, generated, "--num", 8).exit_code == 0
+    assert rows(tmp_path).experiment.tolist() == ["alike", "noise", "alike"]
 
 
 def test_rows_of_the_originals_five_columns_are_kept(folders, tmp_path):

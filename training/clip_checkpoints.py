@@ -111,6 +111,17 @@ def require_checkpoint(path: Path) -> Path:
     return path
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """What `ckpt_path=auto` goes on from: `last.ckpt`, else, said aloud, the newest other that is whole; None where there is none."""
+    newest_first = sorted(folder.glob("*.ckpt"), key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime_ns), reverse=True)
+    for path in newest_first:
+        try:
+            return require_checkpoint(path)
+        except WeightsError as error:
+            print(f"skipping a damaged checkpoint: {error}", flush=True)
+    return None
+
+
 def sums_path(path: Path) -> Path:
     """Where the SHA-256 of a checkpoint lies."""
     return path.with_name(f"{path.name}.sha256")

@@ -152,7 +152,7 @@ class ClipConfig:
     logger: Any = "csv,tensorboard"  # any of csv, tensorboard, wandb; none
     out_dir: str = "runs"            # receives 00000-clip, 00001-clip, ...
     run_dir: str | None = None       # this very folder instead
-    ckpt_path: str | None = None     # resume: a checkpoint file, or last (of run_dir)
+    ckpt_path: str | None = None     # resume: a checkpoint file, last (of run_dir), or auto: last if there is one, else a new run
 
     def __post_init__(self):
         if isinstance(self.logger, str):
@@ -162,8 +162,8 @@ class ClipConfig:
             raise OptionError("logger", f"any of {', '.join(LOGGERS)}", ", ".join(strangers))
         if "wandb" in (self.logger or []) and find_spec("wandb") is None:
             raise OptionError("logger=wandb", "the package wandb (pip install wandb)", "it is not installed")
-        if self.ckpt_path == "last" and not self.run_dir:
-            raise OptionError("ckpt_path=last", "run_dir=<the run folder to continue>", "no run_dir")
+        if self.ckpt_path in ("last", "auto") and not self.run_dir:
+            raise OptionError(f"ckpt_path={self.ckpt_path}", "run_dir=<the run folder to continue>", "no run_dir")
 
 
 def clip_config(loaded: DictConfig | Mapping) -> ClipConfig:

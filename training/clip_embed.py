@@ -18,12 +18,13 @@ from networks.clip import CLIP, clip_weights_sha256
 from networks.layers import images_to_float
 from networks.sample_scaling import patches_for_mean, require_whole_samples
 from preprocessing.errors import InputError, OptionError
-from preprocessing.outputs import file_sha256, finished_file, program_versions, strings_sha256, write_json
+from preprocessing.outputs import file_sha256, finished_file, locked, program_versions, strings_sha256, write_json
 from preprocessing.patch_file import read_patch_file
 from preprocessing.patches import read_patch, read_patch_folder
 from preprocessing.progress import ProgressBar
 from training.data import ImageGeneDataset, expression_only, sample_files
 
+RECORD, RETRIEVAL = "embeddings.json", "retrieval.json"
 RETRIEVAL_SPOTS = 20_000   # every spot is compared with every other
 
 
@@ -58,22 +59,28 @@ def write_embeddings(config: EmbedConfig) -> tuple[list[Path], str]:
     clip = CLIP.from_pretrained(config.network, image_encoder=config.images is not None, image_encoder_weights=config.encoder_weights)
     clip.to(device)
     arrays, barcodes, sample_ids = embed_sample(clip, config, device)
-    config.out_dir.mkdir(parents=True, exist_ok=True)
+    files = [*(f"{name}_clip_emb.npy" for name in arrays), RETRIEVAL]
+    with locked(config.out_dir / RECORD, covers=[config.out_dir / name for name in files]):
+        return _write(config, arrays, barcodes, sample_ids)
+
+
+def _write(config: EmbedConfig, arrays: dict[str, np.ndarray], barcodes: list[str], sample_ids: np.ndarray) -> tuple[list[Path], str]:
     written = [_save(config.out_dir / f"{name}_clip_emb.npy", array) for name, array in arrays.items()]
     record = {"model_sha256": clip_weights_sha256(config.network), "n_rows": len(barcodes), "barcode_sha256": strings_sha256(barcodes),
               "gex": str(config.gex) if config.gex else None, "images": str(config.images) if config.images else None,
               "files": [path.name for path in written], "sha256": {path.name: file_sha256(path) for path in written},
               "versions": program_versions()}
-    write_json(config.out_dir / "embeddings.json", record)
+    write_json(config.out_dir / RECORD, record)
     if config.add_to_h5ad:
-        _add_to_h5ad(config.gex, {f"X_clip_{name}": array for name, array in arrays.items() if name != "null"})
+        with locked(config.gex):
+            _add_to_h5ad(config.gex, {f"X_clip_{name}": array for name, array in arrays.items() if name != "null"})
         written.append(config.gex)
-    written.append(config.out_dir / "embeddings.json")
+    written.append(config.out_dir / RECORD)
     if not (config.gex and config.images):
         return written, ""
     found = _retrieval(arrays["gene"], arrays["image"], sample_ids)
-    write_json(config.out_dir / "retrieval.json", {"model_sha256": record["model_sha256"], **found})
-    return [*written, config.out_dir / "retrieval.json"], retrieval_line(found["joint"])
+    write_json(config.out_dir / RETRIEVAL, {"model_sha256": record["model_sha256"], **found})
+    return [*written, config.out_dir / RETRIEVAL], retrieval_line(found["joint"])
 
 
 def _retrieval(genes: np.ndarray, images: np.ndarray, sample_ids: np.ndarray) -> dict[str, dict]:

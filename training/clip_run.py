@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from evaluation.retrieval import retrieval_by_sample
 from networks.clip import CLIP
 from networks.histo_models import Encoder, build_encoder
 from preprocessing.gene_sets import gene_sets_within
-from preprocessing.outputs import program_versions, write_json
-from training.clip_checkpoints import require_checkpoint
+from preprocessing.outputs import only_writer, program_versions, write_json
+from training.clip_checkpoints import newest_checkpoint, require_checkpoint
 from training.clip_config import ClipConfig
 from training.clip_data import ClipData, Pairs, centre_features, fit_inputs, load_clip_data, use_features
 from training.clip_module import fit_clip, flat_metrics
@@ -36,8 +37,8 @@ def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
     ckpt_path = _checkpoint(config, resolve)
     data = load_clip_data(config, resolve)
     gene_sets = _gene_sets(config, resolve, data.gene_names)
-    with all_ranks(ranks):
-        run_dir = ranks.broadcast(_open_run(config, data, tower, resolve) if ranks.is_global_zero else None)
+    with all_ranks(ranks), ExitStack() as held:
+        run_dir = ranks.broadcast(_open_run(config, data, tower, resolve, held) if ranks.is_global_zero else None)
         tower.to(ranks.device)
         if config.image.cache_features:
             use_features(data, tower, config, resolve, ranks.device)
@@ -66,12 +67,13 @@ def _gene_sets(config: ClipConfig, resolve: Callable[[str], Path], gene_names: l
     return gene_sets
 
 
-def _open_run(config: ClipConfig, data: ClipData, tower: Encoder, resolve: Callable[[str], Path]) -> Path:
-    """Make the run folder, write what is known before training, and say it."""
+def _open_run(config: ClipConfig, data: ClipData, tower: Encoder, resolve: Callable[[str], Path], held: ExitStack) -> Path:
+    """Make the run folder, hold it until `held` ends, write what is known before training, and say it."""
     from training.run_folder import next_run_folder
 
     run_dir = resolve(config.run_dir) if config.run_dir else next_run_folder(resolve(config.out_dir), "clip")
     run_dir.mkdir(parents=True, exist_ok=True)
+    held.enter_context(only_writer(run_dir, parts=["checkpoints"]))
     print(f"{', '.join(data.record['samples'])}: {data.record['n_spots']:,} training spots, {data.record['n_val_spots']:,} validation "
           f"spots, {len(data.gene_names):,} genes; {tower.name} {tower.width}-d; {run_dir}", flush=True)
     write_json(run_dir / "config.json", {**asdict(config), "versions": program_versions()})
@@ -97,6 +99,8 @@ def _write_retrieval(clip: CLIP, val: Pairs, run_dir: Path) -> dict:
 def _checkpoint(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
     if config.ckpt_path is None:
         return None
+    if config.ckpt_path == "auto":
+        return newest_checkpoint(resolve(config.run_dir) / "checkpoints")
     path = resolve(config.run_dir) / "checkpoints" / "last.ckpt" if config.ckpt_path == "last" else resolve(config.ckpt_path)
     return require_checkpoint(path)
 

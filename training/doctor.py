@@ -1,6 +1,7 @@
-"""Look at what a run will stand on: Python, packages against requirements.txt, GPU, memory, disk, weights. Changes nothing.
+"""Look at what a run will stand on - Python, packages against requirements.txt, GPU, memory, disk, weights - and try it in small.
 
-Each finding is one line: `ok`, `note` (works, with a limit) or `FIX` (commands will fail), the last two with what to do.
+Leaves nothing behind. Each finding is one line: `ok`, `note` (works, with a limit) or `FIX` (commands will fail), the last two with
+what to do.
 """
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import click
 
-from preprocessing.errors import Command, read_text
+from preprocessing.errors import Command, WeightsError, read_text
+from training.self_test import self_test
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 PYTHONS = ((3, 10), (3, 12))      # oldest and newest that the ranges of requirements.txt are for
@@ -104,22 +106,70 @@ def check_weights() -> Iterator[Finding]:
             yield Finding("note", f"{name}: {variable} is not set", "Only the published CLIP needs it; how: README, Data and weights")
 
 
+def check_metric_weights() -> Iterator[Finding]:
+    """Inception, without which there is no FID proper. Nothing is fetched."""
+    from evaluation.inception import FILE_NAME, URL, hub_path, require_published_file
+
+    path = hub_path()
+    if not path.is_file():
+        yield Finding("note", f"inception (FID proper, KID): {path} is not there", "Without --features efficientnet_lite0 or another "
+                      f"encoder the metrics command fetches it where the network allows; else fetch {URL}, put it there or name it with "
+                      "--weights")
+        return
+    try:
+        require_published_file(path)
+    except WeightsError as error:
+        yield Finding("FIX", str(error), f"Delete it, and fetch {FILE_NAME} from {URL}")
+    else:
+        yield Finding("ok", f"inception (FID proper, KID): weights in {path}")
+
+
+def check_by_trying(folder: Path) -> Iterator[Finding]:
+    """The self-test, a finding a stage."""
+    for outcome in self_test(folder):
+        said = f"self-test, {outcome.stage}: {outcome.seconds:.1f} s"
+        yield Finding("FIX", f"{said}: {outcome.error}", "If this does not say what to do: README, When something goes wrong") \
+            if outcome.error else Finding("ok", said)
+
+
+def without_imports_that_fail(check: Iterator[Finding]) -> Iterator[Finding]:
+    """The findings of a check; a package that it needs and that is not there or broken is one of them."""
+    try:
+        yield from check
+    except (ImportError, OSError, RuntimeError) as error:             # a library of the system that is missing, versions that do not match
+        reason = " ".join(str(error).split())[:200]
+        yield Finding("FIX", f"{check.__name__.replace('_', ' ')}: {reason}", "Install the packages anew: make setup")
+
+
 @click.command(cls=Command)
 @click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), default=".", help="Where outputs will go.")
-def main(folder: Path):
-    """Check what a run will stand on, and say what to do. Exit code 1 if something has to be mended first.
+@click.option("--self-test/--no-self-test", "tries", default=True, help="Also walk from a simulated section to a drawn patch, in about a "
+              "minute, in a temporary folder in --folder.")
+def main(folder: Path, tries: bool):
+    """Check what a run will stand on, try it in small, and say what to do. Exit code 1 if something has to be mended first.
 
     \b
     python -m training.doctor --folder runs
     """
-    findings = []
-    for check in (check_python(), check_packages(), check_room(folder), check_weights(), check_gpu()):
-        for finding in check:
-            click.echo(finding)
-            findings.append(finding)
-    wrong = sum(finding.level == "FIX" for finding in findings)
+    wrong = 0
+    for check in (check_python(), check_packages(), check_room(folder), check_weights(), check_metric_weights(), check_gpu()):
+        wrong += told(check)
+    if tries and wrong:
+        click.echo("the self-test waits until this is mended")
+    elif tries:
+        click.echo("self-test: about a minute (--no-self-test leaves it out)")
+        wrong += told(check_by_trying(folder))
     click.echo(f"{wrong} to mend" if wrong else "nothing to mend")
     raise SystemExit(1 if wrong else 0)
+
+
+def told(check: Iterator[Finding]) -> int:
+    """Say every finding as it comes; how many have to be mended."""
+    wrong = 0
+    for finding in without_imports_that_fail(check):
+        click.echo(finding)
+        wrong += finding.level == "FIX"
+    return wrong
 
 
 if __name__ == "__main__":

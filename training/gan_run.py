@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import click
 from networks.clip import CLIP
 from networks.histo_models import build_encoder
 from preprocessing.errors import InputError, OptionError
-from preprocessing.outputs import write_json
+from preprocessing.outputs import only_writer, write_json
 from preprocessing.progress import ProgressBar
 from training.gan_config import GanConfig
 from training.gan_data import load_gan_data
@@ -19,7 +20,7 @@ from training.gan_sources import GanSources
 from training.image_metrics import Metric
 from training.patch_cache import cache_place
 from training.ranks import from_first, is_first, rank_and_size
-from training.run_folder import Checkpoint, next_run_folder
+from training.run_folder import Checkpoint, begun_run, next_run_folder
 from training.spot_choice import SpotChoice
 from training.warm_start import Weights, find_start, start_from
 
@@ -45,9 +46,13 @@ def run_gan(config: GanConfig, sources: GanSources, watched: Sequence[Metric], d
     if dry_run:
         say("\n".join([*report, "nothing was trained: --dry-run"]))
         return None
-    if not isinstance(start, Checkpoint):
-        make_folder(run, name, report, preset=preset, cfg=cfg, started_from=None if start is None else str(start.folder))
-    show_progress(run)
+    record = about(run, preset=preset, cfg=cfg, started_from=None if start is None else str(start.folder))
+    with ExitStack() as held:
+        if isinstance(start, Checkpoint):
+            hold_folder(run, held)
+        else:
+            make_folder(run, name, record, report, held, begins_again=resume == "auto")
+        show_progress(run)
     return run.folder if is_first() else None
 
 
@@ -83,17 +88,27 @@ def set_start(run: GanRun, start: Checkpoint | Weights | None, resume_kimg: floa
     return report
 
 
-def make_folder(run: GanRun, name: str, report: Sequence[str], *, preset: str, cfg: str, started_from: str | None) -> None:
-    """The folder of a new run, its config.json, and the report of its start."""
-    folder = from_first(str(next_run_folder(run.folder, name)) if is_first() else None)
-    run.folder = Path(folder)
+def make_folder(run: GanRun, name: str, record: dict, report: Sequence[str], held: ExitStack, begins_again: bool) -> None:
+    """The folder of a new run, its config.json, and the report of its start. `begins_again`: in the folder of the same run where that was
+    killed before its first checkpoint."""
+    begun = begun_run(run.folder, name, record) if begins_again and is_first() else None
+    run.folder = Path(from_first(str(begun or next_run_folder(run.folder, name)) if is_first() else None))
+    hold_folder(run, held)
     if not is_first():
         return
-    start_folder(run.folder, run, preset=preset, cfg=cfg, started_from=started_from)
+    for log in ("stats.jsonl", "log.txt"):
+        (run.folder / log).unlink(missing_ok=True)
+    write_json(run.folder / "config.json", record)
     for line in report:
         click.echo(line)
     if report:
         (run.folder / "log.txt").write_text("\n".join(report) + "\n")
+
+
+def hold_folder(run: GanRun, held: ExitStack) -> None:
+    """Let no other process train in the run's folder until `held` ends."""
+    if is_first():
+        held.enter_context(only_writer(run.folder, parts=["samples"]))
 
 
 def show_progress(run: GanRun) -> None:
@@ -105,9 +120,8 @@ def show_progress(run: GanRun) -> None:
             bar.update(run.share - bar.n)
 
 
-def start_folder(folder: Path, run: GanRun, *, preset: str, cfg: str, started_from: str | None = None) -> None:
-    """Write config.json of a new run; `started_from`: the folder of the weights that it began with."""
-    write_json(folder / "config.json", {"preset": preset, "cfg": cfg, "config": asdict(run.config), "data": run.data.record,
-                                        "started_from": started_from,
-                                        "samples": run.data.sources, "gene_encoder": run.data.gene_encoder,
-                                        "backbone": {"name": run.encoder.name, "source": run.encoder.source}})
+def about(run: GanRun, *, preset: str, cfg: str, started_from: str | None = None) -> dict:
+    """config.json of a new run; `started_from`: the folder of the weights that it began with."""
+    return {"preset": preset, "cfg": cfg, "config": asdict(run.config), "data": run.data.record, "started_from": started_from,
+            "samples": run.data.sources, "gene_encoder": run.data.gene_encoder,
+            "backbone": {"name": run.encoder.name, "source": run.encoder.source}}

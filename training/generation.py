@@ -73,9 +73,9 @@ def generate_patches(config: GenerateConfig, progress: bool = True) -> Generated
             output = GeneratedPngs(plan, config.outdir, ranks, workers)
         else:
             output = GeneratedH5(plan, config.out_h5, ranks)
-        for path in (config.outdir / SAMPLES, config.out_h5) if ranks.is_first else ():
+        for path, covers in ((config.outdir / SAMPLES, [config.outdir / GRID]), (config.out_h5, [])) if ranks.is_first else ():
             if path is not None:
-                held.enter_context(locked(path))
+                held.enter_context(locked(path, covers=covers))
         missing = output.begin()
         _make(plan, missing, snapshot, output, ranks, workers, progress)
         if not ranks.is_first:

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from preprocessing.errors import InputError, WeightsError, first_few
-from preprocessing.outputs import file_sha256, finished_file, finished_folder, strings_sha256
+from preprocessing.errors import InputError, WeightsError, first_few, read_json
+from preprocessing.outputs import LEFTOVER, file_sha256, finished_file, finished_folder, strings_sha256
 from preprocessing.progress import ProgressBar
 
 log = logging.getLogger(__name__)
@@ -210,6 +210,17 @@ def latest_run(outdir: Path | str, name: str | None = None) -> Path | None:
     runs = sorted((path for path in Path(outdir).glob("[0-9]" * 5 + "-*") if path.is_dir()), reverse=True)
     named = [path for path in runs if name is None or _any_gpus(path.name[6:]) == _any_gpus(name)]
     return next((path for path in named if _checkpoint_folders(path)), None)
+
+
+def begun_run(outdir: Path | str, name: str, record: Mapping) -> Path | None:
+    """The newest run folder of this name, if a run of this very config.json was killed in it before its first checkpoint."""
+    runs = sorted((path for path in Path(outdir).glob("[0-9]" * 5 + "-*") if path.is_dir() and path.name[6:] == name), reverse=True)
+    if not runs or _checkpoint_folders(runs[0]):
+        return None
+    begun = runs[0] / "config.json"
+    if not begun.is_file():                      # killed before it was written: there is nothing yet
+        return runs[0] if all(path.name.startswith(".") or LEFTOVER.fullmatch(path.name) for path in runs[0].iterdir()) else None
+    return runs[0] if read_json(begun, "that of a run") == json.loads(json.dumps(record, default=str)) else None
 
 
 def _any_gpus(name: str) -> str:

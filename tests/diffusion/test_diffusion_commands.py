@@ -15,6 +15,7 @@ from processes import finish
 
 import interpolate_prompts
 from diffusion_utils import dump_metadata, generate_img, train_diffusion
+from preprocessing.outputs import only_writer
 
 SECRET = "hf_abcdefSECRETabcdef"
 
@@ -36,6 +37,13 @@ def test_help_teaches_without_loading_torch(module):
            "except SystemExit: pass\nassert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
     done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "python -m diffusion_utils." in done.stdout, done.stderr
+
+
+def test_a_run_folder_in_which_another_process_trains_is_refused_at_once(world, tmp_path):
+    with only_writer(tmp_path / "run"):
+        result = CliRunner().invoke(train_diffusion.main, arguments(world, tmp_path / "run"))
+    assert result.exit_code == 4 and f"error: {tmp_path / 'run'}: another process is at work in this folder" in result.output
+    assert not list((tmp_path / "run").glob("[!.]*"))
 
 
 def test_a_run_by_command_trains_and_keeps_every_secret_out_of_its_files(world, tmp_path, monkeypatch):

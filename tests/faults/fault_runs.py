@@ -25,9 +25,9 @@ class Run:
             self.code = self._server.ask(kind="wait", child=self.child, flags=os.WNOHANG)
         return self.code is not None
 
-    def wait(self) -> int:
+    def wait(self, seconds: float = SECONDS) -> int:
         """The exit code; below 0, the signal that ended it."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + seconds
         while not self.is_over():
             assert time.monotonic() < deadline, f"it hangs; so far it said: {self.said}"
             time.sleep(0.005)
@@ -51,8 +51,8 @@ class Run:
 class CommandServer:
     """Starts `extract`, `filter` and `dump`; with `unshare`, in mounts of its own, which end with it."""
 
-    def __init__(self, *unshare: str):
-        self.process = subprocess.Popen([*unshare, sys.executable, str(Path(__file__).with_name("command_server.py"))], text=True,
+    def __init__(self, *unshare: str, script: str = "command_server.py"):
+        self.process = subprocess.Popen([*unshare, sys.executable, str(Path(__file__).with_name(script))], text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
         self.logs = Path(tempfile.mkdtemp())

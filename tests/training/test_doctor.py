@@ -4,8 +4,20 @@ from importlib import metadata
 import pytest
 from click.testing import CliRunner
 
+from evaluation import inception
+from preprocessing.outputs import file_sha256
 from training import doctor
-from training.doctor import GIB, check_packages, check_python, check_room, check_weights
+from training.doctor import (
+    GIB,
+    Finding,
+    check_metric_weights,
+    check_packages,
+    check_python,
+    check_room,
+    check_weights,
+    without_imports_that_fail,
+)
+from training.self_test import STAGES, Outcome, self_test
 
 
 def levels(findings) -> list[str]:
@@ -48,5 +60,85 @@ def test_the_exit_code_tells_whether_something_has_to_be_mended(tmp_path, monkey
     monkeypatch.delenv("UNI_STATE_DICT_PATH", raising=False)
     for text, code, last in (("click>=8\n", 0, "nothing to mend"), ("click<1\n", 1, "1 to mend")):
         listed.write_text(text)
-        result = CliRunner().invoke(doctor.main, ["--folder", str(tmp_path)])
+        result = CliRunner().invoke(doctor.main, ["--folder", str(tmp_path), "--no-self-test"])
         assert result.exit_code == code and result.output.splitlines()[-1] == last
+
+
+@pytest.mark.parametrize(("content", "level", "said"), [(None, "note", "fetch https://"), (b"other bytes", "FIX", "expected 6726825d"),
+                                                        (b"", "ok", "weights in")], ids=["none", "damaged", "there"])
+def test_inceptions_weights_are_found_missed_or_explained_and_never_fetched(content, level, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("the doctor went to the network"))
+    path = inception.hub_path()
+    if content is not None:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    if level == "ok":
+        monkeypatch.setattr(inception, "FILE_NAME", f"weights-{file_sha256(path)[:8]}.pth")
+        path.rename(inception.hub_path())
+    (finding,) = check_metric_weights()
+    assert finding.level == level and said in str(finding)
+
+
+def test_a_package_that_cannot_be_imported_is_a_finding_and_no_traceback():
+    def broken():
+        yield Finding("ok", "first")
+        raise ImportError("libGL.so.1: cannot open shared object file")
+
+    first, second = without_imports_that_fail(broken())
+    assert first.level == "ok" and second.level == "FIX" and "libGL.so.1" in second.text and "make setup" in second.next_step
+
+
+# ---- the self-test --------------------------------------------------------------------------------------------------
+
+def scripts(folder, **programs):
+    """Stages that are small programs of their own."""
+    for name, program in programs.items():
+        (folder / f"{name}.py").write_text(program)
+    return {name: (str(folder / f"{name}.py"),) for name in programs}
+
+
+FAILURES = {
+    "an error of ours": ("import sys; print('error: disk full', file=sys.stderr); print('bye', file=sys.stderr); sys.exit(4)",
+                         "exit code 4: disk full"),
+    "a traceback": ("raise ValueError('odd')", "exit code 1: ValueError: odd"),
+    "a crash": ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "signal SIGSEGV: it said nothing"),
+    "no end": ("import time; time.sleep(60)", "did not end within 2 s"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_stage_that_fails_says_why_ends_the_self_test_and_leaves_nothing(failure, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.self_test.LONGEST_S", 2)
+    program, said = FAILURES[failure]
+    stages = scripts(tmp_path, first="open('made', 'w').close()", second=f"import os; assert os.path.exists('made')\n{program}", third="")
+    (work := tmp_path / "work").mkdir()
+    first, second = self_test(work, stages)
+    assert (first.stage, first.error, second.stage) == ("first", "", "second") and said in second.error
+    assert list(work.iterdir()) == []
+
+
+@pytest.mark.parametrize(("width", "error"), [(16, ""), (8, "expected RGB, 16 x 16 px; found RGB, 8 x 16 px"), (None, "found 0")])
+def test_the_self_test_looks_at_the_patch_that_was_drawn(width, error, tmp_path):
+    draw = f"import os\nfrom PIL import Image\nos.mkdir('drawn')\nImage.new('RGB', ({width}, 16)).save('drawn/prompt0.png')"
+    (outcome,) = self_test(tmp_path, scripts(tmp_path, draw="" if width is None else draw))
+    assert error in outcome.error and bool(error) == bool(outcome.error)
+
+
+def test_the_self_test_is_tried_only_where_nothing_has_to_be_mended(tmp_path, monkeypatch):
+    (tmp_path / "list").write_text("click<1\n")
+    monkeypatch.setattr(doctor.check_packages, "__defaults__", (tmp_path / "list",))
+    monkeypatch.setattr(doctor, "self_test", lambda folder: pytest.fail("tried"))
+    result = CliRunner().invoke(doctor.main, ["--folder", str(tmp_path)])
+    assert result.exit_code == 1 and result.output.splitlines()[-2:] == ["the self-test waits until this is mended", "1 to mend"]
+    (tmp_path / "list").write_text("click>=8\n")
+    monkeypatch.setattr(doctor, "self_test", lambda folder: iter([Outcome("one", 1.25), Outcome("two", 2.0, "x.py: exit code 3: no")]))
+    result = CliRunner().invoke(doctor.main, ["--folder", str(tmp_path)])
+    assert result.exit_code == 1 and "ok    self-test, one: 1.2 s" in result.output
+    assert "FIX   self-test, two: 2.0 s: x.py: exit code 3: no. If this" in result.output
+
+
+@pytest.mark.slow
+def test_the_walk_of_the_self_test_ends_with_a_patch(tmp_path):
+    outcomes = list(self_test(tmp_path))
+    assert [outcome.error for outcome in outcomes] == [""] * len(STAGES) and list(tmp_path.iterdir()) == []

@@ -1,4 +1,5 @@
 """Run folders are numbered, checkpoints are whole or not there, statistics can be taken back."""
+import errno
 import json
 import logging
 
@@ -6,7 +7,8 @@ import pytest
 import torch
 
 from preprocessing.errors import InputError, WeightsError
-from training.run_folder import StatsLog, latest_checkpoint, latest_run, next_run_folder, read_checkpoint, save_checkpoint
+from preprocessing.outputs import only_writer
+from training.run_folder import StatsLog, begun_run, latest_checkpoint, latest_run, next_run_folder, read_checkpoint, save_checkpoint
 
 
 def save(folder, step, value=1.0, **kwargs):
@@ -83,6 +85,39 @@ def test_the_latest_run_is_the_newest_of_its_name_with_a_checkpoint(tmp_path):
     grown.rename(tmp_path / "away")
     assert latest_run(tmp_path, "a") == first and latest_run(tmp_path) == other and latest_run(tmp_path, "c") is None
     assert empty.exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_in_its_folder_but_no_other_does(tmp_path):
+    record = {"config": {"batch": 8}, "started_from": None, "where": tmp_path}
+    assert begun_run(tmp_path, "a", record) is None
+    first = next_run_folder(tmp_path, "a")
+    (first / ".run.lock").touch()
+    (first / "config.json.tmp.12").write_text("{")
+    assert begun_run(tmp_path, "a", record) == first and begun_run(tmp_path, "b", record) is None     # nothing in it yet
+    (first / "notes.txt").touch()
+    assert begun_run(tmp_path, "a", record) is None                                                   # that is somebody else's
+    (first / "config.json").write_text(json.dumps({**record, "where": str(tmp_path)}))
+    assert begun_run(tmp_path, "a", record) == first
+    assert begun_run(tmp_path, "a", {**record, "config": {"batch": 16}}) is None
+    second = next_run_folder(tmp_path, "a")
+    assert begun_run(tmp_path, "a", record) == second
+    save(second, 1)
+    assert begun_run(tmp_path, "a", record) is None                                                   # that one can be resumed
+
+
+def test_a_run_folder_is_held_by_one_process_and_cleared_of_what_killed_ones_left(tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "clip.old.7").mkdir()                          # killed between its two renames
+    (tmp_path / "clip.old.7" / "config.json").touch()
+    for name in ("config.json", "config.json.tmp.7", "pipeline.old.7", "pipeline", "samples/a.png.tmp.7", "notes.tmp.txt"):
+        (tmp_path / name).touch()
+    with only_writer(tmp_path, parts=["samples"]):
+        assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("[!.]*")} == {
+            "clip", "clip/config.json", "config.json", "pipeline", "samples", "notes.tmp.txt"}
+        (tmp_path / "stats.tmp.8").touch()
+        with pytest.raises(OSError, match="another process is at work in this folder") as error, only_writer(tmp_path):
+            pass
+        assert error.value.errno == errno.EAGAIN and (tmp_path / "stats.tmp.8").exists()
 
 
 def test_statistics_after_a_checkpoint_are_forgotten_when_it_is_resumed(tmp_path):
