@@ -40,7 +40,7 @@ def flops(run: Callable[[], object]) -> float:
 
 def forwards(steps: int, guidance: float, interval: tuple[float, float]) -> int:
     """Pictures that the denoiser looks at for one picture."""
-    from diffusion_utils.denoisers import scheduler_config
+    from diffusion_utils.noising import scheduler_config
     from diffusion_utils.sampling import Solver, make_scheduler
 
     solver = Solver(steps=steps, guidance_scale=guidance, interval=interval)
@@ -108,9 +108,9 @@ def time_both(device: str, side: int, size: str, batch: int, rounds: int) -> Non
     import torch
     from diffusers import AutoencoderKL
 
-    from diffusion_utils.denoisers import denoise, from_scratch, scheduler_config
+    from diffusion_utils.denoisers import denoise, from_scratch
     from diffusion_utils.latents import posterior_of
-    from diffusion_utils.noising import noising_of
+    from diffusion_utils.noising import noising_of, scheduler_config
     from diffusion_utils.pipeline import GenePipeline
     from diffusion_utils.prompts import PromptEncoder
     from diffusion_utils.sampling import Solver, make_scheduler
@@ -140,7 +140,7 @@ def time_both(device: str, side: int, size: str, batch: int, rounds: int) -> Non
         unet.train().disable_gradient_checkpointing()
         learn(cached, tokens)
 
-    pipeline = GenePipeline(unet, vae, scheduler_config("epsilon"), prompts, side, "")
+    pipeline = GenePipeline(unet, vae, scheduler_config("epsilon"), prompts, side, side, "")
     keys = [(0, number) for number in range(batch)]
     one_by_one = Solver(sampler="ddpm", steps=PUBLISHED_STEPS, guidance_scale=3.0)
     batched = Solver(sampler="dpm++", steps=OUR_STEPS, guidance_scale=3.0, interval=OUR_INTERVAL)

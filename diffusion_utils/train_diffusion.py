@@ -1,12 +1,18 @@
 """Fine-tune Stable Diffusion, or train a denoiser from scratch, on patches and ready-made prompt embeddings."""
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from diffusion_utils.options import option, switch
 from preprocessing.errors import Command
+
+if TYPE_CHECKING:
+    from diffusion_utils.finetune_config import FinetuneConfig
 
 
 def train_diffusion(**options) -> Path | None:
@@ -14,15 +20,19 @@ def train_diffusion(**options) -> Path | None:
     from diffusion_utils.finetune_processes import ending_together
 
     with ending_together():
-        return _train(options)
+        from diffusion_utils.finetune_config import FinetuneConfig
+        from preprocessing.outputs import locked
+
+        config = FinetuneConfig(**options)
+        first = os.environ.get("RANK", "0") == "0"
+        with locked(config.output_dir, wait_s=0) if first else nullcontext():      # another run in that folder is not waited for
+            return _train(config)
 
 
-def _train(options: dict) -> Path | None:
+def _train(config: FinetuneConfig) -> Path | None:
     from diffusion_utils.finetune import open_run
-    from diffusion_utils.finetune_config import FinetuneConfig
     from preprocessing.progress import ProgressBar
 
-    config = FinetuneConfig(**options)
     run = open_run(config)
     main = run.accelerator.is_main_process
     if main:
@@ -49,7 +59,7 @@ def _train(options: dict) -> Path | None:
 @option("output-dir", type=click.Path(path_type=Path), required=True, help="Run folder: config.json, stats.jsonl, checkpoint-*/, samples/, "
         "pipeline/.")
 @option("pretrained-model-name-or-path", help="Base to fine-tune: a folder in diffusers' layout (unet/ or transformer/, vae/, scheduler/), "
-        "or a repository of the hub.")
+        "a run folder of ours, or a repository of the hub.")
 @option("from-scratch", type=click.Choice(["small", "base"]), help="Instead: a new UNet of this size.")
 @option("pretrained-vae-path", help="Folder of another autoencoder (AutoencoderKL or AutoencoderTiny).")
 @option("pixel-space", is_flag=True, help="No autoencoder: learn on pixels; for small patches.")
@@ -57,6 +67,8 @@ def _train(options: dict) -> Path | None:
 @option("prompt-tokens", type=click.Choice(["learned", "published"]), default="learned", help="learned: distinct tokens, each a "
         "learned map of the embedding. published: the embedding padded with ones.")
 @option("n-tokens", default=8, help="Number of learned tokens.")
+@option("fresh-prompts", is_flag=True, help="A base of ours goes on with what it learned of prompts of this width and number of tokens. "
+        "This forgets it: for embeddings of another encoder.")
 @option("prediction-type", type=click.Choice(["epsilon", "v_prediction", "flow"]), help="What is predicted. Default: as the base; "
         "v_prediction (zero terminal SNR) from scratch.")
 @option("train-batch-size", default=16, help="Images of a micro-batch, on each process.")

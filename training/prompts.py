@@ -111,12 +111,14 @@ def read_rows(path: Path, width: int | None, encoded: bool) -> np.ndarray:
     what = "prompt embeddings" if encoded else "normalised expression"
     if rows.ndim != 2 or rows.shape[1] != (width or rows.shape[1]) or not rows.size or rows.dtype.kind not in "fiu":
         raise InputError(path, what, f"numbers, (prompts, {width or 'width'})", f"{rows.dtype} {rows.shape}")
+    with np.errstate(over="ignore"):                          # 1e300 is infinite where we compute
+        rows = rows.astype(np.float32)
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(bad):
         raise InputError(path, what, "finite numbers", f"NaN or infinite ones in rows {first_few(bad.tolist())}")
     if not encoded:
         _require_normalised(path, rows)
-    return rows.astype(np.float32)
+    return rows
 
 
 def load_array(path: Path, expected: str) -> np.ndarray:
