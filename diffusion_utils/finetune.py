@@ -26,6 +26,7 @@ from diffusion_utils.finetune_step import Batches, losses_of
 from diffusion_utils.finetune_validation import Validation
 from diffusion_utils.noising import noising_of, own_prediction
 from diffusion_utils.pipeline import write_pipeline
+from diffusion_utils.power_ema import PowerEma
 from diffusion_utils.sampling import make_scheduler
 from preprocessing.errors import InputError
 from preprocessing.outputs import write_json
@@ -72,6 +73,7 @@ class FinetuneRun:
         self.live = denoiser                                       # without wrapper: what is saved, averaged and shown
         self.trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
         self.ema = Ema(denoiser, config.ema_decay) if config.use_ema else None
+        self.power_ema = PowerEma(denoiser) if config.power_ema and accelerator.is_main_process else None
         if config.compile:
             compile_blocks(denoiser)
         optimiser = torch.optim.AdamW(self.trained, lr=config.step_size, weight_decay=config.adam_weight_decay,
@@ -163,6 +165,9 @@ class FinetuneRun:
         if self.ema is not None:
             self.ema.update(self.live)
             standing.ema_updates = self.ema.n_updates
+        if self.power_ema is not None:
+            self.power_ema.update(self.live)
+            standing.ema_updates = self.power_ema.n_updates
         return sum_values({"loss": float(total)}, self.device)["loss"] / self.batches.n_ranks
 
     def _skip(self, norm: float) -> None:
@@ -200,7 +205,9 @@ class FinetuneRun:
             stats.write(self.standing.step, values, line)
 
     def save(self) -> Path | None:
-        """Write a checkpoint of this moment, on the first process."""
+        """Write a checkpoint of this moment, and keep its averages of chosen length, on the first process."""
+        if self.power_ema is not None and self.power_ema.n_updates:
+            self.power_ema.keep(self.config.output_dir)
         return save_run(self) if self.accelerator.is_main_process else None
 
     def load(self, checkpoint: Checkpoint) -> None:

@@ -79,6 +79,8 @@ def load_run(run: FinetuneRun, checkpoint: Checkpoint) -> None:
     run.standing = Standing(**{counter.name: checkpoint.state[counter.name] for counter in fields(Standing)})
     if run.ema is not None:
         run.ema.n_updates = run.standing.ema_updates
+    if run.power_ema is not None:
+        run.power_ema.n_updates = run.standing.ema_updates
 
 
 def _same_run(run: FinetuneRun, checkpoint: Checkpoint) -> None:
@@ -99,7 +101,9 @@ def _same_run(run: FinetuneRun, checkpoint: Checkpoint) -> None:
 def _parts(run: FinetuneRun) -> dict[str, dict[str, Tensor]]:
     """Tensors that a checkpoint holds, by the names of its files."""
     trained = {name: parameter for name, parameter in run.live.named_parameters() if parameter.requires_grad}
-    return {"denoiser": trained} if run.ema is None else {"denoiser": trained, "ema": run.ema.state()}
+    parts = {"denoiser": trained, "ema": None if run.ema is None else run.ema.state(),
+             "power_ema": None if run.power_ema is None else run.power_ema.state()}
+    return {name: tensors for name, tensors in parts.items() if tensors is not None}
 
 
 def _base_sha256(run: FinetuneRun) -> str:

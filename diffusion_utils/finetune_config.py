@@ -52,6 +52,7 @@ class FinetuneConfig:
     snr_gamma: float | None = 5.0              # None: every timestep weighs the same
     use_ema: bool = True
     ema_decay: float = 0.9999
+    power_ema: bool = False                    # keep averages whose length is chosen afterwards
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
     mixed_precision: Literal["no", "bf16"] | None = None   # None: bf16 on a GPU
@@ -91,6 +92,8 @@ class FinetuneConfig:
             raise OptionError("--pixel-space", "no --pretrained-vae-path", self.pretrained_vae_path)
         if self.from_scratch and not self.pixel_space and not self.pretrained_vae_path:
             raise OptionError("--from-scratch", "an autoencoder (--pretrained-vae-path) or --pixel-space", "neither")
+        if self.power_ema and self.lora_rank:
+            raise OptionError("--power-ema", "a run that trains all weights", f"--lora-rank {self.lora_rank}")
         if self.from_scratch and self.lora_rank:
             raise OptionError("--lora-rank", "trained weights to adapt (--pretrained-model-name-or-path)", "--from-scratch")
         if (self.val_data_dir is None) != (self.val_embs is None):

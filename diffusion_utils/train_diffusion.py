@@ -85,6 +85,8 @@ def _train(config: FinetuneConfig) -> Path | None:
 @option("snr-gamma", default=5.0, help="min-SNR weights of timesteps; 0 turns them off.", callback=lambda _c, _p, value: value or None)
 @switch("use-ema", True, help="Keep a moving average of the weights, and sample from it.")
 @option("ema-decay", default=0.9999, help="Longest memory of it.")
+@option("power-ema", is_flag=True, help="Also keep, at every checkpoint, averages from which diffusion_utils.choose_ema makes one of any "
+        "length afterwards (twice the weights in memory; the weights' size on the disk each time).")
 @option("noise-offset", default=0.0, help="Noise shared by a whole channel.")
 @option("input-perturbation", default=0.0, help="Extra noise on what the denoiser sees.")
 @option("mixed-precision", type=click.Choice(["no", "bf16"]), help="Weights stay float32. Default: bf16 on a GPU.")
