@@ -16,7 +16,7 @@ step_once diffusion "$OUT/diffusion" python -m diffusion_utils.train_diffusion -
     --from-scratch small --pixel-space --resolution 32 --train-batch-size 16 --max-train-steps "$STEPS" --ema-decay 0.995 \
     --output-dir "$OUT/diffusion"
 step_once diffusion_images "$OUT/diffusion_images" python -m diffusion_utils.generate_img --model-checkpoint "$OUT/diffusion" \
-    --prompt-file "$OUT/embeddings/gene_clip_emb.npy" --n-prompts "$PROMPTS" --num-imgs 1 --guidance-interval 0.2,0.8 --gen-img-path "$OUT/diffusion_images"
+    --prompt-file "$OUT/embeddings/gene_clip_emb.npy" --n-prompts "$PROMPTS" --num-imgs 1 --guidance-interval 0.2,0.75 --gen-img-path "$OUT/diffusion_images"
 step_once diffusion_walk "$OUT/diffusion_walk" python interpolate_prompts.py --network "$OUT/diffusion" \
     --prompt1 "$OUT/embeddings/gene_clip_emb.npy:0" --prompt2 "$OUT/embeddings/gene_clip_emb.npy:20" --seeds 0-3 --outdir "$OUT/diffusion_walk"
 step diffusion_metrics python calculate_image_quality_metrics.py --experiment diffusion --ref-img-path "$data/SIM_B/patches" \

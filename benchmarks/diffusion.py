@@ -6,6 +6,7 @@ tokens (published), against cached latents and 8 tokens (ours); sampling with 50
 process, taking turns, on the same weights: what else the machine does falls on both.
 
     python -m benchmarks.diffusion --parts flops,memory
+    python -m benchmarks.diffusion --parts time --device cuda --size sd --side 256
     python -m benchmarks.diffusion --parts quality --model runs/diffusion --prompts emb/gene_clip_emb.npy --real runs/C4/patches
 """
 from __future__ import annotations
@@ -40,7 +41,7 @@ def flops(run: Callable[[], object]) -> float:
 
 def forwards(steps: int, guidance: float, interval: tuple[float, float]) -> int:
     """Pictures that the denoiser looks at for one picture."""
-    from diffusion_utils.denoisers import scheduler_config
+    from diffusion_utils.noising import scheduler_config
     from diffusion_utils.sampling import Solver, make_scheduler
 
     solver = Solver(steps=steps, guidance_scale=guidance, interval=interval)
@@ -104,21 +105,25 @@ def timed(ways: dict[str, Callable[[], object]], n_images: dict[str, int], round
 
 
 def time_both(device: str, side: int, size: str, batch: int, rounds: int) -> None:
-    """Print images/s of training and sampling, both ways."""
+    """Print images/s of training and sampling, both ways; on a GPU in bf16, both."""
     import torch
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from diffusion_utils.denoisers import denoise, from_scratch, scheduler_config
+    from diffusion_utils.denoisers import denoise, from_scratch
     from diffusion_utils.latents import posterior_of
-    from diffusion_utils.noising import noising_of
+    from diffusion_utils.noising import noising_of, scheduler_config
     from diffusion_utils.pipeline import GenePipeline
     from diffusion_utils.prompts import PromptEncoder
     from diffusion_utils.sampling import Solver, make_scheduler
 
     torch.manual_seed(0)
-    vae = AutoencoderKL(**SMALL_VAE).eval().requires_grad_(False).to(device)
+    vae = AutoencoderKL(**(SD_VAE if size == "sd" else SMALL_VAE)).eval().requires_grad_(False).to(device)
     prompts = PromptEncoder(EMBEDDING, "learned", OUR_TOKENS).to(device)
-    unet = from_scratch(size, side // 4, vae, prompts, seed=0, prediction="epsilon").denoiser.to(device)
+    if size == "sd":
+        unet = UNet2DConditionModel(**SD_UNET, encoder_hid_dim=prompts.width, encoder_hid_dim_type="text_proj").to(device)
+    else:
+        unet = from_scratch(size, side // 2 ** (len(SMALL_VAE["block_out_channels"]) - 1), vae, prompts, seed=0,
+                            prediction="epsilon").denoiser.to(device)
     noising = noising_of(make_scheduler(scheduler_config("epsilon"), "ddim", 1))
     optimiser = torch.optim.AdamW(unet.parameters(), lr=1e-5)
     images, embeddings = torch.rand(batch, 3, side, side, device=device) * 2 - 1, torch.randn(batch, EMBEDDING, device=device)
@@ -126,9 +131,14 @@ def time_both(device: str, side: int, size: str, batch: int, rounds: int) -> Non
     timesteps = torch.arange(batch, device=device) * 1000 // batch
     tokens = prompts(embeddings)
 
+    def half():
+        return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda"))
+
     def learn(x0: torch.Tensor, given: torch.Tensor) -> None:
         noise = torch.randn_like(x0)
-        noising.losses(denoise(unet, noising.noisy(x0, noise, timesteps), timesteps, given), x0, noise, timesteps).mean().backward()
+        with half():
+            predicted = denoise(unet, noising.noisy(x0, noise, timesteps), timesteps, given)
+        noising.losses(predicted, x0, noise, timesteps).mean().backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
@@ -140,13 +150,17 @@ def time_both(device: str, side: int, size: str, batch: int, rounds: int) -> Non
         unet.train().disable_gradient_checkpointing()
         learn(cached, tokens)
 
-    pipeline = GenePipeline(unet, vae, scheduler_config("epsilon"), prompts, side, "")
+    pipeline = GenePipeline(unet, vae, scheduler_config("epsilon"), prompts, side, side, "")
     keys = [(0, number) for number in range(batch)]
     one_by_one = Solver(sampler="ddpm", steps=PUBLISHED_STEPS, guidance_scale=3.0)
     batched = Solver(sampler="dpm++", steps=OUR_STEPS, guidance_scale=3.0, interval=OUR_INTERVAL)
+
+    def draw(n: int, solver: Solver) -> torch.Tensor:
+        with half():
+            return pipeline.generate(embeddings[:n].cpu(), keys[:n], solver)
+
     ways = {"training": {"published": published_step, "ours": our_step},
-            "sampling": {"published": lambda: pipeline.generate(embeddings[:1].cpu(), keys[:1], one_by_one),
-                         "ours": lambda: pipeline.generate(embeddings.cpu(), keys, batched)}}
+            "sampling": {"published": lambda: draw(1, one_by_one), "ours": lambda: draw(batch, batched)}}
     click.echo(f"\n{size} UNet, {side} px, batch {batch} (the published sampling: 1), {device}, {torch.get_num_threads()} thread(s)")
     for name, both in ways.items():
         found = timed(both, {"published": batch if name == "training" else 1, "ours": batch}, rounds, device)
@@ -197,7 +211,8 @@ def compare_quality(model: Path, prompts: Path, real: Path, out: Path, n: int, g
 @click.option("--sides", default="64,128,256", help="Of the FLOPs, px.")
 @click.option("--device", default="cpu", help="Of the timings: cpu or cuda.")
 @click.option("--side", default=64, help="Of the timings, px.")
-@click.option("--size", default="small", type=click.Choice(["small", "base"]), help="Of the timed UNet.")
+@click.option("--size", default="small", type=click.Choice(["small", "base", "sd"]), help="Of the timed UNet; sd: SD-1.4 with random "
+              "weights, for a GPU.")
 @click.option("--batch", default=16, help="Images at a time.")
 @click.option("--rounds", default=3, type=click.IntRange(min=1), help="Goes a row.")
 @click.option("--lora-rank", default=8, help="Of the memory of adapters.")

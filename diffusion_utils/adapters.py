@@ -14,6 +14,7 @@ from preprocessing.errors import OptionError
 
 LINEARS = r"(to_q|to_k|to_v|to_out\.0)"
 CROSS_ATTENTION = rf".*\.(attn2\.{LINEARS}|attn\.(add_q_proj|add_k_proj|add_v_proj|{LINEARS})|proj_in|proj_out)"   # attn: SD3's joint one
+ACCELERATES = ("forward", "_original_forward")      # what accelerate puts over a module's own under autocast
 
 
 def add_adapters(denoiser: nn.Module, rank: int, seed: int) -> nn.Module:
@@ -38,7 +39,11 @@ def merged(denoiser: nn.Module) -> nn.Module:
 
     if not any(isinstance(module, LoraLayer) for module in denoiser.modules()):
         return denoiser
-    plain = copy.deepcopy(denoiser)
+    wrapped = {name: vars(denoiser).pop(name) for name in ACCELERATES if name in vars(denoiser)}     # it cannot be copied
+    try:
+        plain = copy.deepcopy(denoiser)
+    finally:
+        vars(denoiser).update(wrapped)
     for name, module in list(plain.named_modules()):
         if isinstance(module, LoraLayer):
             module.merge()

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffusion_utils.noising import FLOW_KIND
+from diffusion_utils.noising import own_prediction, require_scheduler, scheduler_config
 from diffusion_utils.prompts import PromptEncoder
 from networks.weights import load_into, read_state_dict
 from preprocessing.errors import InputError, OptionError, WeightsError, read_json
@@ -25,12 +25,13 @@ UNET, PIXART, SD3 = "UNet2DConditionModel", "PixArtTransformer2DModel", "SD3Tran
 VAES = ("AutoencoderKL", "AutoencoderTiny")
 PROMPT_LAYER = {UNET: "encoder_hid_proj", PIXART: "caption_projection", SD3: "context_embedder"}   # first to see the tokens
 REPEATED_BLOCKS = ("BasicTransformerBlock", "JointTransformerBlock")    # of all of these denoisers
+MORE_CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "use_additional_conditions")   # that nothing here gives
+PIXART_SIZED = 128          # latents a side at which PixArt is told the picture's size unless its config says otherwise
 PROMPT_WIDTH = {PIXART: "caption_channels", SD3: "joint_attention_dim"}
 SIZES = {   # channels by level, residual blocks a level, width of cross-attention; attention from the second level on
     "small": {"block_out_channels": (32, 64, 128), "layers_per_block": 1, "cross_attention_dim": 128, "attention_head_dim": 4},
     "base": {"block_out_channels": (128, 256, 384, 512), "layers_per_block": 2, "cross_attention_dim": 512, "attention_head_dim": 8},
 }
-SD_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 @dataclass(frozen=True)
@@ -104,16 +105,6 @@ def from_scratch(size: Size, side: int, vae: nn.Module | None, prompts: PromptEn
     return Base(unet, vae, scheduler_config(prediction), f"from-scratch {size}")
 
 
-def scheduler_config(prediction: str) -> dict:
-    """Config of the scheduler that belongs to a way of predicting."""
-    if prediction == "flow":
-        return {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": FLOW_KIND, "use_flow_sigmas": True, "flow_shift": 1.0,
-                "num_train_timesteps": 1000}
-    return {"_class_name": "DDIMScheduler", **SD_BETAS, "num_train_timesteps": 1000, "prediction_type": prediction, "clip_sample": False,
-            "set_alpha_to_one": True, "timestep_spacing": "trailing",
-            "rescale_betas_zero_snr": prediction == "v_prediction"}
-
-
 def _start_prompt_layer(denoiser: nn.Module, n_filled: int) -> None:
     """A new first layer of the prompts: of tokens with so many entries of unit second moment it makes values of unit variance."""
     layer = getattr(denoiser, PROMPT_LAYER[type(denoiser).__name__])
@@ -125,11 +116,15 @@ def _start_prompt_layer(denoiser: nn.Module, n_filled: int) -> None:
 # ---- from a folder --------------------------------------------------------------------------------------------------
 
 def load_base(folder: Path, vae_folder: Path | str | None, prompts: PromptEncoder, *, seed: int, prediction: str | None = None,
-              pixel_space: bool = False) -> Base:
-    """A base in diffusers' layout. Its first layer of the prompts is made new for learned tokens, kept for published ones."""
-    denoiser = load_denoiser(folder, prompts if prompts.kind == "learned" else None, seed=seed)
+              pixel_space: bool = False, own_prompts: bool = False) -> Base:
+    """A base in diffusers' layout. Its first layer of the prompts is made new for learned tokens, kept for published ones, and where
+    it learned from such prompts before (`own_prompts`)."""
+    denoiser = load_denoiser(folder, prompts if prompts.kind == "learned" and not own_prompts else None, seed=seed)
     if pixel_space and type(denoiser).__name__ != UNET:
         raise OptionError("--pixel-space", f"a base with a {UNET}", type(denoiser).__name__)
+    if not pixel_space and not vae_folder and not (folder / "vae").is_dir():
+        raise InputError(folder / "vae", "folder", "the autoencoder of the base", "nothing there",
+                         "Name one with --pretrained-vae-path; a base of pixels goes on with --pixel-space")
     vae = None if pixel_space else load_vae(vae_folder or folder / "vae")
     channels = 3 if vae is None else vae.config.latent_channels
     if denoiser.config.in_channels != channels:
@@ -137,6 +132,7 @@ def load_base(folder: Path, vae_folder: Path | str | None, prompts: PromptEncode
                            f"{channels}, as {'pixels have' if vae is None else 'the autoencoder gives'}", str(denoiser.config.in_channels))
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "the config of a scheduler")
     own = own_prediction(scheduler, folder)
+    require_scheduler(scheduler, folder)
     return Base(denoiser, vae, scheduler if prediction in (None, own) else scheduler_config(prediction), str(folder))
 
 
@@ -150,17 +146,13 @@ def _denoiser_config(path: Path) -> dict:
     name = config.get("_class_name") if isinstance(config, dict) else None
     if name not in PROMPT_LAYER:
         raise InputError(path / "config.json", "_class_name", f"one of {', '.join(PROMPT_LAYER)}", str(name))
+    asked = [key for key in MORE_CONDITIONS if config.get(key)]
+    if name == PIXART and config.get("use_additional_conditions") is None and config.get("sample_size", 128) == PIXART_SIZED:
+        asked = ["use_additional_conditions"]
+    if asked:
+        raise InputError(path / "config.json", ", ".join(asked), "a denoiser told prompts and timesteps alone", "one that wants more",
+                         "SDXL and its like cannot be taken: choose Stable Diffusion 1 or 2, PixArt or SD 3")
     return config
-
-
-def own_prediction(scheduler: Mapping, folder: Path | str) -> str:
-    """epsilon, v_prediction or flow, as a scheduler's config says."""
-    kind = scheduler.get("prediction_type", "epsilon")
-    if "FlowMatch" in str(scheduler.get("_class_name")) or kind == FLOW_KIND:
-        return "flow"
-    if kind not in ("epsilon", "v_prediction"):
-        raise InputError(folder, "scheduler: prediction_type", "epsilon, v_prediction or flow matching", str(kind))
-    return kind
 
 
 def denoiser_folder(folder: Path) -> Path:

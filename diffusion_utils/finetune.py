@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from diffusion_utils.adapters import add_adapters, merged
-from diffusion_utils.denoisers import Base, compile_blocks, own_prediction
+from diffusion_utils.denoisers import Base, compile_blocks
 from diffusion_utils.ema import Ema
 from diffusion_utils.finetune_checkpoint import Standing, find_checkpoint, load_run, save_run
 from diffusion_utils.finetune_config import FinetuneConfig
@@ -24,8 +24,9 @@ from diffusion_utils.finetune_data import FinetuneData, open_source, read_data
 from diffusion_utils.finetune_processes import make_accelerator, stop_requests
 from diffusion_utils.finetune_step import Batches, losses_of
 from diffusion_utils.finetune_validation import Validation
-from diffusion_utils.noising import noising_of
+from diffusion_utils.noising import noising_of, own_prediction
 from diffusion_utils.pipeline import write_pipeline
+from diffusion_utils.power_ema import PowerEma
 from diffusion_utils.sampling import make_scheduler
 from preprocessing.errors import InputError
 from preprocessing.outputs import write_json
@@ -52,12 +53,16 @@ class FinetuneRun:
     base: Base
     accelerator: object
     standing: Standing = field(default_factory=Standing)
+    base_sha256: str | None = None               # of what no checkpoint holds; made when a checkpoint needs it
 
     def __post_init__(self):
         config, accelerator, denoiser = self.config, self.accelerator, self.base.denoiser
         self.device = str(accelerator.device)
-        with accelerator.main_process_first():
-            self.source = open_source(self.data.images, self.base, config, self.device, speaks=accelerator.is_main_process)
+        held = self.data.held_out
+        # every process opens latents, in no collective, which would time out: the first at the cache's lock fills it, the others wait there
+        self.source, self.held_source = (None if images is None else open_source(
+            images, self.base, config, self.device, speaks=accelerator.is_main_process)
+            for images in (self.data.images, None if held is None else held.images))
         if config.lora_rank:
             add_adapters(denoiser, config.lora_rank, config.seed)
         if config.gradient_checkpointing:
@@ -68,6 +73,7 @@ class FinetuneRun:
         self.live = denoiser                                       # without wrapper: what is saved, averaged and shown
         self.trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
         self.ema = Ema(denoiser, config.ema_decay) if config.use_ema else None
+        self.power_ema = PowerEma(denoiser) if config.power_ema and accelerator.is_main_process else None
         if config.compile:
             compile_blocks(denoiser)
         optimiser = torch.optim.AdamW(self.trained, lr=config.step_size, weight_decay=config.adam_weight_decay,
@@ -159,6 +165,9 @@ class FinetuneRun:
         if self.ema is not None:
             self.ema.update(self.live)
             standing.ema_updates = self.ema.n_updates
+        if self.power_ema is not None:
+            self.power_ema.update(self.live)
+            standing.ema_updates = self.power_ema.n_updates
         return sum_values({"loss": float(total)}, self.device)["loss"] / self.batches.n_ranks
 
     def _skip(self, norm: float) -> None:
@@ -196,7 +205,9 @@ class FinetuneRun:
             stats.write(self.standing.step, values, line)
 
     def save(self) -> Path | None:
-        """Write a checkpoint of this moment, on the first process."""
+        """Write a checkpoint of this moment, and keep its averages of chosen length, on the first process."""
+        if self.power_ema is not None and self.power_ema.n_updates:
+            self.power_ema.keep(self.config.output_dir)
         return save_run(self) if self.accelerator.is_main_process else None
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -222,10 +233,10 @@ def open_run(config: FinetuneConfig, accelerator=None) -> FinetuneRun:
     run = FinetuneRun(config, data, base, accelerator)
     if checkpoint is not None:
         run.load(checkpoint)
-    elif accelerator.is_main_process:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(config.output_dir / "config.json", {"config": config.record, "base": base.source, "n_patches": len(data),
-                                                       "data_sha256": data.sha256})
+    if accelerator.is_main_process:
+        write_json(config.output_dir / "config.json", {
+            "config": config.record, "base": base.source, "n_patches": len(data), "data_sha256": data.sha256,
+            "resumed_from": None if checkpoint is None else str(checkpoint.folder), "first_step": run.standing.step})
     return run
 
 

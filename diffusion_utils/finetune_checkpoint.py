@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor
 
 from diffusion_utils.finetune_config import MAY_CHANGE, FinetuneConfig
-from preprocessing.errors import OptionError, WeightsError
+from diffusion_utils.latents import hash_tensors
+from preprocessing.errors import OptionError, WeightsError, first_few
 from training.run_folder import Checkpoint, latest_checkpoint, read_checkpoint, save_checkpoint
 
 if TYPE_CHECKING:
     from diffusion_utils.finetune import FinetuneRun
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,9 +36,19 @@ def find_checkpoint(config: FinetuneConfig) -> Checkpoint | None:
     """What the run goes on from; None for a new one. A folder that holds a run is not started anew by accident."""
     said = config.resume_from_checkpoint
     if said == "latest":
-        return latest_checkpoint(config.output_dir)
+        found = latest_checkpoint(config.output_dir)
+        if found is None and (damaged := sorted(path.name for path in config.output_dir.glob("checkpoint-*[0-9]"))):
+            raise WeightsError(config.output_dir, "checkpoints", "one that is whole", f"damaged ones alone, {first_few(damaged)}",
+                               "Remove them to start anew")
+        return found
     if said:
-        return read_checkpoint(said)
+        found = read_checkpoint(said)
+        later = sorted(path.name for path in config.output_dir.glob("checkpoint-*[0-9]")
+                       if path.name > f"checkpoint-{int(found.state['step']):08d}")
+        if later:
+            raise OptionError("--output-dir", f"no checkpoints later than {Path(said).name}, which would be taken for this run's",
+                              f"{config.output_dir} with {first_few(later)}")
+        return found
     if any(config.output_dir.glob("checkpoint-*")):
         raise OptionError("--output-dir", "a folder without checkpoints, or --resume-from-checkpoint latest", str(config.output_dir))
     return None
@@ -44,7 +58,7 @@ def save_run(run: FinetuneRun) -> Path:
     """Write a checkpoint into the run's folder; returns its path."""
     return save_checkpoint(run.config.output_dir, run.standing.step, keep=run.config.checkpoints_total_limit, tensors=_parts(run),
                            state={**asdict(run.standing), "config": run.config.record, "data_sha256": run.data.sha256,
-                                  "base": run.base.source, "frozen_sha256": _frozen_sha256(run)},
+                                  "base": run.base.source, "base_sha256": _base_sha256(run)},
                            optimisers={"optimiser": run.optimiser.state_dict()})
 
 
@@ -65,16 +79,21 @@ def load_run(run: FinetuneRun, checkpoint: Checkpoint) -> None:
     run.standing = Standing(**{counter.name: checkpoint.state[counter.name] for counter in fields(Standing)})
     if run.ema is not None:
         run.ema.n_updates = run.standing.ema_updates
+    if run.power_ema is not None:
+        run.power_ema.n_updates = run.standing.ema_updates
 
 
 def _same_run(run: FinetuneRun, checkpoint: Checkpoint) -> None:
     state, ours = checkpoint.state, run.config.record
     theirs = state.get("config", {})
     changed = [name for name in ours if name not in MAY_CHANGE and name in theirs and ours[name] != theirs[name]]
+    if theirs.get("learning_rate") != ours["learning_rate"]:
+        log.warning("from here on --learning-rate is %s; it was %s", ours["learning_rate"], theirs.get("learning_rate"))
     for what, expected, found in (
             ("config", "the options it was started with", ", ".join(f"{name} {theirs[name]} -> {ours[name]}" for name in changed)),
             ("data", "the patches and prompts it was started with", "" if state.get("data_sha256") == run.data.sha256 else "others"),
-            ("base", f"the weights of {state.get('base')}", "" if state.get("frozen_sha256") == _frozen_sha256(run) else "others")):
+            ("base", f"autoencoder, noise schedule and frozen weights of {state.get('base')}",
+             "" if state.get("base_sha256") == _base_sha256(run) else "others")):
         if found:
             raise WeightsError(checkpoint.folder, what, expected, found)
 
@@ -82,15 +101,18 @@ def _same_run(run: FinetuneRun, checkpoint: Checkpoint) -> None:
 def _parts(run: FinetuneRun) -> dict[str, dict[str, Tensor]]:
     """Tensors that a checkpoint holds, by the names of its files."""
     trained = {name: parameter for name, parameter in run.live.named_parameters() if parameter.requires_grad}
-    return {"denoiser": trained} if run.ema is None else {"denoiser": trained, "ema": run.ema.state()}
+    parts = {"denoiser": trained, "ema": None if run.ema is None else run.ema.state(),
+             "power_ema": None if run.power_ema is None else run.power_ema.state()}
+    return {name: tensors for name, tensors in parts.items() if tensors is not None}
 
 
-def _frozen_sha256(run: FinetuneRun) -> str | None:
-    """Over what adapters stand on, which a checkpoint does not hold; None where all weights are trained."""
-    if not run.config.lora_rank:
-        return None
-    digest = hashlib.sha256()
-    for name, parameter in run.live.named_parameters():
-        if not parameter.requires_grad:
-            digest.update(name.encode() + parameter.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _base_sha256(run: FinetuneRun) -> str:
+    """Over what is taken of the base and held by no checkpoint: how noise is added, the autoencoder, what adapters stand on."""
+    if run.base_sha256 is None:                  # none of it changes in a run
+        noising = run.noising
+        digest = hashlib.sha256(noising.prediction.encode())
+        hash_tensors(digest, {"signal": noising.signal, "noise": noising.noise})
+        hash_tensors(digest, {} if run.base.vae is None else run.base.vae.state_dict())
+        hash_tensors(digest, {name: parameter for name, parameter in run.live.named_parameters() if not parameter.requires_grad})
+        run.base_sha256 = digest.hexdigest()
+    return run.base_sha256

@@ -9,15 +9,18 @@ from typing import Literal, get_args
 from diffusion_utils.denoisers import SIZES, Size
 from diffusion_utils.noising import Prediction
 from diffusion_utils.prompts import PromptTokens
+from diffusion_utils.sampling import Solver
 from preprocessing.errors import OptionError
 from training.image_metrics import CLIP_SCORE, parse_metrics
+from training.ranks import LONGEST_MINUTES
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-MAY_CHANGE = ("output_dir", "train_data_dir", "dataset_embs", "num_train_epochs", "max_train_steps", "checkpointing_steps",
+MAY_CHANGE = ("learning_rate", "output_dir", "train_data_dir", "dataset_embs", "num_train_epochs", "max_train_steps", "checkpointing_steps",
               "checkpoints_total_limit", "resume_from_checkpoint", "validation_prompts", "validation_steps", "val_data_dir", "val_embs",
               "guidance_scale", "report_to", "push_to_hub", "dataloader_num_workers", "cache_dir", "latent_cache", "max_bad_steps",
               "pretrained_model_name_or_path", "pretrained_vae_path", "progress", "compile", "uncond_embedding", "metrics",
               "timeout_minutes")   # by a continuation
+MOST_STEPS = 99_999_999     # that the names of checkpoints have digits for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class FinetuneConfig:
     resolution: int = 256                      # px
     prompt_tokens: PromptTokens = "learned"
     n_tokens: int = 8                          # of learned prompts
+    fresh_prompts: bool = False                # forget what a base of ours learned of them
     prediction_type: Prediction | None = None  # None: the base's own; v_prediction from scratch
     train_batch_size: int = 16                 # images of a micro-batch on each process
     gradient_accumulation_steps: int = 1       # micro-batches a step
@@ -48,6 +52,7 @@ class FinetuneConfig:
     snr_gamma: float | None = 5.0              # None: every timestep weighs the same
     use_ema: bool = True
     ema_decay: float = 0.9999
+    power_ema: bool = False                    # keep averages whose length is chosen afterwards
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
     mixed_precision: Literal["no", "bf16"] | None = None   # None: bf16 on a GPU
@@ -87,6 +92,10 @@ class FinetuneConfig:
             raise OptionError("--pixel-space", "no --pretrained-vae-path", self.pretrained_vae_path)
         if self.from_scratch and not self.pixel_space and not self.pretrained_vae_path:
             raise OptionError("--from-scratch", "an autoencoder (--pretrained-vae-path) or --pixel-space", "neither")
+        if self.power_ema and self.lora_rank:
+            raise OptionError("--power-ema", "a run that trains all weights", f"--lora-rank {self.lora_rank}")
+        if self.from_scratch and self.lora_rank:
+            raise OptionError("--lora-rank", "trained weights to adapt (--pretrained-model-name-or-path)", "--from-scratch")
         if (self.val_data_dir is None) != (self.val_embs is None):
             raise OptionError("--val-data-dir / --val-embs", "both or none", "one")
         for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps",
@@ -99,6 +108,11 @@ class FinetuneConfig:
             self._require(name, value is None or (isfinite(value) and value > 0), "a number above 0")
         for name in ("noise_offset", "input_perturbation", "adam_weight_decay", "lr_warmup_steps", "dataloader_num_workers", "seed"):
             self._require(name, isfinite(getattr(self, name)) and getattr(self, name) >= 0, "at least 0")
+        self._require("max_train_steps", self.max_train_steps is None or self.max_train_steps <= MOST_STEPS,
+                      f"at most {MOST_STEPS:,}")
+        self._require("seed", self.seed < 2 ** 62, "less than 2^62")
+        self._require("timeout_minutes", self.timeout_minutes <= LONGEST_MINUTES, f"at most {LONGEST_MINUTES:g}")
+        Solver(guidance_scale=self.guidance_scale)
         self._require("p_uncond", 0 <= self.p_uncond < 1, "at least 0 and less than 1")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and less than 1")
         if any(metric.kind == CLIP_SCORE for metric in parse_metrics(self.metrics)):

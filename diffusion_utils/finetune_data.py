@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from diffusion_utils.finetune_config import FinetuneConfig
 from diffusion_utils.hub import local_or_hub_pipeline
 from diffusion_utils.latents import CachedLatents, OnlineLatents, Pixels, cached_latents, images_sha256
 from diffusion_utils.pairs import read_pairs
+from diffusion_utils.pipeline import find_pipeline
 from diffusion_utils.prompts import PromptEncoder, read_embeddings, read_null_prompt, shuffled
 from preprocessing.errors import InputError, OptionError
 from training.patch_cache import PatchRows
 
+log = logging.getLogger(__name__)
 PUBLISHED_SHARE = 1.5      # of a published prompt's width from scratch, per width of the embedding: 512 became 768
 Source = Pixels | OnlineLatents | CachedLatents
 
@@ -56,9 +59,11 @@ def read_data(config: FinetuneConfig) -> tuple[FinetuneData, Base]:
         raise InputError(config.val_embs, "width of an embedding", str(width), str(held_pairs.embeddings.shape[1]))
     if held_pairs is not None and len(held_pairs) < 2:
         raise InputError(config.val_data_dir, "patches", "at least 2, to exchange their prompts", str(len(held_pairs)))
-    folder = None if config.from_scratch else local_or_hub_pipeline(config.pretrained_model_name_or_path)
-    prompts = _prompt_encoder(config, folder, width).fit(pairs.embeddings, null)
-    base = _base(config, folder, prompts)
+    folder = None if config.from_scratch else find_pipeline(local_or_hub_pipeline(config.pretrained_model_name_or_path))
+    prompts = _own_prompts(config, folder, width)
+    own = prompts is not None
+    prompts = prompts.fit_null(null) if own else _prompt_encoder(config, folder, width).fit(pairs.embeddings, null)
+    base = _base(config, folder, prompts, own)
     images = pairs.patches.open_patches(config.resolution, config.progress)
     held = None
     if held_pairs is not None:
@@ -68,6 +73,19 @@ def read_data(config: FinetuneConfig) -> tuple[FinetuneData, Base]:
     return FinetuneData(images, embeddings, prompts, pairs.patches.read_image(0).shape[0], digest, held, shown), base
 
 
+def _own_prompts(config: FinetuneConfig, folder: Path | None, width: int) -> PromptEncoder | None:
+    """The encoder of a base that learned from such prompts before: its statistics, as its layer goes on too. Else None."""
+    if folder is None or not (folder / "prompts").is_dir() or config.prompt_tokens != "learned" or config.fresh_prompts:
+        return None
+    encoder = PromptEncoder.load(folder / "prompts")
+    if (encoder.kind, encoder.embedding_width, encoder.n_tokens) != ("learned", width, config.n_tokens):
+        log.warning("%s learned from %s prompts of %d tokens, %d wide: its layer of them is made new", folder, encoder.kind,
+                    encoder.n_tokens, encoder.embedding_width)
+        return None
+    log.warning("%s: its layer of the prompts and their statistics go on; for embeddings of another encoder: --fresh-prompts", folder)
+    return encoder
+
+
 def _prompt_encoder(config: FinetuneConfig, folder: Path | None, width: int) -> PromptEncoder:
     if config.prompt_tokens == "learned":
         return PromptEncoder(width, "learned", config.n_tokens)
@@ -75,10 +93,10 @@ def _prompt_encoder(config: FinetuneConfig, folder: Path | None, width: int) -> 
     return PromptEncoder(width, config.prompt_tokens, cross_width=cross_width)
 
 
-def _base(config: FinetuneConfig, folder: Path | None, prompts: PromptEncoder) -> Base:
+def _base(config: FinetuneConfig, folder: Path | None, prompts: PromptEncoder, own_prompts: bool) -> Base:
     if folder is not None:
         base = load_base(folder, config.pretrained_vae_path, prompts, seed=config.seed, prediction=config.prediction_type,
-                         pixel_space=config.pixel_space)
+                         pixel_space=config.pixel_space, own_prompts=own_prompts)
     else:
         vae = load_vae(config.pretrained_vae_path) if config.pretrained_vae_path else None
         factor = Base(torch.nn.Identity(), vae, {}, "").pixels_a_latent

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from diffusion_utils.finetune_data import open_source
 from diffusion_utils.finetune_step import held_out_losses
 from diffusion_utils.latents import OnlineLatents
 from diffusion_utils.pipeline import GenePipeline
@@ -33,8 +32,6 @@ class Validation:
         self.run, config = run, run.config
         self.solver = Solver(guidance_scale=config.guidance_scale if config.dropout else 1.0)
         held = run.data.held_out
-        self.held_source = None if held is None or not run.accelerator.is_main_process else \
-            open_source(held.images, run.base, config, run.device, speaks=True)
         self.distances = None
         if metrics := parse_metrics(config.metrics):
             images, embeddings = (run.data.images, run.data.embeddings) if held is None else (held.images, held.embeddings)
@@ -53,8 +50,8 @@ class Validation:
         try:
             values = {} if self.distances is None else self._distances()
             parts = [f"{name.removeprefix('metrics/')} {value:.4g}" for name, value in values.items()]
-            if self.held_source is not None:
-                found = held_out_losses(run.shown_model(), run.prompts, run.noising, self.held_source, run.data.held_out,
+            if run.held_source is not None and run.accelerator.is_main_process:
+                found = held_out_losses(run.shown_model(), run.prompts, run.noising, run.held_source, run.data.held_out,
                                         run.noise_shape, run.config.seed, run.device)
                 values |= found
                 parts.insert(0, f"held out: loss {found['val/loss']:.4f}, with other patches' genes {found['val/gene_gap']:+.4f}")
@@ -84,7 +81,8 @@ class Validation:
     def _draw(self, embeddings: Tensor, keys: list[tuple[int, int]]) -> Tensor:
         """uint8 (N, 3, H, W) on the CPU."""
         run = self.run
-        pipeline = GenePipeline(run.shown_model(), run.base.vae, run.base.scheduler, run.prompts, run.config.resolution, "")
+        pipeline = GenePipeline(run.shown_model(), run.base.vae, run.base.scheduler, run.prompts, run.config.resolution,
+                                run.data.patch_px, "")
         if run.base.vae is not None:
             run.base.vae.to(run.device)
         images = pipeline.generate(embeddings, keys, self.solver).cpu()

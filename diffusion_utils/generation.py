@@ -17,20 +17,20 @@ from torch import Tensor
 
 from diffusion_utils.denoisers import compile_blocks
 from diffusion_utils.pairs import prompt_barcodes
-from diffusion_utils.pipeline import GenePipeline, load_pipeline
+from diffusion_utils.pipeline import GenePipeline, as_patches, load_pipeline, prompt_width_of
 from diffusion_utils.prompts import read_embeddings
 from diffusion_utils.sampling import Solver, parse_interval
-from evaluation.contact_sheet import as_cell, contact_sheet, save_png
+from evaluation.contact_sheet import contact_sheet, save_png
 from evaluation.features import pick_device
 from preprocessing.errors import InputError, OptionError
 from preprocessing.outputs import clear_leftovers_in, finished_file, locked
 from preprocessing.progress import ProgressBar
-from training.gan_grids import as_pictures
 from training.prompts import parse_seeds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLUMNS = ("file", "prompt", "seed", "guidance_scale", "sampler", "steps", "weights_sha256")   # and barcode, where it is known
 SAMPLES, GRID, LATENTS, GRID_PROMPTS, GRID_SEEDS = "samples.csv", "grid.png", "latents.npy", 24, 8
+NULL = "null"         # folder of the controls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class GenerateConfig:
     steps: int = 20
     sampler: str = "dpm++"
     resolution: int | None = None     # px the pipeline draws at; None: as it learned
-    output_px: int | None = None      # px of the files; None: as drawn
+    output_px: int | None = None      # px of the files; None: as drawn, at most the training patches' size
     dtype: str = "float32"
     compile: bool = False
     null_control: bool = False        # beside each picture, the same random numbers without genes
@@ -87,7 +87,7 @@ class Request:
 
     @property
     def file_name(self) -> str:
-        return f"{'null/' if self.null else ''}prompt{self.prompt:05d}_seed{self.seed:04d}.png"
+        return f"{f'{NULL}/' if self.null else ''}prompt{self.prompt:05d}_seed{self.seed:04d}.png"
 
 
 def open_pipeline(config: GenerateConfig) -> GenePipeline:
@@ -106,24 +106,30 @@ def open_pipeline(config: GenerateConfig) -> GenePipeline:
 def generate_images(config: GenerateConfig) -> list[Path]:
     """Draw and save everything `config` asks for; returns the files."""
     seeds, solver = config.chosen_seeds(), config.solver()
-    pipeline = open_pipeline(config)
-    prompts = read_embeddings(config.prompt_file, pipeline.prompts.embedding_width)
+    prompts = read_embeddings(config.prompt_file, prompt_width_of(config.model_checkpoint))    # before weights go to a GPU
     barcodes = prompt_barcodes(config.prompt_file, len(prompts))
+    pipeline = open_pipeline(config)
     pipeline.noise_shape(config.resolution)            # refuses a resolution that the layers cannot halve
     asked = [Request(row, seed, null) for null in ((False, True) if config.null_control else (False,))
              for row in _chosen_rows(len(prompts), config.n_prompts) for seed in seeds]
     folder = config.gen_img_path
-    samples, grid, latents = folder / SAMPLES, folder / GRID, folder / LATENTS
+    samples, nulls, grid, latents = folder / SAMPLES, folder / NULL / SAMPLES, folder / GRID, folder / LATENTS
     with locked(samples):
-        for part in (folder, folder / "null"):
+        for part in (folder, folder / NULL):
             clear_leftovers_in(part)
-        for old in (samples, grid, latents):           # what describes other pictures goes before they do
+        for old in (samples, nulls, grid, latents):    # what describes other pictures goes before they do
             old.unlink(missing_ok=True)
         if config.output_type == "latent":
             files = [_save_latents(latents, [made for _, made in draw(pipeline, prompts, asked, solver, config)])]
             names = [f"{LATENTS}:{row}" for row in range(len(asked))]
         else:
-            files, names = _save_pictures(pipeline, prompts, asked, solver, config), [request.file_name for request in asked]
+            files = _save_pictures(pipeline, prompts, asked, solver, config)
+            if config.null_control:                    # a list of their own: whoever scores `folder` scores what genes made
+                controls, asked = [request for request in asked if request.null], [request for request in asked if not request.null]
+                _write_samples(nulls, controls, [Path(request.file_name).name for request in controls], solver, pipeline.weights_sha256,
+                               barcodes)
+                files.append(nulls)
+            names = [request.file_name for request in asked]
         _write_samples(samples, asked, names, solver, pipeline.weights_sha256, barcodes)
     return [*files, samples]
 
@@ -154,8 +160,7 @@ def _save_pictures(pipeline: GenePipeline, prompts: Tensor, asked: list[Request]
     files: list[Path] = []
     shown: dict[tuple[int, bool], list[np.ndarray]] = {}
     for part, images in draw(pipeline, prompts, asked, solver, config):
-        for request, picture in zip(part, as_pictures(images), strict=True):
-            picture = picture if config.output_px is None else as_cell(picture, config.output_px)
+        for request, picture in zip(part, as_patches(images, pipeline, config.output_px), strict=True):
             files.append(config.gen_img_path / request.file_name)
             save_png(files[-1], picture)
             row = shown.setdefault((request.prompt, request.null), [])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_utils.pipeline import load_pipeline
+from diffusion_utils.pipeline import as_patches, load_pipeline
 from diffusion_utils.prompts import read_embeddings
 from diffusion_utils.sampling import Solver
 from evaluation.contact_sheet import contact_sheet, save_png
@@ -21,7 +21,6 @@ from evaluation.features import pick_device
 from preprocessing.errors import InputError, OptionError
 from preprocessing.outputs import finished_file, locked
 from preprocessing.progress import ProgressBar
-from training.gan_grids import as_pictures
 from training.interpolation import Walk, slerp
 from training.prompts import parse_seeds
 
@@ -62,7 +61,7 @@ def walk_with_pipeline(config: PipelineWalk, progress: bool = True) -> list[Path
             old.unlink(missing_ok=True)
         pictures: list[np.ndarray] = []
         for batch in ProgressBar(list(walk.batches(config.batch_sz)), desc="patches", unit="batch", disable=not progress):
-            made = as_pictures(pipeline.generate(batch.prompts, list(batch.keys), config.solver).cpu())
+            made = as_patches(pipeline.generate(batch.prompts, list(batch.keys), config.solver).cpu(), pipeline)
             for path, picture in zip(paths[batch.number:], made, strict=False):
                 save_png(path, picture)
             pictures += made

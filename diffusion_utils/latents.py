@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +20,12 @@ from torch import Tensor, nn
 from diffusion_utils.draws import ORIENTATIONS, oriented
 from networks.layers import images_to_float
 from preprocessing.npy_file import NPY_ERRORS
-from preprocessing.outputs import finished_file, flush_to_disk, locked, require_free_space, write_json
+from preprocessing.outputs import finished_file, flush_to_disk, locked, named_error, require_free_space, write_json
 from preprocessing.progress import ProgressBar
 from training.patch_cache import PatchRows, spread_sha256
 
 ROWS_A_BLOCK = 8
+WAIT_S = 7 * 24 * 3600.0      # of a process for another that fills the cache both need
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def cached_latents(images: PatchRows, vae: nn.Module, folder: Path, *, device: s
     side = images.array.shape[-1] // 2 ** (len(vae.config.block_out_channels) - 1)
     shape = (len(images), ORIENTATIONS, 2, vae.config.latent_channels, side, side)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / "latents"):
+    with locked(folder / "latents", WAIT_S):
         if not is_whole(path, shape):
             _fill(path, shape, images, vae, device, progress)
     return CachedLatents(np.load(path, mmap_mode="r", allow_pickle=False), dict(vae.config))
@@ -107,6 +110,7 @@ def _fill(path: Path, shape: tuple[int, ...], images: PatchRows, vae: nn.Module,
     if not done:
         require_free_space(path.parent, int(np.prod(shape)) * 2)
     array = np.lib.format.open_memmap(working, mode="r+" if done else "w+", dtype=np.float16, shape=None if done else shape)
+    _take_space(working)
     vae = vae.to(device)
     with ProgressBar(total=shape[0], initial=done, desc="latents", unit="patch", disable=not progress) as bar:
         for start in range(done, shape[0], ROWS_A_BLOCK):
@@ -136,6 +140,16 @@ def is_whole(path: Path, shape: tuple[int, ...]) -> bool:
         return False
 
 
+def _take_space(path: Path) -> None:
+    """Claim a mapped file's blocks at once: a disk that is full later would end the process without a word."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as stream:
+            try:
+                os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                raise named_error(error, path) from error
+
+
 def _rows_done(working: Path, note: Path, shape: tuple[int, ...]) -> int:
     """Rows that a killed run left whole; 0 where that cannot be known."""
     try:
@@ -149,11 +163,16 @@ def _rows_done(working: Path, note: Path, shape: tuple[int, ...]) -> int:
 
 def _key(images: PatchRows, vae: nn.Module) -> str:
     digest = hashlib.sha256(f"posteriors 1 {len(images)} {tuple(images.array.shape[1:])}".encode())
-    for name, tensor in vae.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy())
+    hash_tensors(digest, vae.state_dict())
     digest.update(images_sha256(images).encode())
     return digest.hexdigest()
+
+
+def hash_tensors(digest, tensors: Mapping[str, Tensor]) -> None:
+    """Add names and float32 values to a hashlib digest, in their order."""
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy())
 
 
 def images_sha256(images: PatchRows) -> str:

@@ -6,17 +6,21 @@ velocity noise - x0, s drawn logit-normal (Esser et al., ICML 2024). x0 are pict
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from preprocessing.errors import OptionError
+from preprocessing.errors import InputError, OptionError
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
 N_TIMESTEPS = 1000
 FLOW_KIND = "flow_prediction"       # what diffusers' solvers call it
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+SD_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 @dataclass(frozen=True)
@@ -81,3 +85,36 @@ def noising_of(scheduler, snr_gamma: float | None = 5.0) -> Noising:
         raise OptionError("--prediction-type", f"one of {', '.join(get_args(Prediction))}", str(kind))
     alphas = scheduler.alphas_cumprod.double()
     return Noising(kind, alphas.sqrt().float(), (1 - alphas).sqrt().float(), snr_gamma)
+
+
+def scheduler_config(prediction: str) -> dict:
+    """Config of the scheduler that belongs to a way of predicting."""
+    if prediction == "flow":
+        return {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": FLOW_KIND, "use_flow_sigmas": True, "flow_shift": 1.0,
+                "num_train_timesteps": 1000}
+    return {"_class_name": "DDIMScheduler", **SD_BETAS, "num_train_timesteps": 1000, "prediction_type": prediction, "clip_sample": False,
+            "set_alpha_to_one": True, "timestep_spacing": "trailing",
+            "rescale_betas_zero_snr": prediction == "v_prediction"}
+
+
+def own_prediction(scheduler: Mapping, folder: Path | str) -> str:
+    """epsilon, v_prediction or flow, as a scheduler's config says."""
+    if not isinstance(scheduler, Mapping):
+        raise InputError(folder, "scheduler", "the config of a scheduler", type(scheduler).__name__)
+    kind = scheduler.get("prediction_type", "epsilon")
+    if "FlowMatch" in str(scheduler.get("_class_name")) or kind == FLOW_KIND:
+        return "flow"
+    if kind not in ("epsilon", "v_prediction"):
+        raise InputError(folder, "scheduler: prediction_type", "epsilon, v_prediction or flow matching", str(kind))
+    return kind
+
+
+def require_scheduler(config: Mapping, folder: Path) -> None:
+    """Refuse now what could not be written into a pipeline, or solved, after the training."""
+    import diffusers
+
+    name = str(config.get("_class_name"))
+    if not (name.endswith("Scheduler") and hasattr(diffusers, name)):
+        raise InputError(folder / "scheduler", "_class_name", "a scheduler of diffusers", name)
+    if config.get("beta_schedule", "linear") not in BETA_SCHEDULES and not config.get("trained_betas"):
+        raise InputError(folder / "scheduler", "beta_schedule", f"one of {', '.join(BETA_SCHEDULES)}", str(config.get("beta_schedule")))

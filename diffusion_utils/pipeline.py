@@ -19,11 +19,13 @@ from diffusion_utils.denoisers import PIXART, SD3, UNET, denoiser_folder, load_d
 from diffusion_utils.latents import unscaled
 from diffusion_utils.prompts import PromptEncoder
 from diffusion_utils.sampling import Solver, make_scheduler, sample
+from evaluation.contact_sheet import as_cell
 from networks.layers import images_to_uint8
 from networks.weights import SUMS_FILE
 from preprocessing.errors import OptionError, WeightsError, first_few, read_json
 from preprocessing.outputs import file_sha256, finished_folder, program_versions
 from training.gan_draws import seeded_draws
+from training.gan_grids import as_pictures
 
 TRAINING = "training.json"
 CHECKED = (".json", ".safetensors", ".bin", ".py")
@@ -85,6 +87,7 @@ class GenePipeline:
     scheduler: dict
     prompts: PromptEncoder
     resolution: int            # px of the pictures it learned
+    patch_px: int              # of the patches that were brought to `resolution`
     weights_sha256: str
 
     @property
@@ -121,18 +124,35 @@ class GenePipeline:
         return self.decode(self.latents(embeddings, keys, solver, resolution))
 
 
+def prompt_width_of(folder: Path | str) -> int:
+    """Width D of the embeddings that a pipeline folder of ours is asked with."""
+    folder = find_pipeline(folder)
+    _require_ours(folder)
+    return PromptEncoder.load(folder / "prompts").embedding_width
+
+
+def as_patches(images: Tensor, pipeline: GenePipeline, px: int | None = None) -> list[np.ndarray]:
+    """uint8 (H, W, 3) each, `px` a side; None: brought back to the size of the training patches where they were drawn larger."""
+    side = px or min(images.shape[-1], pipeline.patch_px)
+    return [picture if picture.shape[0] == side else as_cell(picture, side) for picture in as_pictures(images)]
+
+
 def find_pipeline(folder: Path | str) -> Path:
     """`folder` itself, or the pipeline in a run folder."""
     folder = Path(folder)
     return folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
 
 
-def load_pipeline(folder: Path | str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> GenePipeline:
-    """Read a pipeline folder of ours, after comparing it with its SHA256SUMS. No code of the folder runs."""
-    folder = find_pipeline(folder)
+def _require_ours(folder: Path) -> None:
     denoiser_folder(folder)                             # says what a folder must hold
     if not (folder / SUMS_FILE).is_file() or not (folder / "prompts").is_dir():
         raise WeightsError(folder, "content", f"{SUMS_FILE} and prompts/, as train_diffusion writes them", "a pipeline without them")
+
+
+def load_pipeline(folder: Path | str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> GenePipeline:
+    """Read a pipeline folder of ours, after comparing it with its SHA256SUMS. No code of the folder runs."""
+    folder = find_pipeline(folder)
+    _require_ours(folder)
     verify_sums(folder)
     record = read_json(folder / TRAINING, "how the pipeline was trained")
     if not isinstance(record, dict) or not isinstance(record.get("resolution"), int):
@@ -142,4 +162,5 @@ def load_pipeline(folder: Path | str, device: str = "cpu", dtype: torch.dtype = 
     vae = load_vae(folder / "vae").to(device) if (folder / "vae").is_dir() else None
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "the config of a scheduler")
     sha256 = file_sha256(folder / SUMS_FILE)       # stands for every file
-    return GenePipeline(denoiser, vae, scheduler, prompts.to(device), int(record["resolution"]), sha256)
+    resolution = int(record["resolution"])
+    return GenePipeline(denoiser, vae, scheduler, prompts.to(device), resolution, int(record.get("patch_px", resolution)), sha256)

@@ -48,6 +48,11 @@ class PromptEncoder(nn.Module):
         """Take the statistics of the training prompts (N, D), and the embedding (D,) that means "no condition"."""
         if self.norm is not None:
             self.norm.fit(embeddings)
+        return self.fit_null(null)
+
+    @torch.no_grad()
+    def fit_null(self, null: Tensor) -> PromptEncoder:
+        """Take the null prompt (D,) alone; statistics stay."""
         self.null.copy_(null)
         return self
 

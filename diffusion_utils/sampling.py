@@ -13,8 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from diffusion_utils.denoisers import SD_BETAS, denoise, own_prediction
-from diffusion_utils.noising import FLOW_KIND
+from diffusion_utils.denoisers import denoise
+from diffusion_utils.noising import FLOW_KIND, SD_BETAS, own_prediction
 from preprocessing.errors import OptionError
 
 Sampler = Literal["dpm++", "unipc", "ddim", "ddpm", "euler"]

@@ -4,11 +4,15 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from diffusion_utils.options import option, switch
 from preprocessing.errors import Command
+
+if TYPE_CHECKING:
+    from diffusion_utils.finetune_config import FinetuneConfig
 
 
 def train_diffusion(**options) -> Path | None:
@@ -16,19 +20,16 @@ def train_diffusion(**options) -> Path | None:
     from diffusion_utils.finetune_processes import ending_together
 
     with ending_together():
-        return _train(options)
+        from diffusion_utils.finetune_config import FinetuneConfig
+        from preprocessing.outputs import only_writer
+
+        config = FinetuneConfig(**options)
+        first = os.environ.get("RANK", "0") == "0"
+        with only_writer(config.output_dir, parts=["samples"]) if first else nullcontext():
+            return _train(config)
 
 
-def _train(options: dict) -> Path | None:
-    from diffusion_utils.finetune_config import FinetuneConfig
-    from preprocessing.outputs import only_writer
-
-    config = FinetuneConfig(**options)
-    with only_writer(config.output_dir, parts=["samples"]) if os.environ.get("RANK", "0") == "0" else nullcontext():
-        return _train_in_folder(config)
-
-
-def _train_in_folder(config) -> Path | None:
+def _train(config: FinetuneConfig) -> Path | None:
     from diffusion_utils.finetune import open_run
     from preprocessing.progress import ProgressBar
 
@@ -58,7 +59,7 @@ def _train_in_folder(config) -> Path | None:
 @option("output-dir", type=click.Path(path_type=Path), required=True, help="Run folder: config.json, stats.jsonl, checkpoint-*/, samples/, "
         "pipeline/.")
 @option("pretrained-model-name-or-path", help="Base to fine-tune: a folder in diffusers' layout (unet/ or transformer/, vae/, scheduler/), "
-        "or a repository of the hub.")
+        "a run folder of ours, or a repository of the hub.")
 @option("from-scratch", type=click.Choice(["small", "base"]), help="Instead: a new UNet of this size.")
 @option("pretrained-vae-path", help="Folder of another autoencoder (AutoencoderKL or AutoencoderTiny).")
 @option("pixel-space", is_flag=True, help="No autoencoder: learn on pixels; for small patches.")
@@ -66,6 +67,8 @@ def _train_in_folder(config) -> Path | None:
 @option("prompt-tokens", type=click.Choice(["learned", "published"]), default="learned", help="learned: distinct tokens, each a "
         "learned map of the embedding. published: the embedding padded with ones.")
 @option("n-tokens", default=8, help="Number of learned tokens.")
+@option("fresh-prompts", is_flag=True, help="A base of ours goes on with what it learned of prompts of this width and number of tokens. "
+        "This forgets it: for embeddings of another encoder.")
 @option("prediction-type", type=click.Choice(["epsilon", "v_prediction", "flow"]), help="What is predicted. Default: as the base; "
         "v_prediction (zero terminal SNR) from scratch.")
 @option("train-batch-size", default=16, help="Images of a micro-batch, on each process.")
@@ -82,6 +85,8 @@ def _train_in_folder(config) -> Path | None:
 @option("snr-gamma", default=5.0, help="min-SNR weights of timesteps; 0 turns them off.", callback=lambda _c, _p, value: value or None)
 @switch("use-ema", True, help="Keep a moving average of the weights, and sample from it.")
 @option("ema-decay", default=0.9999, help="Longest memory of it.")
+@option("power-ema", is_flag=True, help="Also keep, at every checkpoint, averages from which diffusion_utils.choose_ema makes one of any "
+        "length afterwards (twice the weights in memory; the weights' size on the disk each time).")
 @option("noise-offset", default=0.0, help="Noise shared by a whole channel.")
 @option("input-perturbation", default=0.0, help="Extra noise on what the denoiser sees.")
 @option("mixed-precision", type=click.Choice(["no", "bf16"]), help="Weights stay float32. Default: bf16 on a GPU.")

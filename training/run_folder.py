@@ -154,7 +154,8 @@ def save_checkpoint(folder: Path | str, step: int, *, state: Mapping, tensors: M
         files = sorted(path.name for path in temporary.iterdir())
         (temporary / SUMS_FILE).write_text("".join(f"{file_sha256(temporary / name)}  {name}\n" for name in files))
         _write_and_sync(temporary / COMMIT, f"{step}\n")
-    for old in (*_checkpoint_folders(folder)[keep:], *Path(folder).glob("checkpoint-*.tmp.*"), *Path(folder).glob("snapshot-*.tmp.*")):
+    older = [other for other in _checkpoint_folders(folder) if other.name <= path.name]     # a later one is damaged, and does not count
+    for old in (*older[keep:], *Path(folder).glob("checkpoint-*.tmp.*"), *Path(folder).glob("snapshot-*.tmp.*")):
         shutil.rmtree(old, ignore_errors=True)
     return path
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from diffusion_world import PX, TINY, WIDTH, run, write_world
+from diffusion_world import PX, TINY, WIDTH, run, tiny_vae, write_world
 
 import clip_embeddings
 from benchmarks import diffusion, diffusion_learning
@@ -104,6 +104,18 @@ def test_what_is_counted_as_kept_is_what_the_backward_pass_holds():
     with torch.device("meta"):
         net = Net().to("meta")
     assert kept_gb(net, 10, 1, 4) == pytest.approx(2 * 4 * 100 * 4e-9)                  # the input of either layer
+
+
+def test_both_ways_are_timed_at_the_size_of_stable_diffusion_too(monkeypatch, capsys):
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    channels = {"in_channels": 4, "out_channels": 4, "norm_num_groups": 8}
+    monkeypatch.setattr(diffusion, "SD_UNET", {**TINY, **blocks, **channels, "sample_size": PX})
+    monkeypatch.setattr(diffusion, "SD_VAE", {name: value for name, value in tiny_vae().config.items() if name[0] != "_"})
+    monkeypatch.setattr(diffusion, "PUBLISHED_STEPS", 2)
+    monkeypatch.setattr(diffusion, "OUR_STEPS", 2)
+    diffusion.time_both(device="cpu", side=16, size="sd", batch=2, rounds=1)
+    told = capsys.readouterr().out
+    assert "sd UNet, 16 px" in told and told.count("images/s, ours") == 2
 
 
 def test_quality_compares_both_ways_and_draws_each_once(tmp_path, capsys):

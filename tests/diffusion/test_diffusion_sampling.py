@@ -11,11 +11,13 @@ from diffusion_world import PX, WIDTH, config, run, tiny_vae, write_world
 from PIL import Image
 
 from diffusion_utils import generate_img
-from diffusion_utils.denoisers import from_scratch, scheduler_config
+from diffusion_utils.denoisers import from_scratch
 from diffusion_utils.finetune import open_run
+from diffusion_utils.noising import scheduler_config
 from diffusion_utils.pipeline import GenePipeline, load_pipeline, write_pipeline
 from diffusion_utils.prompts import PromptEncoder
 from diffusion_utils.sampling import Solver
+from evaluation.features import list_images
 from evaluation.sections import read_generated
 from preprocessing.errors import InputError, OptionError, WeightsError
 
@@ -82,7 +84,7 @@ class Counted(torch.nn.Module):
 def test_guidance_costs_a_second_forward_only_where_it_acts(world, solver, forwards):
     pipeline = load_pipeline(world / "run")
     counted = Counted(pipeline.denoiser)
-    GenePipeline(counted, None, pipeline.scheduler, pipeline.prompts, PX, "").generate(torch.zeros(1, WIDTH), [(0, 0)], solver)
+    GenePipeline(counted, None, pipeline.scheduler, pipeline.prompts, PX, PX, "").generate(torch.zeros(1, WIDTH), [(0, 0)], solver)
     assert counted.seen == forwards
 
 
@@ -109,9 +111,11 @@ def test_the_list_the_sheet_and_the_control_are_written(world, tmp_path):
     pictures = made(world, tmp_path, seeds="3,5", null_control=True, output_px=16)
     assert all(picture.shape == (16, 16, 3) for picture in pictures.values())
     rows = list(csv.DictReader(open(tmp_path / "samples.csv")))
-    listed = sorted((tmp_path / row["file"]).relative_to(tmp_path).as_posix() for row in rows)
-    assert listed == sorted(pictures | {path.relative_to(tmp_path).as_posix(): 0 for path in (tmp_path / "null").iterdir()})
-    assert {row["seed"] for row in rows} == {"3", "5"} and sum(row["prompt"] == "null" for row in rows) == 10
+    nulls = list(csv.DictReader(open(tmp_path / "null" / "samples.csv")))
+    assert sorted(row["file"] for row in rows) + sorted(f"null/{row['file']}" for row in nulls) == \
+        sorted(name for name in pictures if "/" not in name) + sorted(name for name in pictures if "/" in name)
+    assert {row["seed"] for row in rows} == {"3", "5"} and {row["prompt"] for row in nulls} == {"null"} and len(nulls) == len(rows) == 10
+    assert len(list_images(tmp_path).paths) == len(list_images(tmp_path / "null").paths) == 10      # what metrics score
     assert Image.open(tmp_path / "grid.png").size[0] > 2 * 16
     some = made(world, tmp_path / "some", num_imgs=1, n_prompts=2, output_px=16)
     assert list(some) == ["prompt00000_seed0000.png", "prompt00004_seed0000.png"]
@@ -130,7 +134,7 @@ def test_the_list_names_the_spot_of_a_prompt_where_its_embeddings_record_it(worl
                                                           "gex": str(tmp_path / "gex.h5ad")}))
     made(world, tmp_path / "out", prompt_file=tmp_path / "emb.npy", seeds="3", n_prompts=2, null_control=True)
     rows = list(csv.DictReader(open(tmp_path / "out" / "samples.csv")))
-    assert [(row["prompt"], row["barcode"]) for row in rows] == [("0", "AC-1"), ("2", "TT-1"), ("null", ""), ("null", "")]
+    assert [(row["prompt"], row["barcode"]) for row in rows] == [("0", "AC-1"), ("2", "TT-1")]
     generated = read_generated(tmp_path / "out", "S", barcodes)                # evaluation reads it, without the controls
     assert generated.rows.tolist() == [0, 2] and generated.images.shape == (2, 1, PX, PX, 3)
     np.save(tmp_path / "emb.npy", np.ones((4, WIDTH), np.float32))
