@@ -11,7 +11,8 @@ from preprocessing.errors import Command
 @click.command(cls=Command)
 @click.option("--network", type=click.Path(path_type=Path), required=True, help="CLIP weights: the folder runs/.../clip, or a single .pt.")
 @click.option("--gex", type=click.Path(path_type=Path), required=True, help="Expression, gex_filt.h5ad of a whole sample.")
-@click.option("--cluster-labs", "--cluster_labs", required=True, help="Cluster labels: .npy, CSV (last column), or an obs column.")
+@click.option("--cluster-labs", "--cluster_labs", required=True, help="Cluster labels: .npy, CSV (last column; by "
+              "barcode if another column has them), or an obs column.")
 @click.option("--method", type=click.Choice(["ig", "sg"]), default="ig", help="Integrated Gradients or SmoothGrad.")
 @click.option("--target", type=click.Choice(["clusters", "image"]), default="clusters", help="clusters: the distance to each other "
               "cluster's genes, every ordered pair. image: the distance to --images.")

@@ -20,7 +20,8 @@ PIPELINE_ALONE = ("steps", "sampler", "guidance_scale")
 @click.option("--gene-sets", type=click.Path(path_type=Path), help="GMT file: --genes may name its sets, whose genes then all change.")
 @click.option("--spots", help="Barcodes or row numbers, separated by commas.")
 @click.option("--cluster", help="Or: spots of this cluster.")
-@click.option("--cluster-labs", default="cluster", help="Where clusters are: .npy, CSV (last column), or an obs column.")
+@click.option("--cluster-labs", default="cluster", help="Where clusters are: .npy, CSV (last column; by barcode if "
+              "another column has them), or an obs column.")
 @click.option("--n-spots", default=8, help="At most so many spots, drawn with the first seed; --spots are all taken.")
 @click.option("--controls", default=20, help="Random sets of as many genes of like expression to compare with; 0 is none.")
 @click.option("--patch-um", type=float, help="Side of a patch, µm.  [default: as the .h5ad says, else 55]")
@@ -52,8 +53,9 @@ def main(**options):
         effects, files = perturb(PerturbConfig(**options))
     for effect in effects:
         low, high = effect.interval
+        interval = f"({low:.3g} to {high:.3g})" if effect.has_interval else "(no interval: it takes two seeds or more)"
         beside = "" if not len(effect.controls) else " (random sets {:.3g} to {:.3g})".format(*effect.control_range)
-        click.echo(f"{effect.name}: {effect.change:+.3g} ({low:.3g} to {high:.3g}) from {effect.before:.3g}{beside}"
+        click.echo(f"{effect.name}: {effect.change:+.3g} {interval} from {effect.before:.3g}{beside}"
                    + (" *" if effect.stands_out else ""))
     click.echo(f"wrote {', '.join(map(str, files))}")
 

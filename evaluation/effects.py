@@ -33,6 +33,11 @@ class Effect:
         return tuple(np.quantile(self.controls, [0.025, 0.975]).tolist()) if len(self.controls) else (float("nan"), float("nan"))
 
     @property
+    def has_interval(self) -> bool:
+        """Not with one seed, nor where fewer than two seeds have both patches measured."""
+        return bool(np.isfinite(self.interval).all())
+
+    @property
     def p_value(self) -> float:
         """Share of random sets that change as much, either way, with the set itself counted among them."""
         return float((1 + (np.abs(self.controls) >= abs(self.change)).sum()) / (1 + len(self.controls)))

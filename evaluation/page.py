@@ -95,8 +95,8 @@ def number(value: object) -> str:
 
 
 def with_interval(value: float, low: float, high: float) -> str:
-    """`12.3 (11.0 to 13.9)`."""
-    return f"{number(value)} ({number(low)} to {number(high)})"
+    """`12.3 (11.0 to 13.9)`; the number alone where there is no interval."""
+    return f"{number(value)} ({number(low)} to {number(high)})" if np.isfinite(low) and np.isfinite(high) else number(value)
 
 
 def write_page(path: Path | str, html: str) -> None:

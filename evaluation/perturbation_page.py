@@ -43,6 +43,8 @@ def lead(effects: Sequence[Effect]) -> str:
     """What stands out, in a sentence."""
     said = [f"{SAID[effect.name]} {'+' if effect.change > 0 else ''}{page.with_interval(effect.change, *effect.interval)}"
             for effect in effects if effect.stands_out]
+    if not any(effect.has_interval for effect in effects):
+        return "One seed cannot say how sure a change is: there are no intervals. Give several (--seeds 0-7)."
     if not said:
         return "No number of nuclei or stain changes more than with random gene sets." if len(effects[0].controls) else \
             "No number of nuclei or stain changes beyond what seeds do."

@@ -98,6 +98,24 @@ def test_a_target_of_pictures_is_one_picture_a_folder_by_cluster_or_embeddings(w
             assert np.allclose(single, table(tmp_path), atol=1e-5)       # the picture and its embedding are one target
 
 
+def test_labels_of_a_csv_with_barcodes_are_joined_by_these_whatever_the_order(world, tmp_path):
+    import anndata as ad
+    barcodes = ad.read_h5ad(world / "A" / "gex_filt.h5ad").obs_names
+    labels = pd.DataFrame({"Barcode": barcodes, "Cluster": np.load(world / "labels.npy")})
+    assert run(world, tmp_path).exit_code == 0
+    expected = table(tmp_path)
+    more = pd.DataFrame({"Barcode": ["ELSEWHERE-1"], "Cluster": ["red"]})             # a spot that was filtered out since
+    pd.concat([labels.sample(frac=1, random_state=3), more]).to_csv(tmp_path / "shuffled.csv", index=False)
+    assert run(world, tmp_path, "--cluster-labs", tmp_path / "shuffled.csv").exit_code == 0
+    assert table(tmp_path).equals(expected)
+    labels[3:].to_csv(tmp_path / "short.csv", index=False)
+    answer = run(world, tmp_path, "--cluster-labs", tmp_path / "short.csv")
+    assert answer.exit_code == 3 and f"no label for 3 (A__{barcodes[0]}" in answer.output
+    pd.concat([labels, labels[:1]]).to_csv(tmp_path / "twice.csv", index=False)
+    answer = run(world, tmp_path, "--cluster-labs", tmp_path / "twice.csv")
+    assert answer.exit_code == 3 and f"Barcode: expected no value twice; found repeated 1 ({barcodes[0]})" in answer.output
+
+
 def test_smooth_gradients_repeat(world, tmp_path):
     first, again = (run(world, tmp_path, "--method", "sg") and table(tmp_path) for _ in range(2))
     assert first.equals(again) and (first > 0).any().all()

@@ -70,6 +70,21 @@ def test_spots_of_a_cluster_are_drawn(world, tmp_path):
     assert len(spots) == 3 and spots <= stroma
 
 
+def test_a_second_call_leaves_no_pictures_of_the_first(world, tmp_path):
+    (tmp_path / "spot_of_mine.png").write_bytes(b"mine")
+    assert run(world, tmp_path).exit_code == 0
+    assert run(world, tmp_path, genes="gene1:0", spots="7", seeds="4").exit_code == 0
+    assert {path.name for path in tmp_path.glob("*.png")} == {"spot_of_mine.png", *(f"spot00007_seed0004_{name}.png" for name in (
+        "before", "after", "difference"))}
+
+
+def test_one_seed_has_no_interval_and_says_so(world, tmp_path):
+    answer = run(world, tmp_path, seeds="3")
+    page = (tmp_path / "index.html").read_text()
+    assert answer.exit_code == 0 and "no interval: it takes two seeds or more" in answer.output and "nan to" not in answer.output
+    assert "One seed cannot say how sure a change is" in page and "(- to -)" not in page and "beyond what seeds do" not in page
+
+
 @pytest.mark.parametrize(("options", "code", "message"), [
     ({"genes": "nobody:+1"}, 3, "expected some of the 12 genes of the model, or sets of --gene-sets; found others: 1 (nobody)"),
     ({"spots": "nowhere"}, 3, f"--spots: expected barcodes, or rows 0 to {N - 1}, each once; found 1 (nowhere)"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ class GeneChanges:
     columns: np.ndarray    # int (T,) of the expression
     values: np.ndarray     # float (T,)
     adds: np.ndarray       # bool (T,): the value is added, else set
+    strangers: tuple[str, ...] = ()      # members of the named sets that the model does not know; they do not change
 
     def apply(self, rows: np.ndarray) -> np.ndarray:
         """A changed copy of normalised expression (N, G)."""
@@ -35,7 +36,7 @@ class GeneChanges:
 
     def at(self, columns: np.ndarray) -> GeneChanges:
         """The same changes of other genes."""
-        return GeneChanges(columns, self.values, self.adds)
+        return replace(self, columns=columns)
 
     def random_like(self, mean_expression: np.ndarray, rng: np.random.Generator) -> GeneChanges:
         """The same changes of random other genes, each near its own in mean expression (G,); no gene twice, none of the changed ones."""
@@ -64,13 +65,14 @@ def read_gene_changes(text: str, gene_names: list[str], sets_file: Path | None =
         text = ",".join(line.partition("#")[0] for line in read_text(path, "lines of GENE:CHANGE").splitlines())
     sets = read_gene_sets(sets_file) if sets_file else {}
     place = {name: column for column, name in enumerate(gene_names)}
-    columns, values, adds, unknown = [], [], [], []
+    columns, values, adds, unknown, strangers = [], [], [], [], []
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, change = part.rpartition(":")
         value, is_added = _parse_change(source, part, name, change)
         members = [name] if name in place else sets.get(name, [])
         known = [place[gene] for gene in members if gene in place]
         unknown += [] if known else [name]
+        strangers += [gene for gene in members if gene not in place]
         columns += known
         values += [value] * len(known)
         adds += [is_added] * len(known)
@@ -82,7 +84,7 @@ def read_gene_changes(text: str, gene_names: list[str], sets_file: Path | None =
     twice = [gene_names[column] for column in set(columns) if columns.count(column) > 1]
     if twice:
         raise InputError(source, "genes", "every gene changed once", f"twice: {first_few(sorted(twice))}")
-    return GeneChanges(np.array(columns), np.array(values), np.array(adds))
+    return GeneChanges(np.array(columns), np.array(values), np.array(adds), tuple(dict.fromkeys(strangers)))
 
 
 def _parse_change(source: str, part: str, name: str, change: str) -> tuple[float, bool]:

@@ -6,6 +6,7 @@ of their nuclei and stain, the effects and a page.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from training.sampling_ranks import Ranks
 
 LEAST_CONTROLS = 19
 PATCH_UM = 55.0            # side of a patch where the expression file does not say
+PICTURE = re.compile(r"spot\d{5,}_seed\d{4,}_(before|after|difference)\.png")
 Make = Callable[[Tensor, Sequence[tuple[int, int]], str], Iterator[np.ndarray]]   # prompts (m, D), keys, what for -> patches, in order
 
 
@@ -96,6 +98,8 @@ def perturb(config: PerturbConfig, open_source: Callable[..., Source] | None = N
     encoder = source.gene_encoder
     table = expression_only(config.gex, target_sum=encoder.target_sum, vocabulary=encoder.gene_names)
     changes = read_gene_changes(config.genes, encoder.gene_names, config.gene_sets)
+    if changes.strangers:
+        ProgressBar.write(f"{config.gene_sets}: genes that the model does not know stay as they are: {first_few(changes.strangers)}")
     rows = choose_spots(config, table, seeds[0])
     patch_um = config.patch_um or _recorded_patch_um(config.gex) or PATCH_UM
     found = compare(Embedder(encoder, table), changes, rows, seeds, source.make, um_per_px=patch_um / source.px, controls=config.controls,
@@ -103,7 +107,8 @@ def perturb(config: PerturbConfig, open_source: Callable[..., Source] | None = N
     barcodes = [table.barcodes[row].split("__", 1)[-1] for row in rows]
     settings = {"network": str(config.network), **source.facts, "expression": str(config.gex),
                 "expression file (SHA-256)": fingerprint(config.gex)["sha256"], "genes": config.genes,
-                "gene sets": str(config.gene_sets or "none"), "spots": ", ".join(barcodes), "seeds": config.seeds,
+                "gene sets": str(config.gene_sets or "none"),
+                "genes of the sets unknown to the model": first_few(changes.strangers) if changes.strangers else "none", "spots": ", ".join(barcodes), "seeds": config.seeds,
                 "random sets": config.controls, "patch side, µm": patch_um, "patch side, px": source.px,
                 "haematoxylin threshold": found.haematoxylin_threshold, **program_versions()}
     return found.effects, _write(config, found, changes.describe(encoder.gene_names), rows, barcodes, seeds, settings)
@@ -232,6 +237,9 @@ def _write(config: PerturbConfig, found: Perturbed, changes: str, rows: np.ndarr
     with locked(table, covers=[record, page]):
         for old in (table, record, page):            # what describes other patches goes before they do
             old.unlink(missing_ok=True)
+        for old in config.outdir.glob("spot*.png"):      # of an earlier call: other genes made it
+            if PICTURE.fullmatch(old.name):
+                old.unlink()
         for i, row in enumerate(rows):
             for j, seed in enumerate(seeds):
                 pair = found.before[i, j], found.after[i, j]

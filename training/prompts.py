@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sp
@@ -15,9 +16,12 @@ import torch
 from torch import Tensor
 
 from networks.snapshot import Snapshot
-from preprocessing.errors import InputError, OptionError, first_few
+from preprocessing.errors import InputError, OptionError, first_few, require_unique
 from preprocessing.npy_file import load_array, require_as_recorded
 from training.data import expression_only
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 NO_CLUSTER = ""                 # label of a spot that an obs column of clusters leaves out
@@ -136,7 +140,8 @@ def _require_normalised(path: Path, rows: np.ndarray) -> None:
 
 def read_labels(clusters: str, obs, gex: Path, n_rows: int, *, option: str = "--clusters", rows_are: str = "prompts") -> np.ndarray:
     """(N,) str, one label a row: from a file of that name, else from an obs column. A CSV's last column counts, its first line is a
-    header. `NO_CLUSTER` where an obs column has none; a file must have all."""
+    header; where another column has the spots' barcodes, labels are joined by these, else line by line. `NO_CLUSTER` where an obs column
+    has none; a file must have all."""
     import pandas as pd
 
     path = Path(clusters)
@@ -144,9 +149,10 @@ def read_labels(clusters: str, obs, gex: Path, n_rows: int, *, option: str = "--
         labels = load_array(path, "an array of labels")
     elif path.is_file():
         try:
-            labels = pd.read_csv(path).iloc[:, -1].to_numpy()
-        except (ValueError, IndexError) as error:
+            table = pd.read_csv(path)
+        except ValueError as error:
             raise InputError(path, "cluster labels", "a CSV with a header line and one label a line", str(error)) from error
+        labels = _in_row_order(table, obs, path, gex)
     elif obs is not None and clusters in obs:
         labels = obs[clusters].to_numpy()
     else:
@@ -162,6 +168,24 @@ def read_labels(clusters: str, obs, gex: Path, n_rows: int, *, option: str = "--
     if missing.any():      # clustering leaves out spots without reads: they are nobody's prompt
         log.warning("%s: %d of %d spots have no %s and are left out", gex, missing.sum(), n_rows, clusters)
     return np.where(missing, NO_CLUSTER, labels.astype(str))
+
+
+def _in_row_order(table: pd.DataFrame, obs: pd.DataFrame | None, path: Path, gex: Path) -> np.ndarray:
+    """The last column, in the order of `obs` where a column before it names its barcodes (with or without `sample__`)."""
+    keys = [] if obs is None else [str(key) for key in obs.index]
+    place = {name: row for row, key in enumerate(keys) for name in (key, key.split("__", 1)[-1])}
+    for column in table.columns[:-1]:
+        names = table[column].astype(str).tolist()
+        rows = [place.get(name, -1) for name in names]
+        if not any(row >= 0 for row in rows):
+            continue
+        line_of = {row: line for line, row in enumerate(rows) if row >= 0}
+        require_unique(path, f"{column}", [name for name, row in zip(names, rows, strict=True) if row >= 0])
+        missing = [key for row, key in enumerate(keys) if row not in line_of]
+        if missing:
+            raise InputError(path, f"{column}", f"every spot of {gex}", f"no label for {first_few(missing)}")
+        return table.iloc[[line_of[row] for row in range(len(keys))], -1].to_numpy()
+    return table.iloc[:, -1].to_numpy()
 
 
 @dataclass(frozen=True)

@@ -163,3 +163,14 @@ def test_difference_maps_are_blue_where_darker_and_orange_where_lighter():
     darker, lighter = difference_map(before, after.astype(np.uint8))[:, 0].astype(int)
     assert darker[2] > darker[0] and lighter[0] > lighter[2]
     assert (difference_map(before, before) == 255).all()
+
+
+def test_more_genes_than_a_file_name_may_have_letters_are_read():
+    text = ",".join(f"g{i}:+1.{'0' * 100}" for i in range(3))
+    assert read_gene_changes(text, GENES).columns.tolist() == [0, 1, 2]
+
+
+def test_members_of_a_set_that_the_model_does_not_know_are_told(tmp_path):
+    (tmp_path / "sets.gmt").write_text("HYPOXIA\tx\tg3\tunknown\tother\n")
+    found = read_gene_changes("HYPOXIA:+1,g0:0", GENES, tmp_path / "sets.gmt")
+    assert found.strangers == ("unknown", "other") and found.columns.tolist() == [3, 0]
