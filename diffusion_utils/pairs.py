@@ -18,13 +18,13 @@ from torch import Tensor
 from diffusion_utils.prompts import read_embeddings
 from preprocessing.errors import InputError, OptionError, read_json
 from preprocessing.expression import open_h5ad
+from preprocessing.npy_file import RECORD
 from preprocessing.outputs import strings_sha256
 from preprocessing.patch_file import read_patch_file
 from preprocessing.patches import match_barcodes, pair, read_patch_folder
 from training.patch_images import PatchImages
 
 log = logging.getLogger(__name__)
-RECORD = "embeddings.json"
 
 
 @dataclass(frozen=True)

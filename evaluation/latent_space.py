@@ -15,7 +15,7 @@ import pandas as pd
 from evaluation.retrieval import unit_rows
 from preprocessing.errors import InputError, OptionError, read_json, require_file
 from preprocessing.expression import read_expression
-from preprocessing.npy_file import load_array, require_as_recorded
+from preprocessing.npy_file import RECORD, load_array, require_as_recorded
 from preprocessing.outputs import strings_sha256
 
 LEAST_SPOTS = 5            # of all samples: fewer have no neighbours to speak of
@@ -59,9 +59,9 @@ def _read_sample(sample_id: str, gex: Path, folder: Path, names: Sequence[str], 
         barcodes, obs = adata.obs_names.to_numpy(str), adata.obs.copy()
     finally:
         adata.file.close()
-    record = read_json(folder / "embeddings.json", "what clip_embeddings.py writes beside its embeddings")
+    record = read_json(folder / RECORD, "what clip_embeddings.py writes beside its embeddings")
     if not isinstance(record, dict) or record.get("barcode_sha256") != strings_sha256(barcodes.tolist()):
-        raise InputError(folder / "embeddings.json", "barcode_sha256", f"embeddings of the {len(barcodes):,} spots of {gex}",
+        raise InputError(folder / RECORD, "barcode_sha256", f"embeddings of the {len(barcodes):,} spots of {gex}",
                          "those of other spots", "Run clip_embeddings.py again")
     return Spots(np.full(len(barcodes), sample_id), barcodes, cluster_labels(obs, clusters, gex),
                  {name: _read_rows(folder / f"{name}_clip_emb.npy", len(barcodes)) for name in names})

@@ -18,7 +18,7 @@ from evaluation.latent_space import Spots, cluster_labels
 from evaluation.retrieval import unit_rows
 from preprocessing.errors import InputError, OptionError, first_few, require_file
 from preprocessing.expression import normalise_expression, open_h5ad, read_expression
-from preprocessing.npy_file import load_array
+from preprocessing.npy_file import RECORD, load_array
 from preprocessing.outputs import file_sha256, finished_file, program_versions, strings_sha256, write_json
 
 SCGPT_KEY = "X_scGPT"      # where scGPT's embed_data leaves its embeddings
@@ -132,8 +132,8 @@ def write_prompts(samples: Sequence[SampleCounts], embedding: np.ndarray, name: 
         path = Path(out_dir) / sample.sample_id / f"{name}_emb.npy"
         with finished_file(path) as temporary, open(temporary, "wb") as stream:
             np.save(stream, rows.astype(np.float32), allow_pickle=False)
-        write_json(path.with_name("embeddings.json"), {"embedding": name, "n_rows": len(rows), "barcode_sha256": strings_sha256(barcodes),
-                                                       "gex": str(sample.gex), "files": [path.name],
-                                                       "sha256": {path.name: file_sha256(path)}, "versions": program_versions()})
+        write_json(path.with_name(RECORD), {"embedding": name, "n_rows": len(rows), "barcode_sha256": strings_sha256(barcodes),
+                                            "gex": str(sample.gex), "files": [path.name],
+                                            "sha256": {path.name: file_sha256(path)}, "versions": program_versions()})
         written.append(path)
     return written
