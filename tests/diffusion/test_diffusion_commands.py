@@ -30,7 +30,8 @@ def arguments(world, out, *more):
             "--report_to", "none", "--n-tokens", "3", "--no-progress", "--mixed_precision", "no", "--dataloader_num_workers", "1", *more]
 
 
-@pytest.mark.parametrize("module", [train_diffusion, generate_img, dump_metadata, choose_ema], ids=lambda module: module.__name__.split(".")[-1])
+@pytest.mark.parametrize("module", [train_diffusion, generate_img, dump_metadata, choose_ema],
+                         ids=lambda module: module.__name__.split(".")[-1])
 def test_help_teaches_without_loading_torch(module):
     code = f"import sys; sys.argv = ['x', '--help']\ntry:\n    import runpy; runpy.run_module('{module.__name__}', run_name='__main__')\n" \
            "except SystemExit: pass\nassert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
