@@ -60,9 +60,8 @@ class FinetuneRun:
         self.device = str(accelerator.device)
         held = self.data.held_out
         # every process opens latents, in no collective, which would time out: the first at the cache's lock fills it, the others wait there
-        self.source, self.held_source = (None if images is None else open_source(
-            images, self.base, config, self.device, speaks=accelerator.is_main_process)
-            for images in (self.data.images, None if held is None else held.images))
+        self.source = open_source(self.data.images, self.base, config, self.device)
+        self.held_source = None if held is None else open_source(held.images, self.base, config, self.device)
         if config.lora_rank:
             add_adapters(denoiser, config.lora_rank, config.seed)
         if config.gradient_checkpointing:

@@ -111,13 +111,13 @@ def _base(config: FinetuneConfig, folder: Path | None, prompts: PromptEncoder, o
     return base
 
 
-def open_source(images: PatchRows, base: Base, config: FinetuneConfig, device: str, *, speaks: bool = True) -> Source:
+def open_source(images: PatchRows, base: Base, config: FinetuneConfig, device: str) -> Source:
     """Pixels, or latents as the config says. With a cache the autoencoder goes back to the CPU once it is full."""
     if base.vae is None:
         return Pixels(images)
     if not config.latent_cache:
         return OnlineLatents(Pixels(images), base.vae.to(device))
     source = cached_latents(images, base.vae, config.cache_dir or config.output_dir / "latents", device=device,
-                            progress=config.progress and speaks)
+                            progress=config.progress)
     base.vae.to("cpu")
     return source

@@ -6,6 +6,7 @@ change it, and with `same_seed` what differs between prompts of a seed, the gene
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from preprocessing.outputs import clear_leftovers_in, finished_file, locked
 from preprocessing.progress import ProgressBar
 from training.prompts import parse_seeds
 
+log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLUMNS = ("file", "prompt", "seed", "guidance_scale", "sampler", "steps", "weights_sha256")   # and barcode, where it is known
 SAMPLES, GRID, LATENTS, GRID_PROMPTS, GRID_SEEDS = "samples.csv", "grid.png", "latents.npy", 24, 8
@@ -109,6 +111,9 @@ def generate_images(config: GenerateConfig) -> list[Path]:
     prompts = read_embeddings(config.prompt_file, prompt_width_of(config.model_checkpoint))    # before weights go to a GPU
     barcodes = prompt_barcodes(config.prompt_file, len(prompts))
     pipeline = open_pipeline(config)
+    if solver.guidance_scale != 1 and not pipeline.knows_null:
+        log.warning("%s was trained without the null prompt (--p-uncond): guidance leads nowhere; draw with --guidance-scale 1",
+                    config.model_checkpoint)
     pipeline.noise_shape(config.resolution)            # refuses a resolution that the layers cannot halve
     asked = [Request(row, seed, null) for null in ((False, True) if config.null_control else (False,))
              for row in _chosen_rows(len(prompts), config.n_prompts) for seed in seeds]

@@ -22,7 +22,7 @@ from diffusion_utils.sampling import Solver, make_scheduler, sample
 from evaluation.contact_sheet import as_cell
 from networks.layers import images_to_uint8
 from networks.weights import SUMS_FILE
-from preprocessing.errors import OptionError, WeightsError, first_few, read_json
+from preprocessing.errors import InputError, OptionError, WeightsError, first_few, read_json
 from preprocessing.outputs import file_sha256, finished_folder, program_versions
 from training.gan_draws import seeded_draws
 from training.gan_grids import as_pictures
@@ -89,6 +89,7 @@ class GenePipeline:
     resolution: int            # px of the pictures it learned
     patch_px: int              # of the patches that were brought to `resolution`
     weights_sha256: str
+    knows_null: bool = True    # whether it was trained with the null prompt too, which guidance needs
 
     @property
     def device(self) -> torch.device:
@@ -144,6 +145,11 @@ def find_pipeline(folder: Path | str) -> Path:
 
 
 def _require_ours(folder: Path) -> None:
+    if not (folder / "model_index.json").is_file():
+        stopped = any(folder.glob("checkpoint-*"))
+        raise InputError(folder, "pipeline", "a pipeline folder, or the run folder it lies in",
+                         "a run without one" if stopped else "none in this folder" if folder.is_dir() else "nothing there",
+                         "Let the run finish: --resume-from-checkpoint latest" if stopped else "")
     denoiser_folder(folder)                             # says what a folder must hold
     if not (folder / SUMS_FILE).is_file() or not (folder / "prompts").is_dir():
         raise WeightsError(folder, "content", f"{SUMS_FILE} and prompts/, as train_diffusion writes them", "a pipeline without them")
@@ -162,5 +168,6 @@ def load_pipeline(folder: Path | str, device: str = "cpu", dtype: torch.dtype = 
     vae = load_vae(folder / "vae").to(device) if (folder / "vae").is_dir() else None
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "the config of a scheduler")
     sha256 = file_sha256(folder / SUMS_FILE)       # stands for every file
-    resolution = int(record["resolution"])
-    return GenePipeline(denoiser, vae, scheduler, prompts.to(device), resolution, int(record.get("patch_px", resolution)), sha256)
+    resolution, trained = int(record["resolution"]), record.get("config") or {}
+    return GenePipeline(denoiser, vae, scheduler, prompts.to(device), resolution, int(record.get("patch_px", resolution)), sha256,
+                        knows_null=trained.get("classifier_free_guidance", True) and trained.get("p_uncond", 1) > 0)

@@ -16,7 +16,8 @@ PACKAGES = [package for package in MAY_IMPORT if (ROOT / package).exists()]
 COMMANDS = {path.stem for path in ROOT.glob("*.py")} | {
     f"preprocessing.{name}" for name in
     ("extract_patches", "gex_preprocessing", "dump_patches", "gene_vocab", "import_st", "simulate_sample", "cohort_report")
-} | {f"diffusion_utils.{name}" for name in ("train_diffusion", "generate_img", "dump_metadata")} | {"training.doctor"}
+} | {f"diffusion_utils.{name}" for name in ("train_diffusion", "generate_img", "dump_metadata",
+                                              "choose_ema")} | {"training.doctor"}
 CONFINED = {   # library -> the only files that may import it
     "torch": {"networks", "evaluation", "training", "diffusion_utils", "."},
     "pytorch_lightning": {"training/clip_module.py", "training/clip_checkpoints.py", "train_clip.py"},

@@ -14,7 +14,7 @@ from PIL import Image
 from processes import finish
 
 import interpolate_prompts
-from diffusion_utils import dump_metadata, generate_img, train_diffusion
+from diffusion_utils import choose_ema, dump_metadata, generate_img, train_diffusion
 from preprocessing.outputs import only_writer
 
 SECRET = "hf_abcdefSECRETabcdef"
@@ -31,7 +31,8 @@ def arguments(world, out, *more):
             "--report_to", "none", "--n-tokens", "3", "--no-progress", "--mixed_precision", "no", "--dataloader_num_workers", "1", *more]
 
 
-@pytest.mark.parametrize("module", [train_diffusion, generate_img, dump_metadata], ids=lambda module: module.__name__.split(".")[-1])
+@pytest.mark.parametrize("module", [train_diffusion, generate_img, dump_metadata, choose_ema],
+                         ids=lambda module: module.__name__.split(".")[-1])
 def test_help_teaches_without_loading_torch(module):
     code = f"import sys; sys.argv = ['x', '--help']\ntry:\n    import runpy; runpy.run_module('{module.__name__}', run_name='__main__')\n" \
            "except SystemExit: pass\nassert 'torch' not in sys.modules and 'diffusers' not in sys.modules"

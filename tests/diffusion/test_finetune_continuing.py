@@ -169,3 +169,18 @@ def test_patches_learned_larger_are_brought_back_to_their_size(world, tmp_path):
         generate_images(GenerateConfig(model_checkpoint=tmp_path / "run", prompt_file=world / "emb.npy", gen_img_path=tmp_path / name,
                                        steps=1, n_prompts=1, num_imgs=1, device="cpu", progress=False, output_px=output_px))
         assert Image.open(tmp_path / name / "prompt00000_seed0000.png").size == (side, side)
+
+
+def test_guidance_of_a_model_that_never_saw_the_null_prompt_is_warned_of(world, tmp_path, caplog):
+    from diffusion_utils.generation import GenerateConfig, generate_images
+    run(world, tmp_path / "run", max_train_steps=1, p_uncond=0.0)
+    for scale, warned in ((1.0, False), (3.0, True)):
+        generate_images(GenerateConfig(model_checkpoint=tmp_path / "run", prompt_file=world / "emb.npy", gen_img_path=tmp_path / "out",
+                                       steps=1, n_prompts=1, num_imgs=1, device="cpu", progress=False, guidance_scale=scale))
+        assert ("without the null prompt" in caplog.text) == warned
+
+
+def test_a_run_without_pipeline_says_to_let_it_finish(world, tmp_path):
+    run(world, tmp_path / "run", stop_after=1)
+    with pytest.raises(InputError, match="a run without one. Let the run finish"):
+        load_pipeline(tmp_path / "run")
