@@ -77,8 +77,9 @@ class Plan(Sections):
         if not (patches / "samples.csv").is_file():
             null = WAYS[way] is None
             run("diffusion_utils.generate_img", "--model-checkpoint", self.train_run("learned" if null else way, seed), "--prompt-file",
-                self.no_genes() if null else self.embeddings(self.held_out), "--gen-img-path", patches, "--num-imgs", self.images, "--guidance-scale",
-                1 if null else self.guidance, "--guidance-interval", "0.2,0.8", "--batch-size", 32, "--device", "cpu", "--no-progress")
+                self.no_genes() if null else self.embeddings(self.held_out), "--gen-img-path", patches, "--num-imgs", self.images,
+                "--guidance-scale", 1 if null else self.guidance, "--guidance-interval", "0.2,0.8", "--batch-size", 32, "--device", "cpu",
+                "--no-progress")
         return patches
 
 

@@ -122,7 +122,7 @@ class TrainerConfig:
     save_top: int = 5                # best checkpoints kept, beside the last; 0: none but one at the end
     select: str = "best"             # weights that the run ends with: best (of the validation loss) | last
     log_every_steps: int = 10
-    num_threads: int | None = None   # CPU threads; none = as PyTorch decides
+    num_threads: int | None = None   # CPU threads at most; none = as PyTorch decides (cores, OMP_NUM_THREADS)
     progress_bar: bool = True
 
     def __post_init__(self):

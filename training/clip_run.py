@@ -25,8 +25,7 @@ def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
 
     Returns the folder; None on the ranks that write nothing. What is wrong with the input is said before other ranks start.
     """
-    if config.trainer.num_threads:
-        torch.set_num_threads(config.trainer.num_threads)
+    limit_threads(config.trainer.num_threads)
     torch.manual_seed(config.seed)
     ranks = find_devices(config.trainer)
     if rank_zero_only.rank:   # known from the environment before ranks are joined
@@ -100,3 +99,9 @@ def _checkpoint(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | No
         return None
     path = resolve(config.run_dir) / "checkpoints" / "last.ckpt" if config.ckpt_path == "last" else resolve(config.ckpt_path)
     return require_checkpoint(path)
+
+
+def limit_threads(most: int | None) -> None:
+    """Compute with at most so many threads, never with more than PyTorch has: beyond OMP_NUM_THREADS they wait for each other."""
+    if most:
+        torch.set_num_threads(min(most, torch.get_num_threads()))

@@ -17,6 +17,7 @@ from training.clip_data import Pairs, StepBatches
 from training.clip_features import cached_features, compute_features, view_table
 from training.clip_losses import clip_loss, sample_mmd
 from training.clip_ranks import find_devices
+from training.clip_run import limit_threads
 from training.patch_cache import PatchRows
 
 GENERATOR = torch.Generator
@@ -219,3 +220,12 @@ def test_lists_and_comma_lists_of_samples_are_the_same():
 def test_relative_paths_start_in_the_launch_folder(tmp_path):
     assert from_launch_folder("a/b", tmp_path) == tmp_path / "a" / "b"
     assert from_launch_folder("/a/b", tmp_path).as_posix() == "/a/b"
+
+
+def test_a_config_asks_for_no_more_threads_than_the_environment_gives(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    for most in (None, 1, 2, 16):
+        limit_threads(most)
+    assert given == [1, 2, 2]
