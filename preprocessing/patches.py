@@ -248,7 +248,7 @@ def _require_whole_pixels(path: Path | str, stream: BinaryIO) -> None:
             continue
         pixels, found = stream.read(length), stream.read(4)
         if len(pixels) < length or found != struct.pack(">I", zlib.crc32(pixels, zlib.crc32(kind))):
-            raise InputError(path, "image", "a whole PNG file", "pixels that are not those of their checksum (damaged)")
+            raise InputError(path, "image", "an image file that can be decoded", "pixels that are not those of their checksum (damaged)")
     stream.seek(place)
 
 
