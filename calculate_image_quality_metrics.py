@@ -91,7 +91,8 @@ def folders(_context, _parameter, value: str) -> tuple[Path, ...]:
               "ones copies? The reference must be held out.")
 @click.option("--patch-um", type=float, help="Report: side of a patch, µm.  [default: as the .h5ad says, else 55]")
 def main(**options):
-    """Append one row a feature set to image_quality_metrics.csv: FID and KID of generated patches against real ones.
+    """Append one row a feature set to image_quality_metrics.csv: FID and KID of generated patches against real ones. Given twice in a
+    row, a command writes its rows once.
 
     Example: python calculate_image_quality_metrics.py --experiment C4 --ref-img-path C4/patches --gen-img-path runs/C4
     --features efficientnet_lite0 --report runs/C4.html

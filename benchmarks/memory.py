@@ -48,7 +48,7 @@ BOUNDS = {
     "extract_patches": Bound(800, 1.5, "bins", 4000),
     "gene_vocab": Bound(500),
     "gex_preprocessing": Bound(500, 10),
-    "dump_patches": Bound(600, 5),
+    "dump_patches": Bound(800, 5),
     "train_clip": Bound(1600, 100),
     "clip_embeddings": Bound(1300, 20),
     "train_gan": Bound(2000, 40),

@@ -205,10 +205,12 @@ def test_images_of_mixed_sizes_in_one_folder_are_measured_each_at_its_size_and_f
     for number, path in enumerate(sorted((folders / "real").glob("*.png"))):
         side = (32, 48, 64)[number % 3]
         Image.open(path).resize((side, side), Image.Resampling.BICUBIC).save(tmp_path / "mixed" / path.name)
-    for extra in ([], ["--batch-size", 7], ["--match-px", 32]):
-        answer = run(folders, tmp_path, "real", "--gen-img-path", tmp_path / "mixed", *extra)
+    found = []
+    for number, extra in enumerate(([], ["--batch-size", 7], ["--match-px", 32])):
+        answer = run(folders, tmp_path / str(number), "real", "--gen-img-path", tmp_path / "mixed", *extra)
         assert answer.exit_code == 0, answer.output
-    table = rows(tmp_path)
+        found.append(rows(tmp_path / str(number)))
+    table = pd.concat(found, ignore_index=True)
     assert (table.n_generated == 40).all() and table.FID[0] == pytest.approx(table.FID[1], rel=1e-3) and table.FID[2] != table.FID[0]
     assert table["flags"][0].endswith("unequal sizes: 32 and 32 to 64 px") and "sizes" not in table["flags"][2]
 
