@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from networks.layers import images_to_float
-from preprocessing.errors import InputError, OptionError, first_few
+from preprocessing.errors import InputError, OptionError, first_few, read_text
 from preprocessing.outputs import file_sha256, finished_file
 from preprocessing.patches import read_patch, read_patch_folder
 from preprocessing.progress import ProgressBar
@@ -62,12 +64,15 @@ def list_images(folder: Path | str) -> ImageFolder:
 def read_samples_csv(folder: Path | str) -> list[dict[str, str]]:
     """Rows of a generated folder's `samples.csv`; every `file` must be there."""
     source = Path(folder) / "samples.csv"
-    if not source.is_file():
-        raise InputError(source, "file", "the list that gen_images.py writes", "nothing there")
-    with open(source, newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(source, "the list that gen_images.py writes"), newline="")))
+    except csv.Error as error:
+        raise InputError(source, "file", "comma-separated text", str(error)) from error
     if not rows or "file" not in rows[0]:
         raise InputError(source, "columns", "at least one row with `file`", ", ".join(rows[0]) if rows else "no rows")
+    nameless = [number for number, row in enumerate(rows, start=1) if not row["file"]]
+    if nameless:
+        raise InputError(source, "file", "a name in every row", f"none in rows {first_few(nameless)}")
     outside = [row["file"] for row in rows if Path(row["file"]).is_absolute() or ".." in Path(row["file"]).parts]
     if outside:
         raise InputError(source, "file", "files inside the folder", first_few(outside))
@@ -188,7 +193,10 @@ def cached_features(paths: Sequence[Path], encoder: nn.Module, cache_dir: Path |
     key = hashlib.sha256(json.dumps([encoder.name, encoder.source, match_px, contents]).encode()).hexdigest()[:32]
     target = cache_dir / f"{encoder.name.replace(':', '_')}_{key}.npy"
     if target.is_file():
-        features = np.load(target, mmap_mode="r", allow_pickle=False)
+        try:
+            features = np.load(target, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise InputError(target, "contents", "features, as they were cached", "a damaged file", "Delete this cache file") from error
         if features.ndim == 2 and len(features) == len(paths):
             return features, True
         raise InputError(target, "shape", f"{len(paths)} rows", f"{features.shape}", "Delete this cache file")
@@ -202,10 +210,8 @@ def pick_device(name: str) -> str:
     """`auto` -> cuda where there is one, else cpu; checks a named one."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.device(name)
-    except RuntimeError as error:
-        raise OptionError("--device", "auto, cpu, cuda or cuda:N", name) from error
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise OptionError("--device", "auto, cpu, cuda or cuda:N", name)
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise OptionError("--device", "cpu, as no GPU is visible", name)
     return name

@@ -108,7 +108,8 @@ def perturb(config: PerturbConfig, open_source: Callable[..., Source] | None = N
     settings = {"network": str(config.network), **source.facts, "expression": str(config.gex),
                 "expression file (SHA-256)": fingerprint(config.gex)["sha256"], "genes": config.genes,
                 "gene sets": str(config.gene_sets or "none"),
-                "genes of the sets unknown to the model": first_few(changes.strangers) if changes.strangers else "none", "spots": ", ".join(barcodes), "seeds": config.seeds,
+                "genes of the sets unknown to the model": first_few(changes.strangers) if changes.strangers else "none",
+                "spots": ", ".join(barcodes), "seeds": config.seeds,
                 "random sets": config.controls, "patch side, µm": patch_um, "patch side, px": source.px,
                 "haematoxylin threshold": found.haematoxylin_threshold, **program_versions()}
     return found.effects, _write(config, found, changes.describe(encoder.gene_names), rows, barcodes, seeds, settings)
