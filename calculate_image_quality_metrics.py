@@ -16,32 +16,36 @@ def calculate_image_quality(out_dir: Path, report: Path | None = None, progress:
                             **settings) -> tuple[list[dict[str, object]], list[str]]:
     """Measure, append to the CSV in `out_dir`, write the page if one is asked for; returns the rows, and what else was found, in lines."""
     from evaluation import cluster_quality, features, image_quality, image_quality_page
+    if report is not None and report.suffix.lower() == ".json":
+        raise OptionError("--report", "the .html page; its numbers go into the .json of that name", str(report))
     more = more_config(report, settings)
     chosen = features.feature_specs(settings.pop("features"), inception_weights=settings.pop("weights"))
     config = image_quality.QualityConfig(features=tuple(chosen), **settings)
     reference, generated = image_quality.collect_both(config)
+    image_quality.read_rows(out_dir / image_quality.CSV_NAME)          # what is wrong is said before the long work
+    if more is not None:
+        from training.faithfulness_run import require_inputs, score_extra
+        require_inputs(more)
     for line in image_quality.notices(config, reference, generated):
         ProgressBar.write(line)
     clusters = [] if report is None else cluster_quality.cluster_rows(
         (config.reference, reference.paths), (config.generated, generated.paths), None if more is None else more.gex)
     rows = list(image_quality.measure(config, reference, generated, progress, clusters))
-    image_quality.append_rows(out_dir / image_quality.CSV_NAME, rows)
-    if report is None:
-        return rows, []
-    if more is None:
-        image_quality_page.write_quality_report(report, config, reference, generated, rows)
-        return rows, []
-    from training.faithfulness_run import score_extra
-    encoders = {spec.label: features.build_features(spec) for spec in chosen}
-    found = score_extra(more, encoders, features.pick_device(config.device), progress)
-    image_quality_page.write_quality_report(report, config, reference, generated, rows, found.parts, found.numbers)
-    return rows, found.lines
+    parts, numbers, lines = [], {}, []
+    if more is not None:
+        encoders = {spec.label: features.build_features(spec) for spec in chosen}
+        found = score_extra(more, encoders, features.pick_device(config.device), progress)
+        parts, numbers, lines = found.parts, found.numbers, found.lines
+    if report is not None:
+        image_quality_page.write_quality_report(report, config, reference, generated, rows, parts, numbers)
+    image_quality.append_rows(out_dir / image_quality.CSV_NAME, rows)  # last: a call that failed leaves no row
+    return rows, lines
 
 
 def more_config(report: Path | None, settings: dict):
     """What is asked beyond distances, taken out of `settings`; None for nothing."""
     asked = {name: settings.pop(name) for name in MORE if name in settings}
-    if not any(asked.values()):
+    if not any(value not in (None, ()) for value in asked.values()):
         return None
     if report is None:
         raise OptionError("--gex, --train-img-path", "--report, the page and JSON that hold what they ask for", "none")
@@ -60,8 +64,14 @@ def describe(row: dict[str, object]) -> str:
             + (f"  [{row['flags']}]" if row["flags"] else ""))
 
 
-def folders(_context, _parameter, value: str) -> tuple[Path, ...]:
-    return tuple(Path(part.strip()) for part in value.split(",") if part.strip())
+def folders(_context, parameter: click.Parameter, value: str) -> tuple[Path, ...]:
+    """Folders separated by commas, each once; none only where the option may be left away."""
+    found = tuple(Path(part.strip()) for part in value.split(",") if part.strip())
+    if parameter.required and not found:
+        raise click.BadParameter("expected a folder, or several separated by commas; found nothing")
+    if len({folder.resolve() for folder in found}) < len(found):
+        raise click.BadParameter(f"expected every folder once; found {value}")
+    return found
 
 
 @click.command(cls=Command)

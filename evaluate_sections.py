@@ -22,7 +22,10 @@ def evaluate_sections(*, train: str, val: str, network: Path, judge: Path | None
     from networks.clip import CLIP, clip_weights_sha256
     from networks.histo_models import build_encoder
     from preprocessing.outputs import program_versions, write_json
-    started = time.monotonic()
+    started, steps_before = time.monotonic(), read_steps(steps)
+    for option, value in (("--judge", judge), ("--untrained", untrained), ("--noise-held", noise_held)):
+        if value is not None and generated is None:
+            raise OptionError(option, "--generated beside it, the patches that it is about", "none")
     train_files, val_files = section_files(train, "train"), section_files(val, "val")
     folders = {name: listed(text, val_files, f"--{name.replace('_', '-')}")
                for name, text in (("generated", generated), ("untrained", untrained), ("noise_held", noise_held))}
@@ -44,7 +47,7 @@ def evaluate_sections(*, train: str, val: str, network: Path, judge: Path | None
         chosen = {name: paths[number] if paths else None for name, paths in folders.items()}
         sections[files.sample_id], sheets[files.sample_id] = score_section(section, clip, second, (baseline, tower), encoders, bank, chosen,
                                                                               seed)
-    results = {"sections": sections, "wall_time_s": {**read_steps(steps), "evaluate sections": round(time.monotonic() - started, 1)},
+    results = {"sections": sections, "wall_time_s": {**steps_before, "evaluate sections": round(time.monotonic() - started, 1)},
                "train": [files.sample_id for files in train_files], "ridge_strength": baseline.strength, "seed": seed,
                "weights_sha256": {**hashes, **{label: encoder.source for label, encoder in encoders.items()}},
                "versions": program_versions()}
@@ -97,14 +100,13 @@ def require_apart(train_files, val_files) -> None:
 
 def load_section(files, clip, judge, progress: bool):
     """The arrays of one validation section, normalised once for each of the two models."""
-    from evaluation.sections import Section
+    from evaluation.sections import Section, named_clusters
     from training.data import ImageGeneDataset, expression_only
     data = ImageGeneDataset([files], target_sum=clip.target_sum, vocabulary=clip.gene_names)
     judged = expression_only([files], target_sum=judge.target_sum, vocabulary=judge.gene_names).expression if judge else data.expression
     images = data.load_images(progress=progress).permute(0, 2, 3, 1).numpy()
-    clusters = data.obs["cluster"].astype(str).to_numpy() if "cluster" in data.obs else None
     return Section(files.sample_id, [barcode.removeprefix(f"{files.sample_id}__") for barcode in data.barcodes], images, data.expression,
-                   judged, clusters)
+                   judged, named_clusters(data.obs))
 
 
 def fit_baseline(train_files, clip, tower, bank, seed: int):
@@ -164,8 +166,8 @@ def read_steps(path: Path | None) -> dict[str, float]:
 @click.option("--steps", type=click.Path(path_type=Path), help="Wall times so far: JSON lines or CSV of step, seconds.")
 @click.option("--out", type=click.Path(path_type=Path), default="results.json", help="Results file to write.")
 @click.option("--report", type=click.Path(path_type=Path), help="Also write this HTML page.")
-@click.option("--seed", default=0, help="Seed of splits, shuffles, bootstraps.")
-@click.option("--batch-size", default=32, help="Images encoded at once.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of splits, shuffles, bootstraps.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Images encoded at once.")
 @click.option("--device", default="auto", help="auto, cpu or cuda.")
 def main(**options):
     """Score held-out sections: does the CLIP find the patch of a spot, do generated patches look real, do they follow the genes?

@@ -24,7 +24,7 @@ from preprocessing.errors import Command
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--encoder-weights", type=click.Path(path_type=Path), help="The image tower's weight file, if it moved since training.")
 @click.option("--already-normalised", is_flag=True, help="The expression file holds log-normalised values, not counts.")
-@click.option("--seed", default=0, help="Seed of SmoothGrad's noise.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of SmoothGrad's noise.")
 def main(**options) -> None:
     """Attribute distances in the CLIP space to genes. The table has a row a gene and a column "i vs. j" for every pair.
 

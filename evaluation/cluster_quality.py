@@ -33,23 +33,27 @@ def cluster_rows(reference: tuple[Sequence[Path], Sequence[Path]], generated: tu
     """Clusters with enough patches on both sides, by name. A side is (folders, its images in order); `gex`: an .h5ad with a `cluster`.
 
     Empty where nothing says which spot is of which cluster. Where samples.csv names clusters, these are used and `gex` is not."""
-    clusters_of_spots: dict[str, str] = {}
+    clusters_of_spots: dict[str, str] = {}                       # by barcode, and by SAMPLE__BARCODE: Visium slides share barcodes
+    samples = set()
     made: dict[Path, tuple[str, str]] = {}                       # (barcode, cluster) of a generated patch
     for folder in generated[0]:
         if not (folder / "samples.csv").is_file():
             return []
         for row in read_samples_csv(folder):
-            barcode = (row.get("barcode") or "").rpartition("__")[2]
+            sample, _, barcode = (row.get("barcode") or "").rpartition("__")
             made[folder / row["file"]] = barcode, row.get("cluster") or ""
+            samples.add(sample)
             if barcode and row.get("cluster"):
-                clusters_of_spots[barcode] = row["cluster"]
+                clusters_of_spots |= {barcode: row["cluster"], f"{sample}__{barcode}": row["cluster"]}
     if not clusters_of_spots and gex is not None:
-        clusters_of_spots = _clusters_of_expression(gex)
-    real: dict[Path, str] = {}
+        clusters_of_spots, samples = _clusters_of_expression(gex), set()
+    real: dict[Path, str] = {}                                   # key of its spot among `clusters_of_spots`
     for folder in reference[0]:
         if (folder / "metadata.jsonl").is_file():
             listed = read_patch_folder(folder)
-            real |= dict(zip(listed.paths, listed.barcodes or [""] * len(listed.paths), strict=True))
+            of_sample = listed.sample_ids or [""] * len(listed.paths)
+            real |= {path: f"{sample}__{barcode}" if sample and sample in samples else barcode
+                     for path, sample, barcode in zip(listed.paths, of_sample, listed.barcodes or of_sample, strict=True)}
     real_names = np.array([clusters_of_spots.get(real.get(path, ""), "") for path in reference[1]])
     made_names = np.array([cluster or clusters_of_spots.get(barcode, "") for barcode, cluster in (made.get(path, ("", ""))
                                                                                                 for path in generated[1])])

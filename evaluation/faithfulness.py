@@ -116,7 +116,7 @@ def score_sets(sets: dict[str, PatchSet], yardstick: Yardstick, seed: int = 0) -
     rng = np.random.default_rng(seed)
     orders = [exchange(len(yardstick.rows), rng) for _ in range(N_SHUFFLES)]
     measures: dict[str, Callable[[PatchSet, Yardstick, int, int], dict]] = {"readout": _readout}
-    if yardstick.clusters is not None:
+    if yardstick.clusters is not None and (yardstick.cluster_of >= 0).any():
         measures["clusters"] = _clusters
     measures["nuclei"] = _nuclei
     if yardstick.near is not None:

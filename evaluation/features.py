@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,8 +64,6 @@ def list_images(folder: Path | str) -> ImageFolder:
 def read_samples_csv(folder: Path | str) -> list[dict[str, str]]:
     """Rows of a generated folder's `samples.csv`; every `file` must be there."""
     source = Path(folder) / "samples.csv"
-    if not source.is_file():
-        raise InputError(source, "file", "the list that gen_images.py writes", "nothing there")
     text = read_text(source, "the list that gen_images.py writes")
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline=""), restkey="", restval=""))
@@ -72,6 +71,9 @@ def read_samples_csv(folder: Path | str) -> list[dict[str, str]]:
         raise InputError(source, "lines", "comma-separated text", str(error)) from error
     if not rows or "file" not in rows[0]:
         raise InputError(source, "columns", "at least one row with `file`", ", ".join(rows[0]) if rows else "no rows")
+    nameless = [number for number, row in enumerate(rows, start=1) if not row["file"]]
+    if nameless:
+        raise InputError(source, "file", "a name in every row", f"none in rows {first_few(nameless)}")
     outside = [row["file"] for row in rows if Path(row["file"]).is_absolute() or ".." in Path(row["file"]).parts]
     if outside:
         raise InputError(source, "file", "files inside the folder", first_few(outside))
@@ -204,10 +206,8 @@ def pick_device(name: str) -> str:
     """`auto` -> cuda where there is one, else cpu; checks a named one."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.device(name)
-    except RuntimeError as error:
-        raise OptionError("--device", "auto, cpu, cuda or cuda:N", name) from error
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise OptionError("--device", "auto, cpu, cuda or cuda:N", name)
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise OptionError("--device", "cpu, as no GPU is visible", name)
     return name

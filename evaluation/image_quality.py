@@ -29,7 +29,16 @@ from evaluation.distances import (
     kernel_distance,
     mean_and_interval,
 )
-from evaluation.features import FeatureSpec, build_features, cached_features, display_name, list_images, pick_device
+from evaluation.diversity import prompt_distances
+from evaluation.features import (
+    FeatureSpec,
+    build_features,
+    cached_features,
+    display_name,
+    list_images,
+    pick_device,
+    read_samples_csv,
+)
 from preprocessing.errors import InputError, OptionError
 from preprocessing.outputs import finished_file, locked
 from preprocessing.patches import read_patch
@@ -37,6 +46,7 @@ from preprocessing.patches import read_patch
 KID_SUBSET, KID_SUBSETS = 1000, 100      # torch-fidelity's
 INFINITE_SPLITS = 10                     # random halves behind the interval at infinite n, of five distances each
 SHARES = ("precision", "recall", "density", "coverage")   # at equal n; empty for fewer than 6 images a side
+DIVERSITY = ("within_prompt", "between_prompts")          # distances of features; empty without several seeds in samples.csv
 SIZES_LOOKED_AT = 50
 CSV_NAME = "image_quality_metrics.csv"
 COLUMNS = (
@@ -46,6 +56,7 @@ COLUMNS = (
     "KID_at_floor_n", "KID_at_floor_n_low", "KID_at_floor_n_high", "KID_floor", "KID_floor_low", "KID_floor_high",
     "kid_subset", "match_px", "n_ignored", "flags", "reference", "generated", "weights_sha256",
     *SHARES, "FID_infinite", "FID_infinite_low", "FID_infinite_high",
+    *DIVERSITY,
 )
 
 
@@ -108,6 +119,7 @@ def measure(config: QualityConfig, reference: ImageSet, generated: ImageSet, pro
             clusters: Sequence[ClusterRows] = ()) -> Iterator[dict[str, object]]:
     """One row of `COLUMNS` for each feature set; with `clusters` also `by_cluster`, a list of what `cluster_columns` finds."""
     device, sizes = pick_device(config.device), unequal_sizes(config, reference, generated)
+    prompts = prompts_of(generated)
     for spec in config.features:
         encoder = build_features(spec)
         real, _ = cached_features(reference.paths, encoder, config.cache_dir, config.batch_size, device, progress, config.match_px)
@@ -116,12 +128,23 @@ def measure(config: QualityConfig, reference: ImageSet, generated: ImageSet, pro
             if not np.isfinite(values).all():
                 raise InputError(side.name, f"{spec.label} features", "finite numbers", "NaN or infinity", "Are the weights damaged?")
         columns = distance_columns(real, fake, config)
+        columns |= dict.fromkeys(DIVERSITY, "") if prompts is None else prompt_distances(fake, prompts, config.seed)
         by_cluster = {"by_cluster": cluster_columns(real, fake, clusters, config.seed, config.n_splits)} if clusters else {}
         yield {"experiment": config.experiment, "seed": config.seed, "features": spec.label, **columns,
                "flags": "; ".join([*columns["flags"], *sizes]), "n_ignored": reference.n_ignored + generated.n_ignored,
                "match_px": config.match_px or "",
                "reference": reference.name, "generated": generated.name, "weights_sha256": encoder.source,
                **by_cluster}
+
+
+def prompts_of(generated: ImageSet) -> np.ndarray | None:
+    """(N,) name of the prompt of every image; None where samples.csv does not name them, or no prompt has two images."""
+    named: dict[Path, str] = {}
+    for folder in generated.folders:
+        rows = read_samples_csv(folder) if (folder / "samples.csv").is_file() else []
+        named |= {folder / row["file"]: f"{folder}: {row['prompt']}" for row in rows if row.get("prompt")}
+    prompts = [named.get(path, "") for path in generated.paths]
+    return np.array(prompts) if "" not in prompts and len(set(prompts)) < len(prompts) else None
 
 
 def distance_columns(real: np.ndarray, fake: np.ndarray, config: QualityConfig) -> dict[str, object]:
@@ -216,17 +239,28 @@ def append_rows(csv_path: Path, rows: Sequence[dict[str, object]]) -> None:
     written a second time: who repeats a command that was killed after this moment has them already."""
     with locked(csv_path):
         new = pd.DataFrame([{name: cell(row[name]) for name in COLUMNS} for row in rows], columns=list(COLUMNS))
-        if csv_path.exists():
-            old = pd.read_csv(csv_path, dtype=str, keep_default_na=False)
-            if "experiment" not in old.columns:
-                raise InputError(csv_path, "columns", ", ".join(COLUMNS[:5]), ", ".join(map(str, old.columns[:5])),
-                                 "Name another --out-dir")
+        old = read_rows(csv_path)
+        if old is not None:
             if set(COLUMNS) <= set(old.columns) and old[list(COLUMNS)].tail(len(new)).to_numpy().tolist() == new.to_numpy().tolist():
                 return
             new = pd.concat([old, new], ignore_index=True)
             new = new[[*COLUMNS, *(name for name in old.columns if name not in COLUMNS)]].fillna("")
         with finished_file(csv_path) as temporary:
             new.to_csv(temporary, index=False)
+
+
+def read_rows(csv_path: Path) -> pd.DataFrame | None:
+    """The rows that are there, all text; None where there is no file."""
+    if not csv_path.exists():
+        return None
+    try:
+        old = pd.read_csv(csv_path, dtype=str, keep_default_na=False)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise InputError(csv_path, "contents", "rows of earlier calls (CSV)", " ".join(str(error).split())[:80],
+                         "Delete it, or name another --out-dir") from error
+    if "experiment" not in old.columns:
+        raise InputError(csv_path, "columns", ", ".join(COLUMNS[:5]), ", ".join(map(str, old.columns[:5])), "Name another --out-dir")
+    return old
 
 
 def cell(value: object) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from evaluation import page
 from evaluation.contact_sheet import contact_sheet
 from evaluation.features import read_samples_csv
-from evaluation.image_quality import SHARES, ImageSet, QualityConfig
+from evaluation.image_quality import DIVERSITY, SHARES, ImageSet, QualityConfig
 from preprocessing.outputs import locked, nan_to_none, program_versions, write_json
 from preprocessing.patches import read_patch, read_patch_folder
 
@@ -43,10 +43,10 @@ def lead(rows: Sequence[dict[str, object]]) -> str:
     times = row["FID_at_floor_n"] / row["FID_floor"] if row["FID_floor"] > 0 else float("inf")
     n = f"n = {row['n_floor']:,}"
     apart = row["FID_at_floor_n_low"] > row["FID_floor_high"]
-    verdict = (f"{page.number(times)} times the distance between two halves of the real patches at {n}" if apart
-               else f"not told apart from real patches at {n}: the intervals overlap")
+    verdict = (f"lie {page.number(times)} times as far from real ones as two halves of these from each other, at {n}" if apart
+               else f"are not told apart from real ones at {n}: the intervals overlap")
     caution = f" Caution: {row['flags']}." if row["flags"] else ""
-    return f"In {row['features']} features the generated patches are {verdict}.{caution}"
+    return f"In {row['features']} features the generated patches {verdict}.{caution}"
 
 
 def number_tables(rows: Sequence[dict[str, object]]) -> list[str]:
@@ -67,7 +67,18 @@ def number_tables(rows: Sequence[dict[str, object]]) -> list[str]:
             *cluster_tables(rows),
             page.table(["features", *SHARES], [[row["features"], *(row[name] for name in SHARES)] for row in rows],
                        "As many images a side as the smaller has, balls to the 5th neighbour. Precision: generated patches that look real. "
-                       "Coverage: real patches that have a generated one near; a generator that repeats itself covers few.")]
+                       "Coverage: real patches that have a generated one near; a generator that repeats itself covers few."),
+            *diversity_table(rows)]
+
+
+def diversity_table(rows: Sequence[dict[str, object]]) -> list[str]:
+    """Where samples.csv names prompts of several seeds."""
+    if rows[0].get(DIVERSITY[0], "") == "":
+        return []
+    return [page.table(["features", "one prompt", "different prompts"],
+                       [[row["features"], *(row[name] for name in DIVERSITY)] for row in rows],
+                       "Mean distance between the features of two generated patches, of one prompt (from seed to seed) and of different "
+                       "prompts. Near 0 for one prompt: the generator does not listen to its noise.")]
 
 
 def cluster_tables(rows: Sequence[dict[str, object]]) -> list[str]:
@@ -100,6 +111,7 @@ def patches_side_by_side(reference: ImageSet, generated: ImageSet, rng: np.rando
     groups = grouped(generated)
     if groups:
         real = {barcode: path for folder in reference.folders for barcode, path in patches_by_barcode(folder).items()}
+        groups = [(label, [(key if key in real else key.rpartition("__")[2], path) for key, path in members]) for label, members in groups]
         shown = [groups[i] for i in np.sort(rng.choice(len(groups), min(ROWS, len(groups)), replace=False))]
         halves = [row_of_group(members, real) for _, members in shown]
         n_real, n_made = (max(len(side) for side in sides) for sides in zip(*halves, strict=True))
@@ -132,7 +144,7 @@ def blank() -> np.ndarray:
 
 
 def grouped(generated: ImageSet) -> list[tuple[str, list[tuple[str, Path]]]]:
-    """(label, its (barcode, path)s) by cluster where `samples.csv` has one for all, else by prompt. A barcode loses its sample's name."""
+    """(label, its (barcode, path)s) by cluster where `samples.csv` has one for all, else by prompt; barcodes as it has them."""
     chosen, groups = set(generated.paths), {}
     for folder in generated.folders:
         if not (folder / "samples.csv").is_file():
@@ -141,14 +153,15 @@ def grouped(generated: ImageSet) -> list[tuple[str, list[tuple[str, Path]]]]:
         by = "cluster" if all(row.get("cluster") for row in rows) else "prompt"
         for row in rows:
             if folder / row["file"] in chosen and row.get(by):
-                barcode = (row.get("barcode") or "").rpartition("__")[2]
-                groups.setdefault((str(folder), f"{by} {row[by]}"), []).append((barcode, folder / row["file"]))
+                groups.setdefault((str(folder), f"{by} {row[by]}"), []).append((row.get("barcode") or "", folder / row["file"]))
     return [(label, members) for (_, label), members in groups.items()]
 
 
 def patches_by_barcode(folder: Path) -> dict[str, Path]:
-    """Empty for a folder that does not say which patch belongs to which spot."""
+    """By barcode and by SAMPLE__BARCODE, as slides share barcodes; empty for a folder that does not say which patch is whose."""
     if not (folder / "metadata.jsonl").is_file():
         return {}
     listed = read_patch_folder(folder)
-    return dict(zip(listed.barcodes, listed.paths, strict=True)) if listed.barcodes else {}
+    keys = listed.barcodes or []
+    full = [f"{sample}__{barcode}" for sample, barcode in zip(listed.sample_ids, keys, strict=True)] if listed.sample_ids and keys else []
+    return dict(zip(keys, listed.paths if keys else [], strict=True)) | dict(zip(full, listed.paths if full else [], strict=True))

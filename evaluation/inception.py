@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -67,7 +68,7 @@ def cached_weights() -> Path:
                 finished_file(path, validate=require_published_file) as temporary, open(temporary, "wb") as stream:
             while block := answer.read(MIB):
                 stream.write(block)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, TimeoutError, ConnectionError, HTTPException) as error:      # the last: an answer cut short
         raise InputError(path, "Inception weights", "this file, or another place for it named by --weights",
                          f"nothing there, and no network ({getattr(error, 'reason', error)})",
                          f"Fetch {URL} elsewhere and put it there, or name another encoder with --features") from error

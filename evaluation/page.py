@@ -21,6 +21,7 @@ STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+h1, h2, p, figcaption { overflow-wrap: anywhere; }
 p { max-width: 46rem; } .lead { font-size: 1.05rem; } .note { color: #555; font-size: .9rem; }
 .box { overflow-x: auto; margin: .75rem 0; } .box:focus-visible { outline: 3px solid #2563a8; outline-offset: 2px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
@@ -32,7 +33,7 @@ dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .
 dt { color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
 img.shrinks { max-width: 100%; height: auto; }
 @media (max-width: 40rem) { .scrolls::before { content: "Scroll sideways. "; font-weight: 600; } }
-@media (max-width: 40rem) { th, td { padding: .25rem .35rem; white-space: normal; font-size: .8rem; } }
+@media (max-width: 40rem) { th, td { padding: .25rem .2rem; white-space: normal; font-size: .8rem; } }
 @media (max-width: 40rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .4rem; } }
 """.strip()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,16 @@ class Section:
     images: np.ndarray               # uint8 (N, H, W, 3) real patches at their own size
     expression: sp.csr_matrix        # (N, G) normalised as the CLIP wants it
     judge_expression: sp.csr_matrix  # (N, G) normalised as the judge wants it
-    clusters: np.ndarray | None      # (N,) str
+    clusters: np.ndarray | None      # (N,) str, "" where a spot has none
     centre_xy_px: np.ndarray | None = None   # (N, 2) level-0 px
+
+
+def named_clusters(obs: pd.DataFrame) -> np.ndarray | None:
+    """(N,) str of obs['cluster'], "" where a spot has none; None without such a column."""
+    if "cluster" not in obs:
+        return None
+    labels = obs["cluster"].astype(object)
+    return np.where(labels.isna(), "", labels.astype(str)).astype(str)
 
 
 @dataclass(frozen=True)
@@ -59,14 +68,18 @@ class Generated:
         return self.images.reshape(-1, *self.images.shape[2:])
 
 
-def read_generated(folder: Path, sample_id: str, barcodes: Sequence[str]) -> Generated:
-    """Read a generated folder whose `samples.csv` names barcode and seed; every prompt needs the same seeds."""
+def patch_places(folder: Path, sample_id: str, barcodes: Sequence[str]) -> dict[tuple[int, str], Path]:
+    """Where the patch of every (row of `barcodes`, seed) lies, as a generated folder's `samples.csv` says: it must name barcode and seed,
+    and every prompt needs the same seeds. Opens no image."""
     source = folder / "samples.csv"
     rows = read_samples_csv(folder)
     absent = [column for column in ("barcode", "seed") if column not in rows[0]]
     if absent:
         raise InputError(source, "columns", "file, barcode, seed", f"no {', '.join(absent)}")
     rows = [row for row in rows if row["barcode"]] or rows      # a null control is a picture of no spot
+    without = [row["file"] for row in rows if not row["barcode"] or not row["seed"]]
+    if without:
+        raise InputError(source, "barcode and seed", "both in every row", f"none for {first_few(without)}")
     row_of = {barcode: i for i, barcode in enumerate(barcodes)}
     places_of: dict[tuple[int, str], Path] = {}
     foreign = []
@@ -80,11 +93,22 @@ def read_generated(folder: Path, sample_id: str, barcodes: Sequence[str]) -> Gen
             places_of[number, row["seed"]] = folder / row["file"]
     if foreign:
         raise InputError(source, "barcode", f"spots of {sample_id}", f"others: {first_few(list(dict.fromkeys(foreign)))}")
-    seeds = sorted({seed for _, seed in places_of}, key=lambda seed: (len(seed), seed))
+    seeds = _seeds_of(places_of)
     prompts = sorted({number for number, _ in places_of})
     gaps = [f"{barcodes[number]} seed {seed}" for number in prompts for seed in seeds if (number, seed) not in places_of]
     if gaps:
         raise InputError(source, "seeds", "the same for every prompt", f"none for {first_few(gaps)}")
+    return places_of
+
+
+def _seeds_of(places_of: Mapping[tuple[int, str], Path]) -> list[str]:
+    return sorted({seed for _, seed in places_of}, key=lambda seed: (len(seed), seed))
+
+
+def read_generated(folder: Path, sample_id: str, barcodes: Sequence[str]) -> Generated:
+    """Read a generated folder: `patch_places`, and the patches there."""
+    places_of = patch_places(folder, sample_id, barcodes)
+    prompts, seeds = sorted({number for number, _ in places_of}), _seeds_of(places_of)
     images = [read_patch(places_of[number, seed]) for number in prompts for seed in seeds]
     if len({image.shape for image in images}) > 1 or images[0].shape[0] != images[0].shape[1]:
         raise InputError(folder, "size", "square patches of one size", first_few(sorted({f"{i.shape[1]} x {i.shape[0]}" for i in images})))
@@ -210,7 +234,8 @@ def score_diversity(section: Section, generated: Generated, noise_held: Generate
     `noise_held` are patches of the same prompts whose per-pixel noise is one and the same: they differ by z alone (`generated_z`).
     """
     real = resize_by_area(section.images, generated.px)
-    groups = [real] if section.clusters is None else [real[section.clusters == name] for name in np.unique(section.clusters)]
+    groups = [real] if section.clusters is None else [real[section.clusters == name] for name in
+                                                            np.unique(section.clusters[section.clusters != ""])]
     several = generated.images.shape[1] > 1
     by_z = {} if noise_held is None else {"generated_z": within_prompt_diversity(noise_held.images)}
     return {"generated": within_prompt_diversity(generated.images) if several else None, **by_z, "real": mean_group_deviation(groups),

@@ -129,6 +129,6 @@ def section_sheet(section: Section, generated: Generated, rng: np.random.Generat
     chosen = np.sort(rng.choice(len(generated.rows), min(ROWS, len(generated.rows)), replace=False))
     real = resize_by_area(section.images[generated.rows[chosen]], generated.px)
     rows = [[patch, *generated.images[i, :SEEDS]] for patch, i in zip(real, chosen, strict=True)]
-    labels = [section.barcodes[row] if section.clusters is None else f"{section.barcodes[row]}, cluster {section.clusters[row]}"
-              for row in generated.rows[chosen]]
+    named = np.full(len(section.barcodes), "") if section.clusters is None else section.clusters
+    labels = [f"{section.barcodes[row]}, cluster {named[row]}" if named[row] else section.barcodes[row] for row in generated.rows[chosen]]
     return contact_sheet(rows, labels, ["real", *(f"seed {seed}" for seed in generated.seeds[:SEEDS])], cell_px=CELL_PX)

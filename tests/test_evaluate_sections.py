@@ -146,13 +146,17 @@ def test_the_same_seed_gives_the_same_results(run, results):
 
 
 @pytest.mark.parametrize(("extra", "code", "message"), [
-    (["--judge", "clip"], 2, "another CLIP than --network"),
+    (["--generated", "generated", "--judge", "clip"], 2, "another CLIP than --network"),
     (["--val", "A"], 2, "sections that --train does not name; found A"),
     (["--generated", "generated,generated"], 2, "one folder for each of the 1 validation sections"),
     (["--generated", "nowhere"], 3, "samples.csv: file"),
     (["--val", "nowhere"], 3, "found no folder"),
     (["--network", "A"], 5, "config.json"),
-], ids=["judge is the model", "trained on", "folders", "no generated", "no section", "no weights"])
+    (["--judge", "judge"], 2, "--judge: expected --generated beside it"),
+    (["--untrained", "untrained"], 2, "--untrained: expected --generated beside it"),
+    (["--steps", "nowhere"], 3, "nowhere: file: expected rows of step and seconds"),
+], ids=["judge is the model", "trained on", "folders", "no generated", "no section", "no weights", "judge of nothing", "untrained alone",
+        "no steps"])
 def test_wrong_arguments_are_one_line(run, extra, code, message):
     resolved = [part if part.startswith("--") else ",".join(str(run / name) for name in part.split(",")) for part in extra]
     answer = call(run, *resolved, out="never.json")
@@ -182,3 +186,19 @@ def test_steps_are_read_from_csv_too(tmp_path):
     (tmp_path / "broken.csv").write_text("name,time\nclip,2\n")
     with pytest.raises(InputError, match="rows of step and seconds"):
         evaluate_sections.read_steps(tmp_path / "broken.csv")
+
+
+def test_a_spot_without_cluster_is_of_no_cluster():
+    import pandas as pd
+
+    from evaluation.sections import Generated, Section, named_clusters, score_diversity
+    from evaluation.sections_page import section_sheet
+    assert named_clusters(pd.DataFrame({"x": [1]})) is None
+    labels = named_clusters(pd.DataFrame({"cluster": pd.Categorical(["a", "NaN", None, "a", None, "NaN"])}))
+    assert labels.tolist() == ["a", "NaN", "", "a", "", "NaN"]
+    images = np.zeros((6, 4, 4, 3), np.uint8)
+    images[2], images[4] = 0, 200                                   # those without a cluster differ, and are no group
+    section = Section("S", list("abcdef"), images, sp.eye(6).tocsr(), sp.eye(6).tocsr(), labels)
+    made = Generated(np.arange(6), ["0"], images[:, None])
+    assert score_diversity(section, made, None)["real"] == 0
+    assert section_sheet(section, made, np.random.default_rng(0)).shape[1] > 2 * 96

@@ -157,7 +157,11 @@ def test_the_report_is_one_file_with_the_rows_numbers(folders, tmp_path):
     (["--gen-img-path", "nowhere"], 3, "nowhere: folder: expected a folder of images; found nothing there"),
     (["--weights", "file.pth"], 2, "--weights: expected inception among --features"),
     (["--features", "timm:mobilenetv2_100"], 3, "image encoder weights"),
-], ids=["unknown encoder", "twice", "too few", "no folder", "weights of nothing", "no weight file"])
+    (["--ref-img-path", " , "], 2, "expected a folder, or several separated by commas; found nothing"),
+    (["--ref-img-path", "here,./here"], 2, "expected every folder once"),
+    (["--device", "mps"], 2, "--device: expected auto, cpu, cuda or cuda:N; found mps"),
+], ids=["unknown encoder", "twice", "too few", "no folder", "weights of nothing", "no weight file", "no reference", "a folder twice",
+        "a device that is none"])
 def test_wrong_arguments_are_one_line_and_write_no_row(folders, tmp_path, extra, code, message):
     answer = run(folders, tmp_path, "alike", *extra)
     assert answer.exit_code == code and message in answer.output and "Traceback" not in answer.output
@@ -172,6 +176,34 @@ def test_a_truncated_image_is_named_and_no_row_is_written(folders, tmp_path):
     (damaged / "patch_003.png").write_bytes((damaged / "patch_003.png").read_bytes()[:90])
     answer = run(folders, tmp_path, "alike", "--gen-img-path", damaged)
     assert answer.exit_code == 3 and "patch_003.png" in answer.output and not (tmp_path / "image_quality_metrics.csv").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x01" * 9, b'a,b\n"unclosed'], ids=["empty", "not text", "broken off"])
+def test_a_damaged_table_is_said_before_the_work_and_left_alone(folders, tmp_path, content):
+    (tmp_path / "image_quality_metrics.csv").write_bytes(content)
+    answer = run(folders, tmp_path, "alike")
+    assert answer.exit_code == 3 and "image_quality_metrics.csv: " in answer.output and "another --out-dir" in answer.output
+    assert "image/s" not in answer.output and (tmp_path / "image_quality_metrics.csv").read_bytes() == content
+
+
+def test_a_damaged_cache_file_is_named(folders, tmp_path):
+    assert run(folders, tmp_path, "alike", "--cache-dir", tmp_path / "cache").exit_code == 0
+    (cached,) = (tmp_path / "cache").glob("*.npy")
+    for content in (cached.read_bytes()[:100], b""):
+        cached.write_bytes(content)
+        answer = run(folders, tmp_path, "alike", "--cache-dir", tmp_path / "cache")
+        assert answer.exit_code == 3 and f"{cached.name}: contents" in answer.output and "Delete this cache file" in answer.output
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"prompt,file\n1\n", "file: expected a name in every row; found none in rows 1 (1)"),
+    ("file,é\na.png,1\n".encode("latin-1"), "in UTF-8; found other bytes"),
+], ids=["a short row", "not UTF-8"])
+def test_a_damaged_samples_csv_is_one_line(folders, tmp_path, content, message):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "samples.csv").write_bytes(content)
+    answer = run(folders, tmp_path, "alike", "--gen-img-path", tmp_path / "made")
+    assert answer.exit_code == 3 and "samples.csv: " in answer.output and message in answer.output
 
 
 def test_help_names_the_options_at_once():

@@ -94,7 +94,10 @@ def test_without_these_options_the_report_is_as_before(world, tmp_path):
     (["--gex", "A/gex_filt.h5ad"], "expected --report"),
     (["--report", "r.html", "--judge", "judge"], "--judge: expected --gex beside it"),
     (["--report", "r.html", "--gex", "A/gex_filt.h5ad", "--patch-um", "0"], "--patch-um: expected more than 0"),
-], ids=["no report", "judge without expression", "no side"])
+    (["--report", "r.html", "--patch-um", "0"], "--patch-um: expected --gex beside it"),
+    (["--report", "r.html", "--gex", "A/gex_filt.h5ad", "--judge-encoder-weights", "w.pt"], "expected --judge beside it"),
+    (["--report", "r.json"], "--report: expected the .html page; its numbers go into the .json of that name; found r.json"),
+], ids=["no report", "judge without expression", "no side", "side without expression", "tower of no judge", "json as page"])
 def test_options_that_need_others_say_so(world, tmp_path, extra, message):
     answer = run(world, tmp_path, "faithful", *extra)
     assert answer.exit_code == 2 and message in answer.output and not (tmp_path / "image_quality_metrics.csv").exists()
@@ -108,3 +111,27 @@ def test_a_generated_folder_without_samples_csv_cannot_be_paired(world, tmp_path
                                                "--device", "cpu", "--report", str(tmp_path / "out" / "r.html"),
                                                "--gex", str(world / "A" / "gex_filt.h5ad")])
     assert answer.exit_code == 3 and "samples.csv: file: expected the list that gen_images.py writes" in answer.output
+
+
+@pytest.mark.parametrize(("extra", "code", "message"), [
+    (["--gex", "A/gex_filt.h5ad", "--judge", "nowhere"], 3, "nowhere: folder: expected a weights folder"),
+    (["--gex", "nowhere.h5ad"], 3, "nowhere.h5ad: file: expected an .h5ad file"),
+    (["--gex", "B/gex_filt.h5ad"], 3, "found no patch for 30"),
+    (["--train-img-path", "nowhere"], 3, "nowhere: folder: expected a folder of images"),
+    (["--gex", "A/gex_filt.h5ad", "--null-img-path", "nowhere"], 3, "nowhere: folder: expected a folder of images"),
+], ids=["no judge", "no expression", "expression of others", "no training patches", "no null patches"])
+def test_what_the_report_cannot_use_is_said_before_the_work_and_leaves_no_row(world, tmp_path, extra, code, message):
+    answer = run(world, tmp_path, "faithful", "--report", tmp_path / "r.html",
+                 *(part if part.startswith("--") else world / part for part in extra))
+    assert answer.exit_code == code and message in answer.output and "image/s" not in answer.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_patches_are_no_held_out_reference(world, tmp_path):
+    answer = run(world, tmp_path, "faithful", "--report", tmp_path / "r.html", "--train-img-path", world / "A" / "patches")
+    assert answer.exit_code == 2 and "--train-img-path: expected other folders than --ref-img-path" in answer.output
+    shutil.copytree(world / "A" / "patches", tmp_path / "renamed")
+    answer = run(world, tmp_path / "out", "faithful", "--report", tmp_path / "r.html", "--train-img-path", tmp_path / "renamed")
+    assert answer.exit_code == 3 and "reference: expected held-out patches, which the generator was not trained on" in answer.output
+    assert "found the same files as in --train-img-path: 30" in answer.output
+    assert not (tmp_path / "out" / "image_quality_metrics.csv").exists()

@@ -15,13 +15,13 @@ from torch import nn
 from evaluation.faithfulness import score_all
 from evaluation.faithfulness_page import faithfulness_parts, memorisation_parts
 from evaluation.features import list_images, resize_by_area
-from evaluation.memorisation import Pixels, closest_pairs, find_memorised
-from evaluation.sections import FeatureBank, Section, read_generated
+from evaluation.memorisation import QUANTILE, Pixels, closest_pairs, find_memorised
+from evaluation.sections import FeatureBank, Section, named_clusters, patch_places, read_generated
 from evaluation.tissue_map import maps_side_by_side
 from networks.clip import CLIP, clip_weights_sha256
 from preprocessing.cores import usable_cores
-from preprocessing.errors import OptionError
-from preprocessing.outputs import nan_to_none
+from preprocessing.errors import InputError, OptionError, first_few
+from preprocessing.outputs import file_sha256, nan_to_none
 from preprocessing.patches import read_patch
 from training.data import ImageGeneDataset, expression_only, sample_files
 
@@ -49,6 +49,13 @@ class ReportConfig:
         for option, value in (("--judge", self.judge), ("--null-img-path", self.null), ("--patch-um", self.patch_um)):
             if value is not None and self.gex is None:
                 raise OptionError(option, "--gex beside it, the expression that patches are held against", "none")
+        if self.judge_encoder_weights is not None and self.judge is None:
+            raise OptionError("--judge-encoder-weights", "--judge beside it, whose image tower they are", "none")
+        known = {folder.resolve() for folder in self.reference}
+        both = [str(folder) for folder in self.training if folder.resolve() in known]
+        if both:
+            raise OptionError("--train-img-path", "other folders than --ref-img-path: what is near by chance, held-out patches tell",
+                              ", ".join(both))
         if self.gex is not None and (len(self.reference) > 1 or len(self.generated) > 1):
             raise OptionError("--gex", "one folder of real and one of generated patches, of one section",
                               f"{len(self.reference)} and {len(self.generated)}")
@@ -63,6 +70,23 @@ class Extra:
     numbers: dict[str, object]
     parts: list[str]           # of the page
     lines: list[str]           # to say at the end
+
+
+def require_inputs(config: ReportConfig) -> None:
+    """Look at all that is asked for before long work starts: files, pairs of patches and spots. Opens no image."""
+    if config.judge is not None:
+        clip_weights_sha256(config.judge)
+    if config.gex is not None:
+        (files,) = sample_files(config.reference[0], config.gex)
+        data = ImageGeneDataset([files])
+        patch_places(config.generated[0], files.sample_id, spot_barcodes(data.barcodes, files.sample_id))
+    for folder in (*([config.null] if config.null is not None else []), *config.training):
+        list_images(folder)
+
+
+def spot_barcodes(keys: Sequence[str], sample_id: str) -> list[str]:
+    """`sample_id__barcode` -> barcode."""
+    return [key.removeprefix(f"{sample_id}__") for key in keys]
 
 
 def score_extra(config: ReportConfig, encoders: Mapping[str, nn.Module], device: str, progress: bool = True) -> Extra:
@@ -104,16 +128,13 @@ def load_section(config: ReportConfig, judge: CLIP | None, progress: bool) -> tu
     judged = data.expression if judge is None else \
         expression_only([files], target_sum=judge.target_sum, vocabulary=judge.gene_names).expression
     images = data.load_images(progress=progress).permute(0, 2, 3, 1).numpy()
-    clusters = None
-    if "cluster" in data.obs:
-        labels = data.obs["cluster"].astype(object)
-        clusters = np.where(labels.isna(), "", labels.astype(str)).astype(str)
+    clusters = named_clusters(data.obs)
     adata = ad.read_h5ad(config.gex, backed="r")
     try:
         recorded = adata.uns.get("morphology", {}).get("patch_um")
     finally:
         adata.file.close()
-    barcodes = [barcode.removeprefix(f"{files.sample_id}__") for barcode in data.barcodes]
+    barcodes = spot_barcodes(data.barcodes, files.sample_id)
     return Section(files.sample_id, barcodes, images, data.expression, judged, clusters, data.centre_xy_px), float(recorded or PATCH_UM)
 
 
@@ -122,6 +143,7 @@ def _memorisation(config: ReportConfig, encoders: Mapping[str, nn.Module], devic
     generated, held_out = (some_images(folders, rng, min(config.num or MOST_PATCHES, MOST_PATCHES))
                            for folders in (config.generated, config.reference))
     training = [path for folder in config.training for path in list_images(folder).paths]
+    require_held_out(held_out, training)
     px = min(read_patch(paths[0]).shape[0] for paths in (generated, held_out, training))
     if len(encoders) == 1:
         encoders = {**encoders, Pixels.name: Pixels()}
@@ -132,6 +154,15 @@ def _memorisation(config: ReportConfig, encoders: Mapping[str, nn.Module], devic
     found.parts.extend(memorisation_parts(summary, closest_pairs(memorised, generated, training)))
     found.lines.append(f"memorisation: {summary['copies']:,} of {summary['n_generated']:,} generated patches are copies "
                        f"({summary['copies_among_held_out']:,} of {summary['n_held_out']:,} held-out ones)")
+
+
+def require_held_out(held_out: Sequence[Path], training: Sequence[Path]) -> None:
+    """Refuse held-out patches that are training patches, whatever their names: nothing would lie nearer, and every copy would pass."""
+    known = {file_sha256(path) for path in training}
+    shared = [path.name for path in held_out if file_sha256(path) in known]
+    if len(shared) > QUANTILE * len(held_out):                   # blank patches may be equal by chance
+        raise InputError(held_out[0].parent, "reference", "held-out patches, which the generator was not trained on",
+                         f"the same files as in --train-img-path: {first_few(shared)}")
 
 
 def some_images(folders: Sequence[Path], rng: np.random.Generator, count: int) -> list[Path]:

@@ -109,7 +109,8 @@ def perturb(config: PerturbConfig, open_source: Callable[..., Source] | None = N
                 "expression file (SHA-256)": fingerprint(config.gex)["sha256"], "genes": config.genes,
                 "gene sets": str(config.gene_sets or "none"),
                 "genes of the sets unknown to the model": first_few(changes.strangers) if changes.strangers else "none",
-                "spots": ", ".join(barcodes), "seeds": config.seeds, "random sets": config.controls, "patch side, µm": patch_um, "patch side, px": source.px,
+                "spots": ", ".join(barcodes), "seeds": config.seeds,
+                "random sets": config.controls, "patch side, µm": patch_um, "patch side, px": source.px,
                 "haematoxylin threshold": found.haematoxylin_threshold, **program_versions()}
     return found.effects, _write(config, found, changes.describe(encoder.gene_names), rows, barcodes, seeds, settings)
 

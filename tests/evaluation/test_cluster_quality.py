@@ -76,3 +76,26 @@ def test_folders_that_say_nothing_of_spots_have_no_clusters(folders, tmp_path):
     reference, generated = folders(True)
     (tmp_path / "made" / "samples.csv").unlink()
     assert cluster_rows(reference, generated) == []
+
+
+def test_slides_that_share_barcodes_keep_their_own_clusters_and_pictures(tmp_path):
+    import json
+
+    from evaluation.image_quality_page import patches_by_barcode
+    for name, cluster in (("A", "x"), ("B", "y")):
+        write_sample(tmp_path, name, 10, 0)
+        listed = tmp_path / name / "patches" / "metadata.jsonl"
+        lines = [json.loads(line) for line in listed.read_text().splitlines()]
+        lines = [line | {"sample_id": name, "barcode": f"SAME{i}-1"} for i, line in enumerate(lines)]
+        listed.write_text("\n".join(map(json.dumps, lines)) + "\n")
+        (tmp_path / f"made{name}").mkdir()
+        rows = [f"p{i}.png,{name}__SAME{i}-1,{cluster}" for i in range(10)]
+        for i in range(10):
+            (tmp_path / f"made{name}" / f"p{i}.png").write_bytes(b"")
+        (tmp_path / f"made{name}" / "samples.csv").write_text("\n".join(["file,barcode,cluster", *rows]) + "\n")
+    sides = [([*folders], [path for folder in folders for path in list_images(folder).paths])
+             for folders in ([tmp_path / "A" / "patches", tmp_path / "B" / "patches"], [tmp_path / "madeA", tmp_path / "madeB"])]
+    x, y = cluster_rows(*sides)
+    assert (x.name, y.name) == ("x", "y") and x.real.tolist() == x.generated.tolist() == list(range(10))
+    assert y.real.tolist() == y.generated.tolist() == list(range(10, 20))
+    assert patches_by_barcode(tmp_path / "B" / "patches")["B__SAME3-1"].parent.parent.name == "B"

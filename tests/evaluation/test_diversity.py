@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from evaluation.diversity import mean_group_deviation, within_prompt_diversity
+from evaluation.diversity import mean_group_deviation, prompt_distances, within_prompt_diversity
 
 
 def test_a_generator_that_ignores_z_has_no_diversity(rng):
@@ -30,3 +30,15 @@ def test_groups_of_one_are_left_out(rng):
     pair = np.array([[0.0], [2.0]])
     assert mean_group_deviation([pair, np.array([[100.0]])]) == pytest.approx(np.sqrt(2))
     assert np.isnan(mean_group_deviation([pair[:1]]))
+
+
+def test_features_of_one_prompt_lie_as_far_apart_as_their_seeds_move_them(rng):
+    centres = rng.normal(size=(30, 1, 6)) * 10
+    features = (centres + rng.normal(size=(30, 4, 6))).reshape(120, 6)
+    prompts = np.repeat([f"p{i}" for i in range(30)], 4)
+    found = prompt_distances(features, prompts)
+    assert found["within_prompt"] == pytest.approx(np.sqrt(2 * 6), rel=0.1) and found["between_prompts"] > 5 * found["within_prompt"]
+    deaf = prompt_distances(centres.repeat(4, axis=1).reshape(120, 6), prompts)
+    assert deaf["within_prompt"] == 0 < deaf["between_prompts"]
+    assert np.isnan(prompt_distances(features[::4], prompts[::4])["within_prompt"])
+    assert np.isnan(prompt_distances(features[:4], prompts[:4])["between_prompts"])
