@@ -1,4 +1,5 @@
-"""What a fine-tune keeps of itself to go on as if it had not stopped: trained weights, average, optimiser, counters, and whose they are."""
+"""What a fine-tune keeps of itself to go on as if it had not stopped: trained weights, averages, statistics of the prompts, optimiser,
+counters, and whose they are."""
 from __future__ import annotations
 
 import hashlib
@@ -87,8 +88,9 @@ def _same_run(run: FinetuneRun, checkpoint: Checkpoint) -> None:
     state, ours = checkpoint.state, run.config.record
     theirs = state.get("config", {})
     changed = [name for name in ours if name not in MAY_CHANGE and name in theirs and ours[name] != theirs[name]]
-    if theirs.get("learning_rate") != ours["learning_rate"]:
-        log.warning("from here on --learning-rate is %s; it was %s", ours["learning_rate"], theirs.get("learning_rate"))
+    before, now = (rate or "its default" for rate in (theirs.get("learning_rate"), ours["learning_rate"]))
+    if before != now:
+        log.warning("from here on --learning-rate is %s; it was %s", now, before)
     for what, expected, found in (
             ("config", "the options it was started with", ", ".join(f"{name} {theirs[name]} -> {ours[name]}" for name in changed)),
             ("data", "the patches and prompts it was started with", "" if state.get("data_sha256") == run.data.sha256 else "others"),
@@ -101,7 +103,7 @@ def _same_run(run: FinetuneRun, checkpoint: Checkpoint) -> None:
 def _parts(run: FinetuneRun) -> dict[str, dict[str, Tensor]]:
     """Tensors that a checkpoint holds, by the names of its files."""
     trained = {name: parameter for name, parameter in run.live.named_parameters() if parameter.requires_grad}
-    parts = {"denoiser": trained, "ema": None if run.ema is None else run.ema.state(),
+    parts = {"denoiser": trained, "prompts": run.prompts.state_dict(), "ema": None if run.ema is None else run.ema.state(),
              "power_ema": None if run.power_ema is None else run.power_ema.state()}
     return {name: tensors for name, tensors in parts.items() if tensors is not None}
 

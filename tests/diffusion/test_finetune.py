@@ -218,7 +218,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(world, tmp_path
 
 def test_a_checkpoint_of_other_options_or_other_patches_is_refused(world, tmp_path):
     run(world, tmp_path / "run", stop_after=1)
-    for options, message in (({"learning_rate": 1.0}, "learning_rate"), ({"n_tokens": 2}, "n_tokens"), ({"use_ema": False}, "use_ema")):
+    for options, message in (({"seed": 1}, "seed"), ({"n_tokens": 2}, "n_tokens"), ({"use_ema": False}, "use_ema")):
         with pytest.raises(WeightsError, match=message):
             open_run(config(world, tmp_path / "run", resume_from_checkpoint="latest", **options))
     with pytest.raises(WeightsError, match="patches and prompts"):

@@ -116,6 +116,16 @@ def test_a_base_of_ours_goes_on_with_what_it_learned_of_prompts(world, base, tmp
         assert not torch.equal(fresh.live.encoder_hid_proj.weight[:, :WIDTH], before.denoiser.encoder_hid_proj.weight[:, :WIDTH])
 
 
+def test_a_run_goes_on_with_its_own_statistics_of_prompts(world, base, tmp_path):
+    other = write_world(tmp_path / "other", seed=1)
+    options = {"pretrained_model_name_or_path": str(base), "pixel_space": True, "max_train_steps": 1}
+    first = run(other, tmp_path / "run", **options)
+    run(other, tmp_path / "second", max_train_steps=1)                              # a base whose prompts have other statistics
+    options["pretrained_model_name_or_path"] = str(tmp_path / "second")
+    resumed = open_run(config(other, tmp_path / "run", resume_from_checkpoint="latest", **options))
+    assert differing(resumed.prompts.state_dict(), first.prompts.state_dict()) == []
+
+
 def test_adapters_without_an_average_are_worked_in_under_autocast_too(world, base, tmp_path):
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state(reset_partial_state=True)
