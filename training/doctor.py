@@ -113,8 +113,8 @@ def check_metric_weights() -> Iterator[Finding]:
     path = hub_path()
     if not path.is_file():
         yield Finding("note", f"inception (FID proper, KID): {path} is not there", "Only FID proper needs it (--features "
-                      f"efficientnet_lite0 does not). It is fetched at first use where the network allows; else fetch {URL} and put it there, "
-                      "or name it with --weights")
+                      f"efficientnet_lite0 does not). It is fetched at first use where the network allows; else fetch {URL} and put it "
+                      "there, or name it with --weights")
         return
     try:
         require_published_file(path)
