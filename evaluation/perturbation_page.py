@@ -20,13 +20,14 @@ def write_perturbation_page(path: Path, title: str, changes: str, effects: Seque
     """`sheet` is what `pairs_sheet` makes."""
     n_controls = len(effects[0].controls)
     rows = [[SAID[effect.name], effect.before, page.with_interval(effect.change, *effect.interval), in_spreads(effect),
-             f"{page.number(effect.control_range[0])} to {page.number(effect.control_range[1])}" if n_controls else None,
-             effect.p_value if n_controls else None] for effect in effects]
+             *([f"{page.number(effect.control_range[0])} to {page.number(effect.control_range[1])}", effect.p_value] if n_controls else [])]
+            for effect in effects]
+    columns = ["", "before", "change (95 %)", "in deviations", *(["random sets (95 %)", "share as large"] if n_controls else [])]
+    beside = f"; {n_controls} random sets of as many genes of like expression" if n_controls else "; no random sets were asked for"
     parts = [page.paragraph(lead(effects), "lead"), page.paragraph(f"Changed: {changes}."), page.heading("Effects"),
-             page.table(["", "before", "change (95 %)", "in deviations", "random sets (95 %)", "share as large"], rows,
-                        f"Means over spots and seeds; intervals over seeds; {n_controls} random sets of as many genes of like expression"),
+             page.table(columns, rows, f"Means over spots and seeds; intervals over seeds{beside}"),
              page.picture(effects_figure(effects), "Changes in deviations of the patches before: the set with its interval over seeds "
-                          "(blue), each random set (grey).", shrinks=True),
+                          f"(blue){', each random set (grey)' if n_controls else ''}.", shrinks=True),
              page.heading("Before, after, difference"),
              page.picture(sheet, "A row a spot; three patches a seed, of the same noise. Difference: blue is darker after the change, "
                           "orange lighter."),

@@ -75,7 +75,7 @@ class Extra:
 def require_inputs(config: ReportConfig) -> None:
     """Look at all that is asked for before long work starts: files, pairs of patches and spots. Opens no image."""
     if config.judge is not None:
-        clip_weights_sha256(config.judge)
+        CLIP.from_pretrained(config.judge, image_encoder=False)
     if config.gex is not None:
         (files,) = sample_files(config.reference[0], config.gex)
         data = ImageGeneDataset([files])
