@@ -1,9 +1,8 @@
 """What a denoiser learns: how a picture is made noisy, what is predicted of it, and how errors are weighed.
 
-epsilon: the noise, with min-SNR weights min(SNR, gamma) / SNR (Hang et al., ICCV 2023). v_prediction: v = a noise - s x0, on betas whose
-last step is pure noise (Lin et al., WACV 2024), weights min(SNR + 1, gamma) / (SNR + 1): with min(SNR, gamma) above, the step of pure
-noise, where sampling starts, would weigh nothing. flow: x_t = (1 - s) x0 + s noise, and the velocity noise - x0, s drawn logit-normal
-(Esser et al., ICML 2024). x0 are pictures or latents (N, C, H, W) of about unit scale.
+epsilon: the noise, with min-SNR weights min(SNR, gamma) / SNR (Hang et al., ICCV 2023). v_prediction: v = a noise - s x0, weights
+min(SNR, gamma) / (SNR + 1), on betas whose last step is pure noise (Lin et al., WACV 2024). flow: x_t = (1 - s) x0 + s noise, and the
+velocity noise - x0, s drawn logit-normal (Esser et al., ICML 2024). x0 are pictures or latents (N, C, H, W) of about unit scale.
 """
 from __future__ import annotations
 
@@ -71,9 +70,9 @@ class Noising:
             return torch.ones(len(timesteps), device=timesteps.device)
         a, b = (weights.flatten() for weights in self._weights(timesteps))
         snr = a.square() / b.square().clamp(min=1e-12)
-        if self.prediction == "v_prediction":
-            return (snr + 1).clamp(max=self.snr_gamma) / (snr + 1)
         least = snr.clamp(max=self.snr_gamma)
+        if self.prediction == "v_prediction":
+            return least / (snr + 1)
         return torch.where(snr > 0, least / snr.clamp(min=1e-12), torch.ones_like(snr))
 
 
