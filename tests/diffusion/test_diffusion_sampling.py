@@ -241,7 +241,7 @@ def test_every_solver_finds_the_one_picture_there_is(prediction, sampler):
     ({"prompt_file": "wide.npy"}, 3, "prompt embeddings"), ({"prompt_file": "nan.npy"}, 3, "NaN"),
     ({"prompt_file": "gone.npy"}, 3, "nothing"),
     ({"guidance_interval": "0.8,0.2"}, 2, "lo <= hi"), ({"guidance_scale": "nan"}, 2, "--guidance-scale"), ({"seeds": "x"}, 2, "--seeds"),
-    ({"resolution": 9}, 2, "--resolution"), ({"model_checkpoint": "nowhere"}, 3, "unet/"), ({"num_imgs": 0}, 2, "--num-imgs")])
+    ({"resolution": 9}, 2, "--resolution"), ({"model_checkpoint": "nowhere"}, 3, "a pipeline folder"), ({"num_imgs": 0}, 2, "--num-imgs")])
 def test_a_call_that_cannot_be_is_refused_in_one_line(world, tmp_path, options, code, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("wide.npy", np.zeros((2, WIDTH + 1), np.float32))

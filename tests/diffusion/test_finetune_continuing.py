@@ -13,7 +13,7 @@ from diffusion_utils.noising import scheduler_config
 from diffusion_utils.pipeline import load_pipeline
 from diffusion_utils.train_diffusion import train_diffusion
 from preprocessing.errors import InputError, OptionError, WeightsError
-from preprocessing.outputs import locked
+from preprocessing.outputs import only_writer
 from training.run_folder import latest_checkpoint
 
 
@@ -84,9 +84,9 @@ def test_a_run_does_not_go_on_with_another_autoencoder(world, tmp_path):
 
 def test_two_runs_do_not_write_into_one_folder(world, tmp_path):
     options = {name: value for name, value in vars(config(world, tmp_path / "run")).items()}
-    with locked(tmp_path / "run"), pytest.raises(OSError, match="another process is still writing it"):
+    with only_writer(tmp_path / "run"), pytest.raises(OSError, match="another process is at work in this folder"):
         train_diffusion(**options)
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".run.lock"]
 
 
 def test_latents_are_waited_for_at_their_lock_and_not_in_a_collective_that_times_out(world, tmp_path, monkeypatch):
