@@ -37,7 +37,8 @@ class Plan(Sections):
     kimg: float
     resolution: int
     guidance: float
-    images: int              # of every held-out spot
+    images: int              # of every prompt
+    prompts: int | None      # held-out spots, evenly chosen; None: all
 
     def embeddings(self, name: str) -> Path:
         """Prompt embeddings of a section."""
@@ -72,14 +73,14 @@ class Plan(Sections):
         return folder
 
     def patches(self, way: str, seed: int) -> Path:
-        """Patches of every held-out spot; returns their folder."""
+        """Patches of held-out spots; returns their folder."""
         patches = self.out / f"{way}-{seed}-patches"
         if not (patches / "samples.csv").is_file():
             null = WAYS[way] is None
             run("diffusion_utils.generate_img", "--model-checkpoint", self.train_run("learned" if null else way, seed), "--prompt-file",
                 self.no_genes() if null else self.embeddings(self.held_out), "--gen-img-path", patches, "--num-imgs", self.images,
                 "--guidance-scale", 1 if null else self.guidance, "--guidance-interval", "0.2,0.8", "--batch-size", 32, "--device", "cpu",
-                "--no-progress")
+                "--no-progress", *(["--n-prompts", self.prompts] if self.prompts else []))
         return patches
 
 
@@ -118,19 +119,20 @@ def between_clusters(rows, clusters) -> float:
 @click.option("--kimg", default=48.0, help="Of every run: equal images seen.")
 @click.option("--resolution", default=32, help="Of the pixels that are learned, px.")
 @click.option("--guidance-scale", default=3.0, help="Of the patches.")
-@click.option("--images", default=4, type=click.IntRange(min=1), help="Of every held-out spot.")
+@click.option("--images", default=4, type=click.IntRange(min=1), help="Of every prompt.")
+@click.option("--n-prompts", default=None, type=click.IntRange(min=20), help="Held-out spots that are prompts, evenly chosen.  [default: all]")
 @click.option("--seeds", default="0,1,2")
 @click.option("--ways", default=",".join(WAYS), help="Of: " + ", ".join(WAYS) + ". The difference is second - first.")
 @click.option("--jobs", default=1, help="Runs at a time.")
 @click.option("--features", default="timm:mobilenetv2_100=../shared/weights/mobilenetv2_100.imagenet_features.safetensors",
               help="Encoder that scores.")
 @click.option("--judge/--no-judge", "with_judge", default=True, help="Train a second CLIP that looks for each prompt's patch.")
-def main(data, train, held_out, out, kimg, resolution, guidance_scale, images, seeds, ways, jobs, features, with_judge):
+def main(data, train, held_out, out, kimg, resolution, guidance_scale, images, n_prompts, seeds, ways, jobs, features, with_judge):
     """Train, generate, score; print a table and write sheet.png."""
     from diffusion_utils.prompts import read_embeddings
     from evaluation.features import feature_specs
 
-    plan, ways = Plan(data, train.split(","), held_out, out, kimg, resolution, guidance_scale, images), ways.split(",")
+    plan, ways = Plan(data, train.split(","), held_out, out, kimg, resolution, guidance_scale, images, n_prompts), ways.split(",")
     if unknown := [way for way in ways if way not in WAYS]:
         raise click.BadParameter(f"expected some of {', '.join(WAYS)}; found {unknown[0]}", param_hint="--ways")
     [spec] = feature_specs(features)
@@ -151,7 +153,7 @@ def main(data, train, held_out, out, kimg, resolution, guidance_scale, images, s
     learned = plan.train_run("learned", int(seeds.split(",")[0])) if "learned" in ways else None
     cosines = prompts_apart(read_embeddings(plan.embeddings(held_out)), section.clusters, learned)
     click.echo("mean cosine between prompts of different clusters: " + ", ".join(f"{name} {value:.3f}" for name, value in cosines.items()))
-    click.echo(f"{train} -> {held_out}, {kimg:g} kimg at {resolution} px, seeds {seeds}, {len(section.barcodes)} prompts, scored by "
+    click.echo(f"{train} -> {held_out}, {kimg:g} kimg at {resolution} px, seeds {seeds}, {n_prompts or len(section.barcodes)} prompts, scored by "
                f"{spec.label}")
     click.echo("\n".join(table(scores)))
 

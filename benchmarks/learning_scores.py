@@ -55,7 +55,6 @@ class Sections:
                 "trainer.progress_bar=false", *differences)
         return folder / "clip"
 
-
     def judge(self, spec) -> Path:
         """CLIP weights of another seed that look for each prompt's patch; their image tower is the encoder that scores."""
         tower = [] if spec.weights is None else ["model.image_encoder=timm:mobilenetv2_100",
@@ -67,7 +66,7 @@ def read_section(folder: Path, clip):
     """The prepared section of a folder, its genes as that CLIP wants them, and its patches' side in um."""
     import anndata as ad
 
-    from evaluation.sections import Section
+    from evaluation.sections import Section, named_clusters
     from training.data import ImageGeneDataset, sample_files
 
     data = ImageGeneDataset(sample_files(str(folder / "patches"), str(folder / "gex_filt.h5ad")), target_sum=clip.target_sum,
@@ -75,7 +74,7 @@ def read_section(folder: Path, clip):
     name = str(data.sample_ids[0])
     section = Section(name, [barcode.removeprefix(f"{name}__") for barcode in data.barcodes],
                       data.load_images(progress=False).permute(0, 2, 3, 1).numpy(), data.expression, data.expression,
-                      data.obs["cluster"].astype(str).to_numpy(), data.centre_xy_px)
+                      named_clusters(data.obs), data.centre_xy_px)
     return section, float(ad.read_h5ad(folder / "gex_filt.h5ad", backed="r").uns["morphology"]["patch_um"])
 
 
@@ -157,10 +156,10 @@ def sheet(section, folders: dict[str, Path], path: Path) -> None:
     from evaluation.sections import read_generated
 
     made = {way: read_generated(folder, section.sample_id, section.barcodes) for way, folder in folders.items()}
-    px = next(iter(made.values())).px
+    px, prompts = next(iter(made.values())).px, next(iter(made.values())).rows
     real, rows, labels = resize_by_area(section.images, px), [], []
-    for cluster in np.unique(section.clusters):
-        spots = np.flatnonzero(section.clusters == cluster)[:6]
+    for cluster in sorted(set(section.clusters[prompts]) - {""}):
+        spots = prompts[section.clusters[prompts] == cluster][:6]
         rows.append([real[spot] for spot in spots])
         labels.append(f"{cluster}, real")
         for way, generated in made.items():

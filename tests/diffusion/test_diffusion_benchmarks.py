@@ -34,7 +34,7 @@ def plan(tmp_path, monkeypatch):
         np.save(path, np.full((3, 4), 2.0)) if path.suffix == ".npy" else path.write_text("{}")
         (path.parent / "embeddings.json").write_text(json.dumps({"files": [EMBEDDINGS]}))
     monkeypatch.setattr(diffusion_learning, "run", pretend)
-    made = Plan(tmp_path / "data", ["A", "C"], "B", tmp_path / "out", kimg=0.8, resolution=32, guidance=3.0, images=4)
+    made = Plan(tmp_path / "data", ["A", "C"], "B", tmp_path / "out", kimg=0.8, resolution=32, guidance=3.0, images=4, prompts=None)
     return made, said
 
 
