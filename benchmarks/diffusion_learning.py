@@ -120,7 +120,7 @@ def between_clusters(rows, clusters) -> float:
 @click.option("--resolution", default=32, help="Of the pixels that are learned, px.")
 @click.option("--guidance-scale", default=3.0, help="Of the patches.")
 @click.option("--images", default=4, type=click.IntRange(min=1), help="Of every prompt.")
-@click.option("--n-prompts", default=None, type=click.IntRange(min=20), help="Held-out spots that are prompts, evenly chosen.  [default: all]")
+@click.option("--n-prompts", default=None, type=click.IntRange(min=20), help="Of the held-out spots, evenly chosen.  [default: all]")
 @click.option("--seeds", default="0,1,2")
 @click.option("--ways", default=",".join(WAYS), help="Of: " + ", ".join(WAYS) + ". The difference is second - first.")
 @click.option("--jobs", default=1, help="Runs at a time.")
@@ -153,8 +153,8 @@ def main(data, train, held_out, out, kimg, resolution, guidance_scale, images, n
     learned = plan.train_run("learned", int(seeds.split(",")[0])) if "learned" in ways else None
     cosines = prompts_apart(read_embeddings(plan.embeddings(held_out)), section.clusters, learned)
     click.echo("mean cosine between prompts of different clusters: " + ", ".join(f"{name} {value:.3f}" for name, value in cosines.items()))
-    click.echo(f"{train} -> {held_out}, {kimg:g} kimg at {resolution} px, seeds {seeds}, {n_prompts or len(section.barcodes)} prompts, scored by "
-               f"{spec.label}")
+    click.echo(f"{train} -> {held_out}, {kimg:g} kimg at {resolution} px, seeds {seeds}, {n_prompts or len(section.barcodes)} prompts, "
+               f"scored by {spec.label}")
     click.echo("\n".join(table(scores)))
 
 
