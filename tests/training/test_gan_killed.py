@@ -9,7 +9,7 @@ import pytest
 import torch
 from gan_runs import make_run, same
 
-from training.run_folder import latest_checkpoint, read_checkpoint
+from training.run_folder import latest_checkpoint
 
 KILLS, TENSORS = 20, {"cbase": 512, "cmax": 64, "res_blocks": 2}     # large enough that a save is most of a step
 
@@ -66,7 +66,7 @@ def test_a_run_killed_twenty_times_while_it_saves_loses_at_most_the_step_it_was_
 
     torch.set_num_threads(1)                             # as the children: sums of several threads end in other bits
     straight, resumed = make_run(tmp_path / "straight", **TENSORS), make_run(folder, **TENSORS)
-    resumed.load(read_checkpoint(max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))))
+    resumed.load(latest_checkpoint(folder))
     for _ in range(last):
         straight.one_step()
     assert same(straight, resumed)
