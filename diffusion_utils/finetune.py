@@ -235,7 +235,7 @@ def open_run(config: FinetuneConfig, accelerator=None) -> FinetuneRun:
     if accelerator.is_main_process:
         write_json(config.output_dir / "config.json", {
             "config": config.record, "base": base.source, "n_patches": len(data), "data_sha256": data.sha256,
-            "resumed_from": None if checkpoint is None else str(checkpoint.folder), "first_step": run.standing.step})
+            "resumed_from": run.standing.resumed_from, "first_step": run.standing.first_step})
     return run
 
 

@@ -24,13 +24,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Standing:
-    """Counters of a run; what a checkpoint's state.json keeps."""
+    """Where a run stands and what it began with; what a checkpoint's state.json keeps."""
 
     step: int = 0
     ema_updates: int = 0
     bad_steps: int = 0
     bad_in_a_row: int = 0
     elapsed_s: float = 0.0
+    resumed_from: str | None = None       # a checkpoint of another run; going on with its own changes neither
+    first_step: int = 0
 
 
 def find_checkpoint(config: FinetuneConfig) -> Checkpoint | None:
@@ -77,7 +79,9 @@ def load_run(run: FinetuneRun, checkpoint: Checkpoint) -> None:
         for name, tensor in own.items():
             tensor.copy_(checkpoint.tensors[part][name])
     run.optimiser.load_state_dict(checkpoint.optimisers["optimiser"])
-    run.standing = Standing(**{counter.name: checkpoint.state[counter.name] for counter in fields(Standing)})
+    run.standing = Standing(**{entry.name: checkpoint.state[entry.name] for entry in fields(Standing) if entry.name in checkpoint.state})
+    if checkpoint.folder.parent.resolve() != run.config.output_dir.resolve():
+        run.standing.resumed_from, run.standing.first_step = str(checkpoint.folder), run.standing.step
     if run.ema is not None:
         run.ema.n_updates = run.standing.ema_updates
     if run.power_ema is not None:

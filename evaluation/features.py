@@ -77,7 +77,7 @@ def read_samples_csv(folder: Path | str) -> list[dict[str, str]]:
     outside = [row["file"] for row in rows if Path(row["file"]).is_absolute() or ".." in Path(row["file"]).parts]
     if outside:
         raise InputError(source, "file", "files inside the folder", first_few(outside))
-    missing = [row["file"] for row in rows if not (Path(folder) / row["file"]).is_file()]
+    missing = [row["file"] for row in rows if not os.path.isfile(Path(folder) / row["file"])]     # False too for no possible name
     if missing:
         raise InputError(source, "file", f"the {len(rows):,} images it lists", f"missing {first_few(missing)}")
     return rows

@@ -22,8 +22,8 @@ def read_attributions(path: Path | str) -> pd.DataFrame:
     """Genes x pairs, float; no gaps."""
     require_file(path, "the table that interpretability.py writes")
     try:
-        table = pd.read_csv(path, index_col="gene").astype(float)
-    except (ValueError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        table = pd.read_csv(path).set_index("gene").astype(float)
+    except (ValueError, KeyError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise InputError(path, "columns", "gene, and a column of numbers a pair", str(error).splitlines()[0]) from error
     wrong = [name for name in table.columns if BETWEEN not in name]
     if wrong or not len(table.columns) or table.index.has_duplicates or not np.isfinite(table.to_numpy()).all():

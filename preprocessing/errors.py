@@ -18,7 +18,7 @@ import click
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)   # torch's words
 LOWER = ("Lower the batch size of this command (--batch-gpu where there is one) or the size of what it handles (--cfg); on a GPU, see "
          "whether other programs use it")
-MOST_SHOWN, MOST_OF_AN_ITEM = 1200, 120         # letters of what was found that a message repeats
+MOST_SHOWN, MOST_OF_AN_ITEM = 800, 120          # letters of what was found, or expected, that a message repeats
 EXIT_USAGE, EXIT_INPUT, EXIT_IO, EXIT_WEIGHTS, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
 
 
@@ -29,7 +29,7 @@ class InputError(ValueError):
 
     def __init__(self, path: Path | str, field: str, expected: str, found: str, next_step: str = ""):
         hint = f". {next_step}" if next_step else ""
-        super().__init__(f"{path}: {_shown(field)}: expected {expected}; found {_shown(found)}{hint}")
+        super().__init__(f"{path}: {_shown(field)}: expected {_shown(expected)}; found {_shown(found)}{hint}")
 
 
 class WeightsError(InputError):
@@ -44,7 +44,7 @@ class OptionError(ValueError):
     exit_code = EXIT_USAGE
 
     def __init__(self, option: str, expected: str, found: str):
-        super().__init__(f"{_shown(option)}: expected {expected}; found {_shown(found)}")
+        super().__init__(f"{_shown(option)}: expected {_shown(expected)}; found {_shown(found)}")
 
 
 def _shown(text: str) -> str:

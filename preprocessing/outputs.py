@@ -49,15 +49,21 @@ def finished_file(path: Path | str, validate: Callable[[Path], object] | None = 
         os.replace(temporary, path)
         if sync:
             flush_to_disk(path.parent)
-    except OSError as error:
+    except Exception as error:
         raise named_error(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def named_error(error: OSError, path: Path | str) -> OSError:
-    """The error, with a file's name where it has none: writing to an open file says only that the disk is full."""
-    return error if error.filename is not None or error.errno is None else OSError(error.errno, error.strerror, str(path))
+def named_error(error: Exception, path: Path | str) -> Exception:
+    """The error of writing `path`, with the file's name where it has none; asked before what was written so far is removed.
+
+    Writing to an open file names none; on a full disk numpy says how many items it wrote, torch and safetensors raise errors of their own.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error if error.filename is not None else OSError(error.errno, error.strerror, str(path))
+    full = shutil.disk_usage(Path(path).parent).free < MIB or os.strerror(errno.ENOSPC) in str(error)
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) if full else error
 
 
 @contextmanager
@@ -72,6 +78,8 @@ def finished_together(paths: Sequence[Path]) -> Iterator[dict[Path, Path]]:
         yield staged
         for path, temporary in staged.items():
             os.replace(temporary, path)
+    except Exception as error:
+        raise named_error(error, paths[0]) from error
     finally:
         for temporary in staged.values():
             temporary.unlink(missing_ok=True)
@@ -90,6 +98,8 @@ def finished_folder(path: Path | str, validate: Callable[[Path], object] | None 
         if validate is not None:
             validate(temporary)
         replace_folder(temporary, path)
+    except Exception as error:
+        raise named_error(error, path) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -6,7 +6,9 @@ that was stopped and resumed equals one that was not.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -203,6 +205,15 @@ def _on_gpu(config: ClipConfig) -> bool:
     return config.trainer.accelerator in ("gpu", "cuda") or (config.trainer.accelerator == "auto" and torch.cuda.is_available())
 
 
+class _Bar(TQDMProgressBar):
+    """Lightning's, but it ends its line where a run ends early: what is said then stands on a line of its own."""
+
+    def on_exception(self, *_: object) -> None:
+        with suppress(TypeError):            # Lightning's word for a bar that does not stand yet
+            self.train_progress_bar.close()
+        sys.stdout.flush()
+
+
 def _loggers(config: ClipConfig, run_dir: Path) -> list:
     loggers = []
     if "csv" in config.logger:
@@ -226,4 +237,4 @@ def _callbacks(config: ClipConfig, run_dir: Path, validates: bool) -> list:
         every = max(options.max_epochs // 10, 1) if options.save_top else options.max_epochs
         keep = ModelCheckpoint(run_dir / "checkpoints", filename="step{step:06d}", every_n_epochs=every,
                                save_last=True, auto_insert_metric_name=False, enable_version_counter=False, save_on_train_epoch_end=True)
-    return [keep, StopOnSignal(run_dir), *([TQDMProgressBar(refresh_rate=20)] if options.progress_bar else [])]
+    return [keep, StopOnSignal(run_dir), *([_Bar(refresh_rate=20)] if options.progress_bar else [])]

@@ -47,6 +47,9 @@ def test_a_checkpoint_goes_on_in_another_folder_which_says_how_it_came_to_be(wor
     assert [json.loads(line)["step"] for line in (tmp_path / "new" / "stats.jsonl").read_text().splitlines()] == [2, 3]
     straight = run(world, tmp_path / "straight", max_train_steps=3)
     assert differing(weights(resumed), weights(straight)) == []
+    run(world, tmp_path / "new", resume_from_checkpoint="latest", max_train_steps=3)
+    said["config"]["resume_from_checkpoint"] = "latest"
+    assert json.loads((tmp_path / "new" / "config.json").read_text()) == said, "but not how often it was stopped"
 
 
 def test_going_back_beside_later_checkpoints_is_refused(world, base):

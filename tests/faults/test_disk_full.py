@@ -1,46 +1,27 @@
 """Row 27: a disk that takes no more, at many points of every command, and an output folder that cannot be written at all."""
-import os
-
 import anndata as ad
 import pytest
-from fault_runs import CommandServer
 from output_contents import contents, differences, leftovers
+from small_disk import KIB, MIB, small_disk
 
 from preprocessing.expression import write_vocabulary
 
 pytestmark = pytest.mark.fault("full or read-only disk")
-POINTS, KIB = 10, 1024
+POINTS = 10
 
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory):
-    """A server of commands with a small disk of its own; `resize(bytes)` and `free()` work on it."""
-    for unshare in (("unshare", "--mount"), ("unshare", "--user", "--map-root-user", "--mount")):
-        try:
-            server = CommandServer(*unshare)
-            server.mount = tmp_path_factory.mktemp("disk")
-            mounted = server.call("mount", "-t", "tmpfs", "-o", "size=64m", "none", server.mount) == 0
-        except (OSError, ValueError):
-            continue
-        if mounted:
-            yield server
-            return server.close()
-    pytest.skip("a small disk cannot be mounted here")
+    server = small_disk(tmp_path_factory.mktemp("disk"))
+    if server is None:
+        pytest.skip("a small disk cannot be mounted here")
+    yield server
+    server.close()
 
 
 @pytest.fixture(autouse=True)
 def empty_disk(disk):
-    assert disk.call("mount", "-o", "remount,rw,size=64m", disk.mount) == 0
-    assert disk.call("find", disk.mount, "-mindepth", "1", "-delete") == 0
-
-
-def used(disk) -> int:
-    about = os.statvfs(disk.path(disk.mount))
-    return (about.f_blocks - about.f_bfree) * about.f_frsize
-
-
-def leave_free(disk, n_bytes: int) -> None:
-    assert disk.call("mount", "-o", f"remount,size={(used(disk) + n_bytes) // KIB}k", disk.mount) == 0
+    disk.make_empty()
 
 
 def fills_up(disk, command, before, arguments, whole, steps, tried) -> None:
@@ -52,7 +33,7 @@ def fills_up(disk, command, before, arguments, whole, steps, tried) -> None:
     assert differences(old, whole) != []
     n_full = 0
     for kib in steps:
-        leave_free(disk, kib * KIB)
+        disk.leave_free(kib * KIB)
         run = disk.run(command, *arguments(out))
         if run.code == 0:
             break
@@ -65,7 +46,7 @@ def fills_up(disk, command, before, arguments, whole, steps, tried) -> None:
         n_full += 1
         tried()
     assert n_full >= POINTS
-    leave_free(disk, 64 << 20)
+    disk.leave_free(64 * MIB)
     disk.succeeds(command, *arguments(out))
     assert differences(contents(disk.path(out)), whole) == [] and leftovers(disk.path(out)) == []
 
@@ -85,10 +66,10 @@ def test_an_extraction_on_a_full_disk_leaves_the_old_outputs_together_and_goes_o
 
 def test_sums_that_wait_on_a_full_disk_end_as_one_line(disk, sample):
     """Counts beyond the budget go to a temporary file beside the output."""
-    leave_free(disk, 300 * KIB)
+    disk.leave_free(300 * KIB)
     arguments = (*extraction(sample)(disk.mount / "out"), "--memory-gb", 0.0005)
     assert str(disk.mount) in disk.fails(4, "extract", *arguments)
-    leave_free(disk, 64 << 20)
+    disk.leave_free(64 * MIB)
     disk.succeeds("extract", *arguments)
     assert leftovers(disk.path(disk.mount / "out")) == []
 
@@ -132,7 +113,7 @@ def test_a_read_only_output_is_refused_at_the_start(disk, sample, extracted, com
     arguments = {"extract": extraction(sample)(out),
                  "filter": ("--raw-file", extracted / "gex.h5ad", "--vocab-file", extracted / "vocab.txt", "--out-file", out / "g.h5ad"),
                  "dump": ("--images", extracted / "imgs.h5", "--wsi", sample.slide, "--out-dir", out / "patches")}[command]
-    assert disk.call("mount", "-o", "remount,ro", disk.mount) == 0
+    disk.make_read_only()
     run = disk.run(command, *arguments)
     assert run.code == 4 and len(run.errors) == 1 and str(out) in run.errors[0], (run.code, run.said)
     assert len(run.said.splitlines()) == 1, "no work was done before"
