@@ -15,6 +15,8 @@ from typing import Any
 
 import click
 
+from preprocessing.interrupts import ctrl_c, first_ctrl_c_ends_in_order
+
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)   # torch's words
 LOWER = ("Lower the batch size of this command (--batch-gpu where there is one) or the size of what it handles (--cfg); on a GPU, see "
          "whether other programs use it")
@@ -95,17 +97,17 @@ def require_unique(path: Path | str, field: str, values: Sequence[str], shown: S
 @contextmanager
 def one_line_errors(debug: bool = False) -> Iterator[None]:
     """Turn user errors into one line on stderr and `SystemExit`; with `debug`, let them pass as they are."""
-    try:
-        yield
-    except (InputError, OptionError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
-        if debug or (isinstance(error, RuntimeError) and not is_out_of_memory(error)):
-            raise
-        if isinstance(error, KeyboardInterrupt):
-            message, code = "interrupted; what was finished is kept, run the same command again", EXIT_INTERRUPTED
-        else:
-            message, code = _said(error), getattr(error, "exit_code", EXIT_IO)
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(code) from error
+    with first_ctrl_c_ends_in_order():
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            interrupted = ctrl_c.pressed or isinstance(error, KeyboardInterrupt)
+            if debug or not (interrupted or isinstance(error, (InputError, OptionError, OSError)) or is_out_of_memory(error)):
+                raise
+            message, code = ("interrupted; what was finished is kept, run the same command again", EXIT_INTERRUPTED) if interrupted else \
+                (_said(error), getattr(error, "exit_code", EXIT_IO))
+            print(f"error: {message}", file=sys.stderr)
+            raise SystemExit(code) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -131,6 +133,10 @@ class Command(click.Command):
         kwargs["context_settings"] = {"show_default": True, **(kwargs.get("context_settings") or {})}
         super().__init__(*args, **kwargs)
         self.params.append(click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."))
+
+    def make_context(self, *args, **kwargs) -> click.Context:
+        with one_line_errors(debug="--debug" in sys.argv):      # options are not read yet; click's own exit code for Ctrl-C is 1
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context):
         with one_line_errors(debug=ctx.params.pop("debug", False)):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import h5py
 
+from preprocessing.interrupts import ctrl_c
+
 # what h5py raises, reading a damaged file or one with other items than expected
 HDF5_ERRORS = (OSError, LookupError, RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError)
 
@@ -60,15 +62,15 @@ CALLED_BY_HDF5 = {method.__code__ for method in vars(_Stream).values() if hasatt
 @contextmanager
 def _interrupts_outside_of(stream: _Stream) -> Iterator[None]:
     """Ctrl-C while HDF5 calls the stream is kept as its error: raised there, HDF5 would take it for a write that failed."""
-    def interrupt(_number, frame):
+    def interrupt(number, frame):
         while frame is not None and frame.f_code not in CALLED_BY_HDF5:
             frame = frame.f_back
         if frame is None:
-            raise KeyboardInterrupt
+            usual(number, frame)
         stream.error = stream.error or KeyboardInterrupt()
 
     usual = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or usual is not signal.default_int_handler:
+    if threading.current_thread() is not threading.main_thread() or usual not in (signal.default_int_handler, ctrl_c):
         yield
         return
     signal.signal(signal.SIGINT, interrupt)

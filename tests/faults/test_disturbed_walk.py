@@ -1,8 +1,8 @@
-"""The whole walk - simulate, preprocess, CLIP, GAN, diffusion, patches, scores - killed at random moments and always given again.
+"""The whole walk - simulate, preprocess, CLIP, GAN, diffusion, patches, scores - killed at random moments, or on a disk that is full.
 
-Whoever repeats the very command that was killed ends with what an undisturbed walk leaves: every dataset, pixel, table and weight (one
-thread on a CPU), no half file, no second run folder, no row twice. `make test` kills a few times, FAULT_ROUNDS=full thirty times.
-Example, in full: FAULT_ROUNDS=full pytest tests/faults/test_killed_walk.py -s
+Whoever repeats the very command that was stopped ends with what an undisturbed walk leaves: every dataset, pixel, table and weight (one
+thread on a CPU), no half file, no second run folder, no row twice. `make test` disturbs it a few times, FAULT_ROUNDS=full thirty times
+by kills and ten times a command by a full disk. Example, in full: FAULT_ROUNDS=full pytest tests/faults/test_disturbed_walk.py -s
 """
 import random
 import time
@@ -11,15 +11,19 @@ import pytest
 from fault_rounds import FULL, rounds
 from fault_runs import CommandServer
 from output_contents import differences, leftovers
-from walk import WALK, start, succeeds, walk, walk_contents, was_killed
+from small_disk import MIB, SmallDisk, small_disk
+from walk import LONGEST_S, WALK, start, succeeds, walk, walk_contents, was_killed
 
-KILLS = rounds(4, 30)
+KILLS, FULL_DISKS = rounds(4, 30), rounds(1, 10)
 SEED = 8
+WRITES = {"simulate": "SIM", "clip": "clip", "embeddings": "embeddings", "gan": "gan", "gen_images": "generated", "diffusion": "diffusion",
+          "generate_img": "drawn", "metrics": "scores"}      # those of preprocessing: test_disk_full.py
 
 
 @pytest.fixture(scope="module")
-def commands():
-    running = CommandServer(script="walk_server.py")
+def commands(tmp_path_factory):
+    script = {"script": "walk_server.py"}
+    running = small_disk(tmp_path_factory.mktemp("disk"), size=1024 * MIB, **script) or CommandServer(**script)
     yield running
     running.close()
 
@@ -69,3 +73,32 @@ def test_every_command_of_the_walk_given_twice_leaves_what_it_left(commands, und
     for name in WALK:
         succeeds(start(commands, name, folder))
     assert differences(walk_contents(folder), before) == [] and leftovers(folder) == []
+
+
+@pytest.mark.slow
+@pytest.mark.fault("full or read-only disk")
+@pytest.mark.parametrize("name", WRITES)
+def test_a_command_on_a_full_disk_is_one_line_and_goes_on_with_room(commands, undisturbed, name, tried):
+    """A little more room each time, up to what the command leaves; of what was there before nothing is lost."""
+    if not isinstance(commands, SmallDisk):
+        pytest.skip("a small disk cannot be mounted here")
+    commands.make_empty()
+    whole, folder = undisturbed[0], commands.mount / "walk"
+    assert commands.call("cp", "-r", whole, folder) == 0 and commands.call("rm", "-r", folder / WRITES[name]) == 0
+    before, needed = commands.used(), sum(path.stat().st_blocks * 512 for path in (whole / WRITES[name]).rglob("*"))
+    n_full = 0
+    for number in range(FULL_DISKS):
+        commands.leave_free(max(0, before + int(needed * (number + 0.5) / FULL_DISKS) - commands.used()))
+        run = start(commands, name, folder)
+        if run.wait(LONGEST_S) == 0:                          # it had left so much before that the room was enough
+            break
+        assert run.code == 4 and len(run.errors) == 1, (number, run.code, run.said[-3000:])
+        assert "No space left on device" in run.errors[0] or " are free" in run.errors[0], run.errors
+        assert str(commands.mount) in run.errors[0], "the file is named"
+        n_full += 1
+        tried()
+    assert n_full > FULL_DISKS // 2
+    commands.leave_free(600 * MIB)
+    succeeds(start(commands, name, folder))
+    found = commands.path(folder)
+    assert differences(walk_contents(found), walk_contents(whole)) == [] and leftovers(found) == []

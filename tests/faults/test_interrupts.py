@@ -2,17 +2,22 @@
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import anndata as ad
 import pytest
 from fault_rounds import rounds
+from fault_runs import ROOT, SECONDS
 from output_contents import contents, differences, leftovers
 
 from preprocessing.expression import write_vocabulary
 
 pytestmark = pytest.mark.fault("Ctrl-C")
 MOMENTS, ROUND = rounds(6, 20), 2                     # Ctrl-C so often, so often on one output folder
+
+INTERRUPTED = "error: interrupted; what was finished is kept, run the same command again\n"
 
 
 @pytest.fixture(scope="module")
@@ -56,22 +61,34 @@ def test_ctrl_c_at_any_moment_is_one_line_and_exit_code_130_and_the_run_goes_on_
             n_interrupted += 1
             tried()
             assert run.code == 130, (run.code, run.said)
-            assert run.errors == ["error: interrupted; what was finished is kept, run the same command again"], run.said
+            assert run.errors == [INTERRUPTED.strip()], run.said
             assert not [path.name for path in out.rglob("*") if ".tmp." in path.name or ".old." in path.name]
         server.succeeds(command, *jobs[job](out))
         assert differences(contents(out), expected) == [] and leftovers(out) == []
     assert n_interrupted >= MOMENTS // 3, "Ctrl-C came too late to test anything"
 
 
-def test_a_second_ctrl_c_ends_it_too_and_a_kill_signal_leaves_what_a_kill_leaves(server, jobs, tmp_path):
-    """SIGTERM ends preprocessing as a kill does: nothing is promised but that the next run goes on."""
+@pytest.mark.slow
+def test_a_second_ctrl_c_at_any_moment_ends_it_at_once_without_a_crash(server, jobs, tmp_path, tried):
+    moments, start = random.Random(2), time.monotonic()
+    server.succeeds("extract", *jobs["extract"](tmp_path / "whole"))
+    duration = time.monotonic() - start
+    for _ in range(MOMENTS):
+        run = server.start("extract", *jobs["extract"](tmp_path / "out"))
+        time.sleep(moments.uniform(0.02, 0.8) * duration)
+        for _ in range(2):
+            run.signal(signal.SIGINT)
+            time.sleep(0.002)
+        tried()
+        assert run.wait() in (0, 130, -signal.SIGINT), (run.code, run.said)
+        assert [line for line in run.errors if not line.startswith("error: interrupted")] == [], run.said
+    server.succeeds("extract", *jobs["extract"](tmp_path / "out"))
+    assert differences(contents(tmp_path / "out"), contents(tmp_path / "whole")) == [] and leftovers(tmp_path / "out") == []
+
+
+def test_a_term_signal_leaves_what_a_kill_leaves(server, jobs, tmp_path):
+    """Nothing is promised but that the next run goes on."""
     arguments = jobs["extract"](tmp_path / "out")
-    run = server.start("extract", *arguments)
-    time.sleep(0.8)
-    for _ in range(2):
-        run.signal(signal.SIGINT)
-        time.sleep(0.002)
-    assert run.wait() in (0, 130, -signal.SIGINT)
     run = server.start("extract", *arguments)
     time.sleep(0.8)
     run.signal(signal.SIGTERM)
@@ -79,3 +96,52 @@ def test_a_second_ctrl_c_ends_it_too_and_a_kill_signal_leaves_what_a_kill_leaves
     server.succeeds("extract", *arguments)
     server.succeeds("extract", *jobs["extract"](tmp_path / "whole"))
     assert differences(contents(tmp_path / "out"), contents(tmp_path / "whole")) == [] and leftovers(tmp_path / "out") == []
+
+
+PROGRAM = """
+import os, signal, sys, time
+import click
+from preprocessing.errors import Command
+
+def press():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.01)
+
+class Dropping:
+    def __del__(self):
+        press()
+
+def library():
+    try:
+        press()
+    except KeyboardInterrupt as error:
+        raise ValueError("source failed") from error
+
+def destructor():
+    Dropping()
+    for _ in range(1000):
+        time.sleep(0.01)
+
+def twice():
+    try:
+        press()
+    finally:
+        press()
+
+@click.command(cls=Command)
+@click.option("--before", is_flag=True, callback=lambda context, option, given: press() if given else None)
+@click.argument("where", default="library")
+def main(before, where):
+    globals()[where]()
+    print("went on")
+
+main()
+"""
+
+
+@pytest.mark.parametrize(("arguments", "code", "said"), [
+    (["library"], 130, INTERRUPTED), (["destructor"], 130, INTERRUPTED), (["twice"], -signal.SIGINT, ""), (["--before"], 130, INTERRUPTED)],
+    ids=["that a library takes for another error", "that a destructor drops", "pressed again", "before the command begins"])
+def test_a_ctrl_c_is_never_lost_nor_another_error(arguments, code, said):
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], cwd=ROOT, text=True, capture_output=True, timeout=SECONDS)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", said)

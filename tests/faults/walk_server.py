@@ -1,4 +1,4 @@
-"""As command_server.py, for every command of the walk. Not a test file: `killed_walk.py` starts it."""
+"""As command_server.py, for every command of the walk. Not a test file: `test_disturbed_walk.py` starts it."""
 import importlib
 import sys
 
