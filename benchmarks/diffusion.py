@@ -49,14 +49,18 @@ def forwards(steps: int, guidance: float, interval: tuple[float, float]) -> int:
     return sum(2 if solver.guides(float(timestep) / 1000) else 1 for timestep in scheduler.timesteps)
 
 
-def count_flops(sides: list[int]) -> None:
-    """Print GFLOP an image of both ways at each side, px."""
+def count_flops(sides: list[int], rank: int) -> None:
+    """Print GFLOP an image of both ways at each side, px; training also of adapters of that rank."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
+    from diffusion_utils.adapters import add_adapters
+
     with torch.device("meta"):
         published = UNet2DConditionModel(**SD_UNET)
-        ours = UNet2DConditionModel(**SD_UNET, encoder_hid_dim=OUR_TOKENS * EMBEDDING, encoder_hid_dim_type="text_proj")
+        ours, adapted = (UNet2DConditionModel(**SD_UNET, encoder_hid_dim=OUR_TOKENS * EMBEDDING, encoder_hid_dim_type="text_proj")
+                         for _ in range(2))
+        add_adapters(adapted, rank, 0)
         vae = AutoencoderKL(**SD_VAE)
     click.echo(f"{'px':>5} {'':<34}{'published':>12}{'ours':>12}{'ratio':>8}   GFLOP an image, SD-1.4")
     for side in sides:
@@ -82,6 +86,8 @@ def count_flops(sides: list[int]) -> None:
                 ("UNet forward", theirs, mine), ("encode, decode", encode, decode),
                 ("training", encode + learn(published, PUBLISHED_TOKENS, 768, True),
                  learn(ours, OUR_TOKENS, OUR_TOKENS * EMBEDDING, False)),
+                (f"training, ours with --lora-rank {rank}", encode + learn(published, PUBLISHED_TOKENS, 768, True),
+                 learn(adapted, OUR_TOKENS, OUR_TOKENS * EMBEDDING, False)),
                 (f"sampling, guided at {interval}", n_theirs * theirs + decode, n_ours * mine + decode),
                 ("sampling, guided throughout", n_theirs * theirs + decode, n_full * mine + decode)):
             ratio = "" if name.startswith("encode") else f"{a / b:>8.2f}"
@@ -215,7 +221,7 @@ def compare_quality(model: Path, prompts: Path, real: Path, out: Path, n: int, g
               "weights, for a GPU.")
 @click.option("--batch", default=16, help="Images at a time.")
 @click.option("--rounds", default=3, type=click.IntRange(min=1), help="Goes a row.")
-@click.option("--lora-rank", default=8, help="Of the memory of adapters.")
+@click.option("--lora-rank", default=8, help="Of the FLOPs and memory of adapters.")
 @click.option("--model", type=click.Path(path_type=Path), help="quality: run or pipeline folder of train_diffusion.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="quality: .npy of prompt embeddings.")
 @click.option("--real", type=click.Path(path_type=Path), help="quality: folder of the real patches.")
@@ -232,7 +238,7 @@ def main(parts: str, sides: str, lora_rank: int, model, prompts, real, out, n, g
         raise click.UsageError("--parts quality needs --model, --prompts and --real")
     px = [int(side) for side in sides.split(",")]
     if "flops" in chosen:
-        count_flops(px)
+        count_flops(px, lora_rank)
     if "memory" in chosen:
         count_memory(px, lora_rank)
     if "time" in chosen:

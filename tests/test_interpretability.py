@@ -110,7 +110,7 @@ def test_labels_of_a_csv_with_barcodes_are_joined_by_these_whatever_the_order(wo
     assert table(tmp_path).equals(expected)
     labels[3:].to_csv(tmp_path / "short.csv", index=False)
     answer = run(world, tmp_path, "--cluster-labs", tmp_path / "short.csv")
-    assert answer.exit_code == 3 and f"no label for 3 (A__{barcodes[0]}" in answer.output
+    assert answer.exit_code == 3 and f"no line for 3 (A__{barcodes[0]}" in answer.output
     pd.concat([labels, labels[:1]]).to_csv(tmp_path / "twice.csv", index=False)
     answer = run(world, tmp_path, "--cluster-labs", tmp_path / "twice.csv")
     assert answer.exit_code == 3 and f"Barcode: expected no value twice; found repeated 1 ({barcodes[0]})" in answer.output

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from networks.snapshot import Snapshot
-from preprocessing.errors import InputError, OptionError, first_few, require_unique
+from preprocessing.errors import InputError, OptionError, first_few
 from preprocessing.npy_file import load_array, require_as_recorded
 from training.data import expression_only
+from training.spot_csv import last_column
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 log = logging.getLogger(__name__)
 NO_CLUSTER = ""                 # label of a spot that an obs column of clusters leaves out
@@ -152,7 +153,7 @@ def read_labels(clusters: str, obs, gex: Path, n_rows: int, *, option: str = "--
             table = pd.read_csv(path)
         except ValueError as error:
             raise InputError(path, "cluster labels", "a CSV with a header line and one label a line", str(error)) from error
-        labels = _in_row_order(table, obs, path, gex)
+        labels = last_column(table, obs, path, gex)
     elif obs is not None and clusters in obs:
         labels = obs[clusters].to_numpy()
     else:
@@ -168,24 +169,6 @@ def read_labels(clusters: str, obs, gex: Path, n_rows: int, *, option: str = "--
     if missing.any():      # clustering leaves out spots without reads: they are nobody's prompt
         log.warning("%s: %d of %d spots have no %s and are left out", gex, missing.sum(), n_rows, clusters)
     return np.where(missing, NO_CLUSTER, labels.astype(str))
-
-
-def _in_row_order(table: pd.DataFrame, obs: pd.DataFrame | None, path: Path, gex: Path) -> np.ndarray:
-    """The last column, in the order of `obs` where a column before it names its barcodes (with or without `sample__`)."""
-    keys = [] if obs is None else [str(key) for key in obs.index]
-    place = {name: row for row, key in enumerate(keys) for name in (key, key.split("__", 1)[-1])}
-    for column in table.columns[:-1]:
-        names = table[column].astype(str).tolist()
-        rows = [place.get(name, -1) for name in names]
-        if not any(row >= 0 for row in rows):
-            continue
-        line_of = {row: line for line, row in enumerate(rows) if row >= 0}
-        require_unique(path, f"{column}", [name for name, row in zip(names, rows, strict=True) if row >= 0])
-        missing = [key for row, key in enumerate(keys) if row not in line_of]
-        if missing:
-            raise InputError(path, f"{column}", f"every spot of {gex}", f"no label for {first_few(missing)}")
-        return table.iloc[[line_of[row] for row in range(len(keys))], -1].to_numpy()
-    return table.iloc[:, -1].to_numpy()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import pandas as pd
 from preprocessing.errors import InputError, first_few
 from preprocessing.npy_file import load_array
 from training.patch_images import random_subset
+from training.spot_csv import last_column
 
 TRUTHS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
@@ -66,7 +67,8 @@ def in_clusters(names: str, obs: pd.DataFrame | None, data: str, option: str) ->
 
 
 def read_mask(mask: str, n_spots: int, obs: pd.DataFrame | None, data: str) -> np.ndarray:
-    """bool (N,) from a file of that name, else from an obs column. A CSV's last column counts, its first line is a header."""
+    """bool (N,) from a file of that name, else from an obs column. A CSV's last column counts, its first line is a header;
+    where another column has the spots' barcodes, values are joined by these, else line by line."""
     path = Path(mask)
     if path.is_file() and path.suffix == ".npy":
         values = load_array(path, "an array of booleans or row numbers")
@@ -76,9 +78,10 @@ def read_mask(mask: str, n_spots: int, obs: pd.DataFrame | None, data: str) -> n
             raise InputError(path, "--mask", "booleans, or whole row numbers", f"{values.dtype}")
     elif path.is_file():
         try:
-            values = _truths(pd.read_csv(path, dtype=str, keep_default_na=False).iloc[:, -1], path)
-        except (ValueError, IndexError) as error:
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        except ValueError as error:
             raise InputError(path, "--mask", "a CSV with a header line and true or false on every line", str(error)) from error
+        values = _truths(last_column(table, obs, path, data), path)
     elif obs is not None and mask in obs:
         values = _truths(obs[mask], data)
     else:

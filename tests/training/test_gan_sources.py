@@ -41,6 +41,15 @@ def test_a_mask_is_booleans_or_row_numbers_or_a_column(tmp_path, content, name):
     assert read_mask("good", 4, OBS, "S").tolist() == [True, False, True, True]
 
 
+def test_a_mask_that_names_barcodes_is_joined_by_them_and_misses_none(tmp_path):
+    path, obs = tmp_path / "mask.csv", OBS.set_axis(["S__a", "S__b", "S__c", "S__d"])
+    path.write_text("spot,keep\nd,0\nc,0\nelsewhere,0\na,1\nb,1\n")
+    assert read_mask(str(path), 4, obs, "S").tolist() == [True, True, False, False]
+    path.write_text("spot,keep\na,1\nx,0\ny,0\nz,1\n")
+    with pytest.raises(InputError, match="every spot of S; found no line for 3"):
+        read_mask(str(path), 4, obs, "S")
+
+
 @pytest.mark.parametrize(("content", "says"), [
     (np.array([True, False]), "one value for each of the 4 spots"),
     (np.array([0, 4]), "row numbers 0 up to 3"),
