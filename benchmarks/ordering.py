@@ -23,9 +23,10 @@ MEASURES = (   # what is printed, entry of score_all, key
     ("expression read-out: Pearson", "readout", "score"), ("expression read-out: variance explained", "readout", "explained"),
     ("clusters: balanced accuracy", "clusters", "score"), ("clusters: log-likelihood", "clusters", "log_likelihood"),
     ("nuclei and stain: Pearson", "nuclei", "score"), ("nuclei and stain: variance explained", "nuclei", "explained"),
-    ("pattern in space: Moran's I", "spatial", "score"),
+    ("pattern in space: Moran's I", "spatial", "score"), ("retrieval: R@10", "retrieval", "score"),
 )
-PAIRING_ALONE = {"expression read-out: Pearson", "clusters: balanced accuracy", "nuclei and stain: Pearson", "pattern in space: Moran's I"}
+PAIRING_ALONE = {"expression read-out: Pearson", "clusters: balanced accuracy", "nuclei and stain: Pearson", "pattern in space: Moran's I",
+                 "retrieval: R@10"}
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,19 @@ def scrambled(real: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return pixels[rng.integers(len(pixels), size=real.shape[0] * real.shape[1] * real.shape[2])].reshape(real.shape)
 
 
-def score_generators(images: Path, gex: Path, good: Path, poor: Path, spots: int | None, features: str, workers: int = 1,
-                     seed: int = 0) -> tuple[list[Row], int]:
+def score_generators(images: Path, gex: Path, good: Path, poor: Path, spots: int | None, features: str, judge: Path | None = None,
+                     workers: int = 1, seed: int = 0) -> tuple[list[Row], int]:
     """The rows, and how many spots they are of."""
     from evaluation.coverage import coverage_metrics
     from evaluation.distances import frechet_distance
     from evaluation.faithfulness import score_all
     from evaluation.features import build_features, feature_specs, resize_by_area
     from evaluation.sections import FeatureBank, Generated, read_generated
+    from networks.clip import CLIP
     from training.faithfulness_run import ReportConfig, load_section
 
-    rng = np.random.default_rng(seed)
-    section, patch_um = load_section(ReportConfig(reference=(images,), generated=(good,), gex=gex), None, True)
+    rng, network = np.random.default_rng(seed), None if judge is None else CLIP.from_pretrained(judge)
+    section, patch_um = load_section(ReportConfig(reference=(images,), generated=(good,), gex=gex), network, True)
     n, barcodes = len(section.barcodes), section.barcodes
     chosen = np.arange(n) if spots is None or spots >= n else np.sort(rng.choice(n, spots, replace=False))
     section = of_spots(section, chosen)
@@ -79,7 +81,8 @@ def score_generators(images: Path, gex: Path, good: Path, poor: Path, spots: int
     found, encoded = {}, {"real": bank.features(f"{section.sample_id}, real at {px}", resize_by_area(section.images, px), encoder)}
     for name, generated in made.items():
         bank.known = {key: value for key, value in bank.known.items() if "generated" not in key[0]}
-        found[name] = score_all(section, generated, encoder, bank, um_per_px=patch_um / px, workers=workers, seed=seed)
+        found[name] = score_all(section, generated, encoder, bank, judge=network, um_per_px=patch_um / px, workers=workers,
+                                seed=seed)
         encoded[name] = bank.features(f"{section.sample_id}, generated", generated.flat, encoder)
     rows = [Row(what, {"real": found["good"][part]["real"][key], **{name: found[name][part]["generated"][key] for name in made},
                        "shuffled": found["good"][part]["shuffled"][key]}) for what, part, key in MEASURES if part in found["good"]]
@@ -115,15 +118,18 @@ def of_prompts(generated: Generated, chosen: np.ndarray) -> Generated:
 @click.option("--poor", type=click.Path(path_type=Path), required=True, help="Patches of an early snapshot.")
 @click.option("--spots", type=int, help="So many spots, drawn. Default: all.")
 @click.option("--features", default="efficientnet_lite0", help="Encoder, with =WEIGHT_FILE where it needs one.")
-@click.option("--tolerance", default=0.05, help="Up to so much apart counts as level, of shuffled and noise where only pairing is seen.")
-def main(images: Path, gex: Path, good: Path, poor: Path, spots: int | None, features: str, tolerance: float):
+@click.option("--judge", type=click.Path(path_type=Path), help="Weights of a CLIP of other spots than the generator's: adds retrieval.")
+@click.option("--tolerance", type=float, help="Up to so much apart counts as level, of shuffled and noise where only pairing is seen. "
+              "Default: 2 / sqrt(spots), two standard errors of a correlation.")
+def main(images: Path, gex: Path, good: Path, poor: Path, spots: int | None, features: str, judge: Path | None,
+         tolerance: float | None):
     """Print every number for real, good, poor, shuffled and noise, and whether it orders them."""
-    rows, n = score_generators(images, gex, good, poor, spots, features)
+    rows, n = score_generators(images, gex, good, poor, spots, features, judge)
     click.echo(f"{n} spots, {features}")
     click.echo("| measure | " + " | ".join(ORDER) + " | in order |\n|" + "---|" * (len(ORDER) + 2))
     for row in rows:
         values = [f"{row.values[name]:.3f}" if name in row.values else "" for name in ORDER]
-        click.echo(f"| {row.name} | " + " | ".join(values) + f" | {row.ordered(tolerance)} |")
+        click.echo(f"| {row.name} | " + " | ".join(values) + f" | {row.ordered(2 / n ** 0.5 if tolerance is None else tolerance)} |")
 
 
 if __name__ == "__main__":
