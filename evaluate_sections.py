@@ -21,7 +21,8 @@ def evaluate_sections(*, train: str, val: str, network: Path, judge: Path | None
     from evaluation.sections import FeatureBank
     from networks.clip import CLIP, clip_weights_sha256
     from networks.histo_models import build_encoder
-    from preprocessing.outputs import program_versions, write_json
+    from preprocessing.done_manifests import program_versions
+    from preprocessing.outputs import write_json
     started, steps_before = time.monotonic(), read_steps(steps)
     for option, value in (("--judge", judge), ("--untrained", untrained), ("--noise-held", noise_held)):
         if value is not None and generated is None:

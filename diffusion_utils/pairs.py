@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from diffusion_utils.prompts import read_embeddings
+from preprocessing.done_manifests import strings_sha256
 from preprocessing.errors import InputError, OptionError, read_json
 from preprocessing.expression import open_h5ad
 from preprocessing.npy_file import RECORD
-from preprocessing.outputs import strings_sha256
 from preprocessing.patch_file import read_patch_file
 from preprocessing.patches import match_barcodes, pair, read_patch_folder
 from training.patch_images import PatchImages

@@ -10,7 +10,8 @@ from evaluation import page
 from evaluation.contact_sheet import contact_sheet
 from evaluation.features import read_samples_csv
 from evaluation.image_quality import DIVERSITY, SHARES, ImageSet, QualityConfig
-from preprocessing.outputs import locked, nan_to_none, program_versions, write_json
+from preprocessing.done_manifests import program_versions
+from preprocessing.outputs import locked, nan_to_none, write_json
 from preprocessing.patches import read_patch, read_patch_folder
 
 ROWS, COLUMNS = 8, 8

@@ -17,8 +17,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from networks.layers import images_to_uint8
 from networks.weights import read_state_dict
+from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import InputError, WeightsError
-from preprocessing.outputs import file_sha256, finished_file
+from preprocessing.outputs import finished_file
 
 FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"    # the digits open the SHA-256 of the file
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE_NAME}"

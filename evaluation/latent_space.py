@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 
 from evaluation.retrieval import unit_rows
+from preprocessing.done_manifests import strings_sha256
 from preprocessing.errors import InputError, OptionError, read_json, require_file
 from preprocessing.expression import read_expression
 from preprocessing.npy_file import RECORD, load_array, require_as_recorded
-from preprocessing.outputs import strings_sha256
 
 LEAST_SPOTS = 5            # of all samples: fewer have no neighbours to speak of
 NOBODY = ""                # cluster of a spot that has none

@@ -14,8 +14,9 @@ from networks.clip_model_config import ClipModelConfig
 from networks.histo_models import build_encoder
 from networks.model_card import model_card
 from networks.weights import load_into, load_weights_folder, local_or_hub, read_plain_file, save_weights_folder, weights_sha256
+from preprocessing.done_manifests import file_sha256, program_versions, strings_sha256
 from preprocessing.errors import WeightsError
-from preprocessing.outputs import file_sha256, finished_file, program_versions, strings_sha256
+from preprocessing.outputs import finished_file
 
 
 class CLIP(ClipModel):

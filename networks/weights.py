@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from preprocessing.done_manifests import file_sha256, program_versions
 from preprocessing.errors import InputError, WeightsError, first_few
-from preprocessing.outputs import file_sha256, finished_folder, program_versions
+from preprocessing.outputs import finished_folder
 
 MODEL_FILE, CONFIG_FILE, SUMS_FILE, CARD_FILE = "model.safetensors", "config.json", "SHA256SUMS", "README.md"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".torch", ".ckpt")

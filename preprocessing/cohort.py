@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from preprocessing.done_manifests import file_sha256, read_done
 from preprocessing.errors import InputError, OptionError, read_text, require_unique
 from preprocessing.extraction import ExtractConfig
-from preprocessing.outputs import done_path, file_sha256, read_done
+from preprocessing.outputs import done_path
 
 SOURCES = ("space_ranger_dir", "gex_file")                  # one of them a sample
 NUMBERS = ("mpp", "spot_um")

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from preprocessing.cohort import FINISHED, CohortSample
-from preprocessing.outputs import done_path, finished_file, is_done, locked, read_done, write_done, write_json
+from preprocessing.done_manifests import is_done, read_done, write_done
+from preprocessing.outputs import done_path, finished_file, locked, write_json
 
 QUANTILES = np.linspace(0, 1, 101)
 ENTRIES_AT_ONCE = 1 << 24                # counts read together: 64-128 MB

@@ -28,7 +28,8 @@ def dump_patches_to_folder_single(images_path: Path | str, wsi_path: Path | str 
     A killed run goes on where it was when called again. `workers` None: as many as the process has cores. `warn` is told of a slide
     that is not the one the patches were cut from, by the expression's record; a converted copy of it is not either.
     """
-    from preprocessing.outputs import fingerprints, is_done, locked, strings_sha256, write_done
+    from preprocessing.done_manifests import fingerprints, is_done, strings_sha256, write_done
+    from preprocessing.outputs import locked
     from preprocessing.parts import Parts
     from preprocessing.patch_file import read_patch_file
     from preprocessing.png_folder import finish_patch_folder, name_digits, patch_folder_sha256, refuse_foreign_content

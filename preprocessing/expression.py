@@ -17,9 +17,10 @@ import pandas as pd
 import scipy.sparse as sp
 
 from preprocessing.cores import usable_cores
+from preprocessing.done_manifests import program_versions, strings_sha256, write_done
 from preprocessing.errors import InputError, first_few, read_text, require_file
 from preprocessing.expression_file import CountsPacker, write_expression_blocks
-from preprocessing.outputs import finished_file, program_versions, strings_sha256, write_done
+from preprocessing.outputs import finished_file
 from preprocessing.sample import INT32_MAX
 
 ROWS_AT_ONCE = 2048                     # rows of a backed or dense matrix looked at together

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from preprocessing.done_manifests import fingerprints
 from preprocessing.errors import InputError, OptionError
-from preprocessing.outputs import fingerprints
 
 if TYPE_CHECKING:
     from preprocessing.sample import Sample, Spots

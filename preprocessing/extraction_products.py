@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from preprocessing.done_manifests import is_done, read_done, strings_sha256, write_done
 from preprocessing.errors import InputError
 from preprocessing.extraction import ExtractConfig, Request
-from preprocessing.outputs import finished_together, is_done, read_done, strings_sha256, write_done
+from preprocessing.outputs import finished_together
 
 if TYPE_CHECKING:
     from preprocessing.block_extraction import MadeBlocks, PatchFolderTarget

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from preprocessing.done_manifests import strings_sha256
 from preprocessing.errors import InputError, first_few
 from preprocessing.kernels import kernel
-from preprocessing.outputs import strings_sha256
 from preprocessing.sample import INT32_MAX
 
 

@@ -24,7 +24,8 @@ def filter_expression(raw_file: Path | str, vocab_file: Path | str, out_file: Pa
 
     Returns the path (default: gex_filt.h5ad beside it), what it holds, and whether it was written now.
     """
-    from preprocessing.outputs import is_done, locked, read_done
+    from preprocessing.done_manifests import is_done, read_done
+    from preprocessing.outputs import locked
     from preprocessing.parts import Parts
 
     if workers < 1:
@@ -46,10 +47,10 @@ def filter_expression(raw_file: Path | str, vocab_file: Path | str, out_file: Pa
 
 
 def _filter(inputs: dict[str, Path], config: dict, out_file: Path, workers: int) -> str:
+    from preprocessing.done_manifests import fingerprints, strings_sha256, write_done
     from preprocessing.expression import read_expression, read_gene_map, read_vocabulary
     from preprocessing.expression_file import write_expression_blocks
     from preprocessing.gene_selection import choose_genes
-    from preprocessing.outputs import fingerprints, strings_sha256, write_done
     from preprocessing.parts import Parts
 
     before = fingerprints(inputs)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
+from preprocessing.done_manifests import fingerprint, is_done, strings_sha256, write_done
 from preprocessing.dropped_spots import write_dropped
 from preprocessing.errors import Command, InputError, OptionError
-from preprocessing.outputs import fingerprint, is_done, locked, strings_sha256, write_done
+from preprocessing.outputs import locked
 
 if TYPE_CHECKING:
     from preprocessing.sample import Sample, Spots

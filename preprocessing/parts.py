@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
+from preprocessing.done_manifests import config_sha256, fingerprints
 from preprocessing.errors import InputError, read_json
-from preprocessing.outputs import config_sha256, fingerprints, finished_file, write_json
+from preprocessing.outputs import finished_file, write_json
 
 KEY = "key.json"
 DTYPES = {"|b1": "BOOL", "|u1": "U8", "<i4": "I32", "<i8": "I64", "<f8": "F64"}        # as safetensors calls them

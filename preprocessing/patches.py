@@ -20,8 +20,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from preprocessing.done_manifests import strings_sha256
 from preprocessing.errors import InputError, first_few, read_json, read_text, require_unique
-from preprocessing.outputs import strings_sha256
 
 METADATA, STAIN = "metadata.jsonl", "stain.json"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

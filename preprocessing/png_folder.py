@@ -17,8 +17,9 @@ from pathlib import Path
 import imagecodecs
 import numpy as np
 
+from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import InputError, first_few
-from preprocessing.outputs import file_sha256, finished_folder, flush_to_disk, named_error, replace_folder
+from preprocessing.outputs import finished_folder, flush_to_disk, named_error, replace_folder
 from preprocessing.patch_file import blocks
 from preprocessing.patches import METADATA, STAIN
 

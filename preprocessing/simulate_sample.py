@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from preprocessing.done_manifests import fingerprint, is_done, write_done
 from preprocessing.errors import Command, InputError
-from preprocessing.outputs import fingerprint, finished_folder, is_done, locked, require_free_space, write_done
+from preprocessing.outputs import finished_folder, locked, require_free_space
 from preprocessing.simulation.config import BIN_UM, PLATFORMS, SimulateConfig
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import numpy as np
 from skimage.color import rgb2hsv
 from skimage.filters import threshold_otsu
 
+from preprocessing.done_manifests import fingerprint
 from preprocessing.errors import InputError, OptionError, read_json
-from preprocessing.outputs import fingerprint
 from preprocessing.slide import Slide, SlideReadError, open_slide
 
 LIGHT = 240.0                                     # intensity of unstained glass, "Io"

@@ -13,7 +13,7 @@ import torch
 from diffusion_utils import denoisers
 from diffusion_utils.finetune import open_run
 from diffusion_utils.finetune_config import FinetuneConfig
-from preprocessing.outputs import strings_sha256
+from preprocessing.done_manifests import strings_sha256
 from preprocessing.png_folder import write_patch_folder
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,8 +11,9 @@ from clip_runs import config, finish, start, write_samples
 
 from networks.clip import CLIP
 from networks.weights import read_plain_file
+from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import OptionError, WeightsError
-from preprocessing.outputs import file_sha256, only_writer
+from preprocessing.outputs import only_writer
 from train_clip import train
 from training.clip_checkpoints import Stopped, SummedCheckpoints
 from training.clip_module import ClipModule

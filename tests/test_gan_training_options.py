@@ -59,7 +59,7 @@ def test_backbone_weights_are_those_the_discriminator_sees_through(patches, tmp_
     import timm
     from safetensors.torch import save_file
 
-    from preprocessing.outputs import file_sha256
+    from preprocessing.done_manifests import file_sha256
     seen = {}
     for seed in (0, 1):
         torch.manual_seed(seed)

@@ -20,8 +20,8 @@ from preprocessing.cohort import (
     read_cohort_config,
     read_cohort_sheet,
 )
+from preprocessing.done_manifests import write_done
 from preprocessing.errors import InputError, OptionError
-from preprocessing.outputs import write_done
 from preprocessing.png_folder import patch_folder_sha256
 from preprocessing.simulate_sample import SimulateConfig, simulate_sample
 

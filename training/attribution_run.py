@@ -18,8 +18,9 @@ from evaluation.features import IMAGE_SUFFIXES, image_features, list_images, pic
 from evaluation.sections import ImageEncoder
 from networks.clip import CLIP, clip_weights_sha256
 from networks.sample_scaling import MIN_SPOTS, fit_sample_scaling, require_whole_samples
+from preprocessing.done_manifests import program_versions
 from preprocessing.errors import InputError, OptionError, WeightsError, first_few
-from preprocessing.outputs import finished_file, program_versions, write_json
+from preprocessing.outputs import finished_file, write_json
 from preprocessing.patches import read_patch, read_patch_folder
 from preprocessing.progress import ProgressBar
 from training.data import ExpressionTable, expression_only

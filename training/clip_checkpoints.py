@@ -14,8 +14,9 @@ import torch
 from lightning_fabric.plugins.io import TorchCheckpointIO
 
 from networks.weights import read_plain_file
+from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import InputError, WeightsError
-from preprocessing.outputs import file_sha256, finished_file
+from preprocessing.outputs import finished_file
 
 PARTS = ("clip", "state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")   # of a checkpoint to resume from
 

@@ -17,9 +17,10 @@ from evaluation.retrieval import retrieval_by_sample
 from networks.clip import CLIP, clip_weights_sha256
 from networks.layers import images_to_float
 from networks.sample_scaling import patches_for_mean, require_whole_samples
+from preprocessing.done_manifests import file_sha256, program_versions, strings_sha256
 from preprocessing.errors import InputError, OptionError
 from preprocessing.npy_file import RECORD
-from preprocessing.outputs import file_sha256, finished_file, locked, program_versions, strings_sha256, write_json
+from preprocessing.outputs import finished_file, locked, write_json
 from preprocessing.patch_file import read_patch_file
 from preprocessing.patches import read_patch, read_patch_folder
 from preprocessing.progress import ProgressBar

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from networks.weights import load_weights_folder, save_weights_folder
-from preprocessing.outputs import config_sha256
+from preprocessing.done_manifests import config_sha256
 from preprocessing.progress import ProgressBar
 from training.augment import AugmentConfig, apply_views, draw_views, plain_views, turned_views
 from training.patch_cache import PatchRows

@@ -12,8 +12,9 @@ from lightning_fabric.utilities.rank_zero import rank_zero_only
 from evaluation.retrieval import retrieval_by_sample
 from networks.clip import CLIP
 from networks.histo_models import Encoder, build_encoder
+from preprocessing.done_manifests import program_versions
 from preprocessing.gene_sets import gene_sets_within
-from preprocessing.outputs import only_writer, program_versions, write_json
+from preprocessing.outputs import only_writer, write_json
 from training.clip_checkpoints import newest_checkpoint, require_checkpoint
 from training.clip_config import ClipConfig
 from training.clip_data import ClipData, Pairs, centre_features, fit_inputs, load_clip_data, use_features

@@ -20,8 +20,9 @@ from evaluation.sections import FeatureBank, Section, named_clusters, patch_plac
 from evaluation.tissue_map import maps_side_by_side
 from networks.clip import CLIP, clip_weights_sha256
 from preprocessing.cores import usable_cores
+from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import InputError, OptionError, first_few
-from preprocessing.outputs import file_sha256, nan_to_none
+from preprocessing.outputs import nan_to_none
 from preprocessing.patches import read_patch
 from training.data import ImageGeneDataset, expression_only, sample_files
 

@@ -16,8 +16,8 @@ from networks.clip import CLIP, clip_weights_sha256
 from networks.condition_mlp import ConditionMlp
 from networks.layers import images_to_float
 from networks.weights import pinned
+from preprocessing.done_manifests import strings_sha256
 from preprocessing.errors import InputError, require_file
-from preprocessing.outputs import strings_sha256
 from training.data import ImageGeneDataset, SampleFiles
 from training.gan_losses import pair_deviations
 from training.gan_parts import TrainingData

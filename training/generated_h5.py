@@ -13,7 +13,7 @@ import anndata as ad
 import numpy as np
 
 from preprocessing.compressed_chunks import pack, unpack
-from preprocessing.outputs import is_done, write_done
+from preprocessing.done_manifests import is_done, write_done
 from preprocessing.parts import Parts
 from preprocessing.patch_file import compress_patch, read_patch_file, write_compressed_patches
 from training.generation_plan import GenerationPlan

@@ -13,8 +13,9 @@ import numpy as np
 
 from evaluation.contact_sheet import contact_sheet, save_png
 from networks.snapshot import Snapshot
+from preprocessing.done_manifests import fingerprint
 from preprocessing.errors import OptionError
-from preprocessing.outputs import fingerprint, locked
+from preprocessing.outputs import locked
 from preprocessing.progress import ProgressBar
 from training.data import ImageGeneDataset, sample_files
 from training.generated_h5 import GeneratedH5

@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 
 from networks.snapshot import Snapshot
-from preprocessing.outputs import finished_file, program_versions
+from preprocessing.done_manifests import program_versions
+from preprocessing.outputs import finished_file
 from training.prompts import Prompts, Request
 from training.sampling import Batch
 from training.sampling_options import SamplingOptions

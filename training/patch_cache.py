@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from preprocessing.outputs import MIB, fingerprint, finished_file, locked, require_free_space, strings_sha256, write_json
+from preprocessing.done_manifests import fingerprint, strings_sha256
+from preprocessing.outputs import MIB, finished_file, locked, require_free_space, write_json
 
 FORMAT = 1                        # of the array and of the key
 AUTO_CACHE = "auto"               # a folder FOLDER beside the first images, if they are many

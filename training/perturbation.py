@@ -22,8 +22,9 @@ from evaluation.effects import Effect, difference_map, effects_of
 from evaluation.nuclei import STATISTICS, fit_nuclei, measure_nuclei
 from evaluation.perturbation_page import pairs_sheet, write_perturbation_page
 from networks.sample_scaling import fit_sample_scaling, require_whole_samples
+from preprocessing.done_manifests import fingerprint, program_versions
 from preprocessing.errors import InputError, OptionError, first_few
-from preprocessing.outputs import fingerprint, finished_file, locked, nan_to_none, program_versions, write_json
+from preprocessing.outputs import finished_file, locked, nan_to_none, write_json
 from preprocessing.progress import ProgressBar
 from training.data import ExpressionTable, expression_only
 from training.gene_changes import GeneChanges, read_gene_changes

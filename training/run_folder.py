@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from preprocessing.done_manifests import file_sha256, strings_sha256
 from preprocessing.errors import InputError, WeightsError, first_few, read_json
-from preprocessing.outputs import LEFTOVER, file_sha256, finished_file, finished_folder, strings_sha256
+from preprocessing.outputs import LEFTOVER, finished_file, finished_folder
 from preprocessing.progress import ProgressBar
 
 log = logging.getLogger(__name__)

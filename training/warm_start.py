@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from networks.snapshot import read_snapshot
+from preprocessing.done_manifests import strings_sha256
 from preprocessing.errors import InputError, OptionError, WeightsError, first_few
-from preprocessing.outputs import strings_sha256
 from training.gan_checkpoint import OPTION_DEFAULTS, read_state
 from training.gan_config import GanConfig
 from training.gan_loop import GanRun

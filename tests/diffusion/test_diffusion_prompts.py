@@ -111,7 +111,7 @@ def test_patches_pair_with_their_rows_however_metadata_is_sorted(tmp_path):
 def test_embeddings_of_a_re_sorted_expression_file_pair_by_its_barcodes(tmp_path):
     import anndata as ad
 
-    from preprocessing.outputs import strings_sha256
+    from preprocessing.done_manifests import strings_sha256
     world, order = write_world(tmp_path), np.random.default_rng(1).permutation(12)
     barcodes = [f"B{row}-1" for row in order]
     adata = ad.AnnData(np.ones((12, 1), np.float32))

@@ -124,7 +124,7 @@ def test_the_list_the_sheet_and_the_control_are_written(world, tmp_path):
 def test_the_list_names_the_spot_of_a_prompt_where_its_embeddings_record_it(world, tmp_path):
     import anndata as ad
 
-    from preprocessing.outputs import strings_sha256
+    from preprocessing.done_manifests import strings_sha256
     barcodes = ["AC-1", "GT-1", "TT-1"]
     adata = ad.AnnData(np.ones((3, 1), np.float32))
     adata.obs_names = barcodes

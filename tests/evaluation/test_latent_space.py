@@ -7,9 +7,10 @@ import scipy.sparse as sp
 
 from evaluation import latent_space as space
 from evaluation.spot_embedding import as_spots, pca_embedding, read_samples, read_scgpt, variable_genes, write_for_scgpt, write_prompts
+from preprocessing.done_manifests import strings_sha256
 from preprocessing.errors import InputError, OptionError
 from preprocessing.expression import write_expression
-from preprocessing.outputs import strings_sha256, write_json
+from preprocessing.outputs import write_json
 
 N = 40
 

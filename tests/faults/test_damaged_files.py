@@ -23,9 +23,9 @@ from evaluation.features import cached_features
 from networks.clip import CLIP
 from networks.histo_models import build_encoder
 from networks.snapshot import load_snapshot
+from preprocessing.done_manifests import file_sha256, is_done, strings_sha256
 from preprocessing.expression import read_expression, read_vocabulary, write_expression, write_vocabulary
 from preprocessing.npy_file import RECORD
-from preprocessing.outputs import file_sha256, is_done, strings_sha256
 from preprocessing.patch_file import read_patch_file
 from preprocessing.patches import pair, read_patch, read_patch_folder
 from training.clip_checkpoints import PARTS, SummedCheckpoints, require_checkpoint, sums_path

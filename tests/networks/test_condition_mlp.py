@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from networks.condition_mlp import ConditionMlp
 from networks.generator import Generator, GeneratorConfig
 from networks.snapshot import load_snapshot, save_snapshot
+from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import OptionError, WeightsError
-from preprocessing.outputs import file_sha256
 
 NAMES = [f"gene{i}" for i in range(5)]
 

@@ -7,8 +7,8 @@ import pytest
 from networks.condition_mlp import ConditionMlp
 from networks.generator import Generator, GeneratorConfig
 from networks.snapshot import load_snapshot, save_snapshot
+from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import WeightsError
-from preprocessing.outputs import file_sha256
 
 SMALL = GeneratorConfig(16, c_dim=6, z_dim=8, cbase=128, cmax=8, res_blocks=1, norm_groups=4)
 

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from networks.histo_models import ENCODERS, Encoder, EncoderSpec, build_body, build_encoder, dump_model_to_disk
 from networks.weights import read_state_dict
+from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import InputError, OptionError, WeightsError
-from preprocessing.outputs import file_sha256
 
 SHARED_WEIGHTS = Path(__file__).resolve().parents[2].parent / "shared" / "weights"
 SHRUNK = {"embed_dim": 48, "depth": 1, "num_heads": 4, "img_size": 112}   # divisible by patches of 14 and of 16

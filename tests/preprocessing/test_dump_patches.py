@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from preprocessing.done_manifests import fingerprint, strings_sha256
 from preprocessing.dump_patches import dump_patches_to_folder, dump_patches_to_folder_single, main
 from preprocessing.expression import read_expression, write_expression, write_vocabulary
-from preprocessing.outputs import fingerprint, strings_sha256
 from preprocessing.patch_file import read_patch_file, write_patch_file
 from preprocessing.patches import pair, read_patch, read_patch_folder
 from preprocessing.stain import normalise_stain, read_stain_file

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from preprocessing.done_manifests import strings_sha256
 from preprocessing.errors import InputError
 from preprocessing.expression import (
     as_csr,
@@ -19,7 +20,6 @@ from preprocessing.expression import (
     write_vocabulary,
 )
 from preprocessing.gene_selection import choose_genes
-from preprocessing.outputs import strings_sha256
 from preprocessing.stain import read_stain_file
 from training.data import read_sample_sheet
 

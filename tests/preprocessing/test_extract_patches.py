@@ -15,10 +15,10 @@ from hd_phantoms import MPP, phantom_hd_folder
 from PIL import Image
 
 from preprocessing.block_extraction import make_blocks
+from preprocessing.done_manifests import fingerprint
 from preprocessing.extract_patches import main
 from preprocessing.extraction import ExtractConfig, choose_spots
 from preprocessing.hd_barcodes import as_text
-from preprocessing.outputs import fingerprint
 from preprocessing.patch_file import read_patch_file
 from preprocessing.pseudo_spots import group_bins, take_spots
 from preprocessing.sample import Spots

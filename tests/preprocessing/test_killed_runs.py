@@ -12,9 +12,9 @@ from output_contents import contents, differences, leftovers
 from tiny_samples import tiny_sample
 
 from preprocessing import block_extraction, extract_patches, gex_preprocessing  # commands, run as a user does
+from preprocessing.done_manifests import write_done
 from preprocessing.dump_patches import main as dump_patches
 from preprocessing.expression import write_vocabulary
-from preprocessing.outputs import write_done
 from preprocessing.parts import Parts
 
 KILLS, KILLS_A_ROUND = 20, 4

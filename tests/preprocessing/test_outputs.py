@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing import outputs
-from preprocessing.outputs import done_path, fingerprint, finished_file, finished_folder, is_done, locked, read_done, write_done
+from preprocessing import done_manifests, outputs
+from preprocessing.done_manifests import fingerprint, is_done, read_done, write_done
+from preprocessing.outputs import done_path, finished_file, finished_folder, locked
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDS_A_LOCK = """
@@ -46,7 +47,7 @@ def test_a_byte_changed_in_the_middle_of_an_input_is_another_input(tmp_path):
 
 
 def test_a_larger_input_is_known_by_its_ends_its_size_and_the_time_of_its_last_change(tmp_path, monkeypatch):
-    monkeypatch.setattr(outputs, "WHOLE_FILE_MIB", 2)
+    monkeypatch.setattr(done_manifests, "WHOLE_FILE_MIB", 2)
     source, out = finished_from(tmp_path, bytes(3 << 20))
     assert is_done(out, config={}, inputs={"source": source})
     os.utime(source, ns=(0, 1_000))

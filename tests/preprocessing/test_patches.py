@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from preprocessing.done_manifests import strings_sha256
 from preprocessing.errors import InputError
-from preprocessing.outputs import strings_sha256
 from preprocessing.patch_file import read_patch_file, write_patch_file
 from preprocessing.patches import pair, read_patch, read_patch_folder
 from preprocessing.png_folder import write_patch_folder

@@ -15,8 +15,8 @@ import scipy.sparse as sp
 from click.testing import CliRunner
 from scipy.spatial import cKDTree
 
+from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import InputError, OptionError
-from preprocessing.outputs import file_sha256
 from preprocessing.simulate_sample import SimulateConfig, main, simulate_sample
 from preprocessing.simulation.expression import COMPONENTS, gene_programmes, slide_profiles
 from preprocessing.simulation.slide import SlidePainter, slide_stains

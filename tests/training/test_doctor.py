@@ -5,7 +5,7 @@ import pytest
 from click.testing import CliRunner
 
 from evaluation import inception
-from preprocessing.outputs import file_sha256
+from preprocessing.done_manifests import file_sha256
 from training import doctor
 from training.doctor import (
     GIB,

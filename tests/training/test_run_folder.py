@@ -57,7 +57,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning_and_refused_by_na
 
 
 def test_a_pickle_in_a_checkpoint_is_refused_and_not_run(tmp_path):
-    from preprocessing.outputs import file_sha256
+    from preprocessing.done_manifests import file_sha256
     folder = save(tmp_path, 1)
     canary = tmp_path / "canary"
     (folder / "adam.pt").write_bytes(f"cos\nsystem\n(S'touch {canary}'\ntR.".encode())
