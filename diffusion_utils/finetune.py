@@ -28,7 +28,7 @@ from diffusion_utils.noising import noising_of, own_prediction
 from diffusion_utils.pipeline import write_pipeline
 from diffusion_utils.power_ema import PowerEma
 from diffusion_utils.sampling import make_scheduler
-from preprocessing.errors import InputError
+from preprocessing.errors import DivergedError, InputError
 from preprocessing.outputs import write_json
 from training.loading import in_order
 from training.ranks import any_rank, sum_values
@@ -36,12 +36,6 @@ from training.run_folder import Checkpoint, NoStats, StatsLog
 
 log = logging.getLogger(__name__)
 MOST_LINES = 500          # about so many lines of a run; steps between two are averaged
-
-
-class DivergedError(InputError):
-    """Losses stayed NaN or infinite."""
-
-    exit_code = 1
 
 
 @dataclass

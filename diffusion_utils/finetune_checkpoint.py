@@ -75,10 +75,14 @@ def load_run(run: FinetuneRun, checkpoint: Checkpoint) -> None:
         if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in own.items()}:
             raise WeightsError(checkpoint.folder, part, f"the {len(own)} trained tensors of {type(run.live).__name__}",
                                f"{len(tensors)}, not all of these names and shapes")
+    try:
+        run.optimiser.load_state_dict(checkpoint.optimisers["optimiser"])       # first: it looks before it takes
+    except (KeyError, ValueError, TypeError) as error:
+        raise WeightsError(checkpoint.folder, "optimiser", f"the state of {type(run.optimiser).__name__} for these tensors",
+                           str(error)) from error
     for part, own in parts.items():
         for name, tensor in own.items():
             tensor.copy_(checkpoint.tensors[part][name])
-    run.optimiser.load_state_dict(checkpoint.optimisers["optimiser"])
     run.standing = Standing(**{entry.name: checkpoint.state[entry.name] for entry in fields(Standing) if entry.name in checkpoint.state})
     if checkpoint.folder.parent.resolve() != run.config.output_dir.resolve():
         run.standing.resumed_from, run.standing.first_step = str(checkpoint.folder), run.standing.step

@@ -1,6 +1,6 @@
 """Say what is wrong with what the user handed us: one line, no traceback, a fixed exit code.
 
-Exit codes: 2 usage, 3 bad input, 4 I/O or no memory left, 5 damaged or incompatible weights, 130 Ctrl-C.
+Exit codes: 1 a training that diverged, 2 usage, 3 bad input, 4 I/O or no memory left, 5 damaged or incompatible weights, 130 Ctrl-C.
 Every command is declared with `cls=Command`, which gives it `--debug` (show the traceback) and this rule.
 """
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 import click
 
-from preprocessing.interrupts import ctrl_c, first_ctrl_c_ends_in_order
+from preprocessing.interrupts import INTERRUPTED, ctrl_c, first_ctrl_c_ends_in_order
 
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)   # torch's words
 LOWER = ("Lower the batch size of this command (--batch-gpu where there is one) or the size of what it handles (--cfg); on a GPU, see "
          "whether other programs use it")
 MOST_SHOWN, MOST_OF_AN_ITEM = 800, 120          # letters of what was found, or expected, that a message repeats
-EXIT_USAGE, EXIT_INPUT, EXIT_IO, EXIT_WEIGHTS, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
+EXIT_DIVERGED, EXIT_USAGE, EXIT_INPUT, EXIT_IO, EXIT_WEIGHTS, EXIT_INTERRUPTED = 1, 2, 3, 4, 5, 130
 
 
 class InputError(ValueError):
@@ -38,6 +38,12 @@ class WeightsError(InputError):
     """Weights or a checkpoint are damaged, or belong to another model or gene list."""
 
     exit_code = EXIT_WEIGHTS
+
+
+class DivergedError(InputError):
+    """Losses or gradients of a training stayed NaN or infinite."""
+
+    exit_code = EXIT_DIVERGED
 
 
 class OptionError(ValueError):
@@ -104,10 +110,8 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
             interrupted = ctrl_c.pressed or isinstance(error, KeyboardInterrupt)
             if debug or not (interrupted or isinstance(error, (InputError, OptionError, OSError)) or is_out_of_memory(error)):
                 raise
-            message, code = ("interrupted; what was finished is kept, run the same command again", EXIT_INTERRUPTED) if interrupted else \
-                (_said(error), getattr(error, "exit_code", EXIT_IO))
-            print(f"error: {message}", file=sys.stderr)
-            raise SystemExit(code) from error
+            print(INTERRUPTED if interrupted else f"error: {_said(error)}", file=sys.stderr)
+            raise SystemExit(EXIT_INTERRUPTED if interrupted else getattr(error, "exit_code", EXIT_IO)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

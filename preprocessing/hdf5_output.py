@@ -14,7 +14,7 @@ from pathlib import Path
 
 import h5py
 
-from preprocessing.interrupts import ctrl_c
+from preprocessing.interrupts import ctrl_c, raise_again_soon
 
 # what h5py raises, reading a damaged file or one with other items than expected
 HDF5_ERRORS = (OSError, LookupError, RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError)
@@ -68,6 +68,7 @@ def _interrupts_outside_of(stream: _Stream) -> Iterator[None]:
         if frame is None:
             usual(number, frame)
         stream.error = stream.error or KeyboardInterrupt()
+        raise_again_soon()                   # between two writes, not after the last
 
     usual = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or usual not in (signal.default_int_handler, ctrl_c):

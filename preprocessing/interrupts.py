@@ -12,7 +12,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-AGAIN_AFTER_S = 0.02          # a Ctrl-C that a destructor dropped is raised again so much later
+AGAIN_AFTER_S = 0.02
+INTERRUPTED = "error: interrupted; what was finished is kept, run the same command again"
 
 
 class _CtrlC:
@@ -32,6 +33,14 @@ class _CtrlC:
 ctrl_c = _CtrlC()
 
 
+def raise_again_soon() -> threading.Timer:
+    """The Ctrl-C that came where it could not be answered comes once more in a moment."""
+    again = threading.Timer(AGAIN_AFTER_S, os.kill, (os.getpid(), signal.SIGINT))
+    again.daemon = True
+    again.start()
+    return again
+
+
 @contextmanager
 def first_ctrl_c_ends_in_order() -> Iterator[None]:
     """Within this `ctrl_c.pressed` tells whatever error a Ctrl-C became. Where another handler stands it stays, as outside of the main
@@ -39,21 +48,33 @@ def first_ctrl_c_ends_in_order() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    hook, again = sys.unraisablehook, threading.Timer(AGAIN_AFTER_S, os.kill, (os.getpid(), signal.SIGINT))
+    hook, started = sys.unraisablehook, []
 
     def dropped(what) -> None:
-        if not (ctrl_c.pressed and issubclass(what.exc_type, KeyboardInterrupt)) or again.ident is not None:
+        if not (ctrl_c.pressed and issubclass(what.exc_type, KeyboardInterrupt)):
             return hook(what)
         ctrl_c.pressed = False
         signal.signal(signal.SIGINT, ctrl_c)
-        again.start()
+        started.append(raise_again_soon())
 
     signal.signal(signal.SIGINT, ctrl_c)
     sys.unraisablehook = dropped
     try:
         yield
     finally:
-        again.cancel()
+        for again in started:
+            again.cancel()
         sys.unraisablehook = hook
         if not ctrl_c.pressed:               # else the process is about to end, and nothing should come between
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _one_line_for_ctrl_c(kind, error, traceback) -> None:
+    """A Ctrl-C outside of a command's own rules, most often while it still imports, shows no traceback."""
+    if issubclass(kind, KeyboardInterrupt) and "--debug" not in sys.argv:
+        print(INTERRUPTED, file=sys.stderr)
+    else:
+        _usual_hook(kind, error, traceback)
+
+
+_usual_hook, sys.excepthook = sys.excepthook, _one_line_for_ctrl_c

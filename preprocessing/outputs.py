@@ -19,6 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 MIB = 1 << 20
+OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)     # what only the output can be to blame for
 SILENT_WAIT_S = 2                 # a lock that is free within this time is not worth a line
 LEFTOVER = re.compile(r"(.+)\.(?:tmp|old)\.\d+")     # what is being written to, or replaced, by the process of that number
 
@@ -31,6 +32,8 @@ def finished_file(path: Path | str, validate: Callable[[Path], object] | None = 
     leave a torn file under the final name: for what the reader checks and can make again.
     """
     path = _named(path)
+    if path.is_dir():                        # said before the work, not after it
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
@@ -53,9 +56,12 @@ def named_error(error: Exception, path: Path | str) -> Exception:
 
     Writing to an open file names none; on a full disk numpy says how many items it wrote, torch and safetensors raise errors of their own.
     """
+    if hasattr(error, "exit_code") or getattr(error, "filename", None) is not None:
+        return error
     if isinstance(error, OSError) and error.errno is not None:
-        return error if error.filename is not None else OSError(error.errno, error.strerror, str(path))
-    full = shutil.disk_usage(Path(path).parent).free < MIB or os.strerror(errno.ENOSPC) in str(error)
+        return OSError(error.errno, error.strerror, str(path)) if error.errno in OF_WRITING else error
+    folder = Path(path).parent
+    full = os.strerror(errno.ENOSPC) in str(error) or (folder.is_dir() and shutil.disk_usage(folder).free < MIB)
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) if full else error
 
 
@@ -79,7 +85,7 @@ def finished_together(paths: Sequence[Path]) -> Iterator[dict[Path, Path]]:
 
 
 @contextmanager
-def finished_folder(path: Path | str, validate: Callable[[Path], object] | None = None) -> Iterator[Path]:
+def finished_folder(path: Path | str, validate: Callable[[Path], object] | None = None, sync: bool = True) -> Iterator[Path]:
     """As `finished_file` for a whole folder. An older folder of that name is replaced only once the new one stands."""
     path = _named(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +94,9 @@ def finished_folder(path: Path | str, validate: Callable[[Path], object] | None 
     temporary.mkdir()
     try:
         yield temporary
+        if sync:
+            for written in (*temporary.rglob("*"), temporary):
+                flush_to_disk(written)
         if validate is not None:
             validate(temporary)
         replace_folder(temporary, path)

@@ -124,7 +124,7 @@ def write_patch_folder(folder: Path | str, patches: Iterable[np.ndarray], *, bar
     """
     refuse_foreign_content(folder)
     count, digits, written = len(xy), name_digits(len(xy)), 0
-    with finished_folder(folder) as working:
+    with finished_folder(folder, sync=False) as working:      # a torn PNG is noticed when it is read
         for block in blocks(patches):
             write_pngs(working, written, block, digits, workers)
             written += len(block)

@@ -29,6 +29,7 @@ from preprocessing.tissue_positions import Positions, read_positions, require_ba
 if TYPE_CHECKING:
     from preprocessing.slide import Slide
 
+LARGEST_OVERVIEW_PX = 8192      # a side of the hires image; Space Ranger writes up to 6,000
 COMPARED = 200_000        # positions whose grey is compared
 
 
@@ -145,6 +146,8 @@ def _read_image(path: Path) -> np.ndarray:
     """uint8 (H, W, 3) RGB of a hires or lowres image."""
     try:
         with Image.open(path) as image:
+            if max(image.size) > LARGEST_OVERVIEW_PX:       # before it is decoded
+                raise InputError(path, "image", f"a small overview, up to {LARGEST_OVERVIEW_PX:,} px a side", f"{image.size} px")
             return np.asarray(image.convert("RGB"))
     except DECODE_ERRORS as error:
         raise InputError(path, "image", "an image that can be decoded (or no such file)", str(error)) from error

@@ -4,12 +4,14 @@ A test says its kind with the marker `fault`, and how many it tries with the fix
 survived if the test goes on after it; the one at which a test fails counts as data lost (an assertion), a hang (a time ran out), or
 a crash (any other error). `tests/conftest.py` loads this for every run; the table is printed where FAULT_ROUNDS says full.
 """
+import re
 from collections import defaultdict
 
 import pytest
 from fault_rounds import FULL
 
 COLUMNS = ("tried", "survived", "data lost", "crashes", "hangs")
+CRASH = re.compile(r"Traceback|Segmentation|\(?-(?:4|6|7|8|11)\b|\b13[49]\b")        # of a command: its words, or its exit code
 HANG_WORDS = ("hangs", "timeout", "timed out", "deadline")
 
 
@@ -32,7 +34,7 @@ def pytest_runtest_makereport(item, call):
     if report.failed:
         said = str(call.excinfo.value)
         lost = "hangs" if any(word in said.lower() for word in HANG_WORDS) else \
-            "data lost" if isinstance(call.excinfo.value, AssertionError) else "crashes"
+            "data lost" if isinstance(call.excinfo.value, AssertionError) and not CRASH.search(said) else "crashes"
         row |= {"survived": n - 1, lost: 1}
     report.user_properties = [*report.user_properties, ("fault", (marker.args[0], row))]
 

@@ -13,8 +13,9 @@ SOURCES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (
 RUNS_CODE = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "shelve"}   # by being imported
 REFUSED = {          # calls by the last word of their name
     "read_pickle", "unsafe_load", "unsafe_load_all", "full_load", "full_load_all", "load_from_checkpoint", "load_state_dict_from_url",
-    "add_safe_globals", "extractall", "unpack_archive", "instantiate", "eval", "exec", "system",
+    "add_safe_globals", "extractall", "unpack_archive", "instantiate", "eval", "exec", "system", "popen", "read_hdf", "__import__",
 }
+REFUSED_WHOLE = {"torch.jit.load", "torch.hub.load", "torch.serialization.load", "torch.package.PackageImporter"}
 METHODS = {"eval"}   # nn.Module.eval() is fine, the builtin is not
 NEEDED = {           # call -> the keyword and value that make it safe
     "torch.load": ("weights_only", True), "np.load": ("allow_pickle", False), "numpy.load": ("allow_pickle", False),
@@ -32,11 +33,13 @@ def unsafe(source: str) -> list[str]:
         if isinstance(node, ast.Import):
             found += [f"{node.lineno}: import {alias.name}" for alias in node.names if alias.name.split(".")[0] in RUNS_CODE]
         elif isinstance(node, ast.ImportFrom):
-            module = node.module.split(".")[0]
+            module = (node.module or "").split(".")[0]
             hidden = module in {"torch", "numpy", "yaml"} and {alias.name for alias in node.names} & {"load", "load_all"}
             found += [f"{node.lineno}: from {node.module} import"] if module in RUNS_CODE or hidden else []
         elif isinstance(node, ast.Call):
             found += [f"{node.lineno}: {said}" for said in _unsafe_call(node)]
+        elif isinstance(node, ast.Assign) and ast.unparse(node.value) in NEEDED:
+            found.append(f"{node.lineno}: {ast.unparse(node.value)} under another name")
     return found
 
 
@@ -44,7 +47,7 @@ def _unsafe_call(node: ast.Call) -> list[str]:
     name, last = ast.unparse(node.func), ast.unparse(node.func).rsplit(".", 1)[-1]
     given = {keyword.arg: keyword.value.value for keyword in node.keywords if isinstance(keyword.value, ast.Constant)}
     found = [f"{name}({key}={value})" for key, value in NEVER.items() if given.get(key) is value]
-    if last in REFUSED and not (last in METHODS and isinstance(node.func, ast.Attribute)) or name in YAML_LOADERS:
+    if name in REFUSED_WHOLE or last in REFUSED and not (last in METHODS and isinstance(node.func, ast.Attribute)) or name in YAML_LOADERS:
         found.append(f"{name}()")
     if name in NEEDED:
         key, value = NEEDED[name]
@@ -63,6 +66,8 @@ def test_no_module_reads_what_can_run_code(path):
     "yaml.load(text, Loader=yaml.SafeLoader)", "pd.read_pickle(path)", "AutoModel.from_pretrained(folder)",
     "Pipeline.from_pretrained(folder, trust_remote_code=True)", "archive.extractall(folder)", "hydra.utils.instantiate(cfg)",
     "eval(text)", "subprocess.run(line, shell=True)", "CLIP.load_from_checkpoint(path)",
+    "torch.jit.load(path)", "torch.hub.load(repo, name)", "torch.serialization.load(path)", "__import__('pickle')", "os.popen(line)",
+    "pd.read_hdf(path)", "load = torch.load", "torch.load(path, **options)",
 ])
 def test_the_check_finds_what_it_is_for(line):
     assert unsafe(line) != []

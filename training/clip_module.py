@@ -23,7 +23,7 @@ from evaluation.retrieval import both_ways
 from networks.clip import CLIP
 from networks.clip_model_config import different_settings
 from networks.weights import read_plain_file
-from preprocessing.errors import InputError, OptionError, WeightsError
+from preprocessing.errors import DivergedError, OptionError, WeightsError
 from training.clip_checkpoints import StopOnSignal, SummedCheckpoints, same_signals_after
 from training.clip_config import ClipConfig
 from training.clip_data import Batch, ClipData, StepBatches, whole_batch
@@ -81,7 +81,7 @@ class ClipModule(pl.LightningModule):
         self.print(f"step {self.global_step:>6}   gradient not finite: step skipped, {self.skipped_steps} in all")
         optimizer.zero_grad(set_to_none=True)   # without gradients neither weights nor moments move
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise InputError("training", f"gradient at step {self.global_step}", "finite numbers",
+            raise DivergedError("training", f"gradient at step {self.global_step}", "finite numbers",
                              f"none for {self.skipped_in_a_row} steps", "Lower optimizer.lr; the last checkpoint is good")
 
     def _embed_images(self, seen: Tensor, centre: Tensor | None) -> Tensor:

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import click
+try:
+    import click
+except ImportError:
+    sys.exit("FIX   packages: none are installed for this Python. `make setup`, then `source .venv/bin/activate`")
 
 from preprocessing.errors import Command, WeightsError, read_text
 from training.self_test import self_test

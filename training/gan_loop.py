@@ -21,7 +21,7 @@ from networks.discriminator import Discriminator
 from networks.generator import Generator
 from networks.histo_models import Encoder
 from networks.snapshot import save_snapshot
-from preprocessing.errors import InputError
+from preprocessing.errors import DivergedError, InputError
 from training.diff_augment import adapted_p
 from training.ema import Averages, ema_beta, frozen_copy, half_life_kimg, update_average
 from training.gan_checkpoint import load_run, save_run
@@ -40,12 +40,6 @@ from training.run_folder import Checkpoint, NoStats, StatsLog
 
 log = logging.getLogger(__name__)
 MIN_TICKS, MIN_SNAPSHOTS = 20, 5
-
-
-class DivergedError(InputError):
-    """The losses stayed NaN or infinite."""
-
-    exit_code = 1
 
 
 @dataclass

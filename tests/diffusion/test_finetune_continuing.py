@@ -8,11 +8,11 @@ import torch
 from diffusion_world import PX, WIDTH, config, differing, run, tiny_vae, weights, write_world
 
 from diffusion_utils import finetune
-from diffusion_utils.finetune import DivergedError, open_run
+from diffusion_utils.finetune import open_run
 from diffusion_utils.noising import scheduler_config
 from diffusion_utils.pipeline import load_pipeline
 from diffusion_utils.train_diffusion import train_diffusion
-from preprocessing.errors import InputError, OptionError, WeightsError
+from preprocessing.errors import DivergedError, InputError, OptionError, WeightsError
 from preprocessing.outputs import only_writer
 from training.run_folder import latest_checkpoint
 

@@ -12,12 +12,13 @@ from fault_rounds import rounds
 from fault_runs import ROOT, SECONDS
 from output_contents import contents, differences, leftovers
 
+from preprocessing import interrupts
 from preprocessing.expression import write_vocabulary
 
 pytestmark = pytest.mark.fault("Ctrl-C")
 MOMENTS, ROUND = rounds(6, 20), 2                     # Ctrl-C so often, so often on one output folder
 
-INTERRUPTED = "error: interrupted; what was finished is kept, run the same command again\n"
+INTERRUPTED = interrupts.INTERRUPTED + "\n"
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,14 @@ from gan_runs import TINY, gene_encoder, make_run, same, tiny_data, weights
 
 from networks.histo_models import build_encoder
 from networks.snapshot import load_snapshot
-from preprocessing.errors import InputError, OptionError, WeightsError
+from preprocessing.errors import DivergedError, InputError, OptionError, WeightsError
 from training.cond_dropout import CondDropout
 from training.ema import frozen_copy
 from training.gan_config import PRESETS, GanConfig, resolve
 from training.gan_data import gan_data, neighbour_deviations
 from training.gan_draws import batch_rows
 from training.gan_grids import generate
-from training.gan_loop import DivergedError, GanRun
+from training.gan_loop import GanRun
 from training.gan_step import alternate
 from training.run_folder import latest_checkpoint
 from training.warm_start import _set_clock

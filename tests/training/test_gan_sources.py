@@ -33,7 +33,7 @@ def test_the_data_of_a_cohort_have_a_short_name_of_their_own():
 @pytest.mark.parametrize(("content", "name"), [
     (np.array([True, False, True, True]), "mask.npy"),
     (np.array([3, 0, 2]), "mask.npy"),
-    ("spot,keep\nx,True\ny,False\nz,true\nw,1\n", "mask.csv"),
+    ("name,keep\nx,True\ny,False\nz,true\nw,1\n", "mask.csv"),
 ], ids=["booleans", "row numbers", "csv"])
 def test_a_mask_is_booleans_or_row_numbers_or_a_column(tmp_path, content, name):
     np.save(tmp_path / name, content) if name.endswith("npy") else (tmp_path / name).write_text(content)
@@ -45,8 +45,20 @@ def test_a_mask_that_names_barcodes_is_joined_by_them_and_misses_none(tmp_path):
     path, obs = tmp_path / "mask.csv", OBS.set_axis(["S__a", "S__b", "S__c", "S__d"])
     path.write_text("spot,keep\nd,0\nc,0\nelsewhere,0\na,1\nb,1\n")
     assert read_mask(str(path), 4, obs, "S").tolist() == [True, True, False, False]
-    path.write_text("spot,keep\na,1\nx,0\ny,0\nz,1\n")
-    with pytest.raises(InputError, match="every spot of S; found no line for 3"):
+    for others in ("a,1\nx,0\ny,0\nz,1\n", "e,1\nf,0\ng,0\nh,1\n"):
+        path.write_text("spot,keep\n" + others)
+        with pytest.raises(InputError, match="every spot of S; found no line for [34]"):
+            read_mask(str(path), 4, obs, "S")
+    path.write_text("n_members,keep\n3,1\n2,1\n1,0\n0,0\n")                  # numbers are no barcodes, whatever obs_names are
+    assert read_mask(str(path), 4, OBS, "S").tolist() == [True, True, False, False]
+
+
+def test_samples_that_share_barcodes_are_told_apart_by_a_column_of_the_mask(tmp_path):
+    path, obs = tmp_path / "mask.csv", OBS.set_axis(["S__a", "S__b", "T__a", "T__b"])
+    path.write_text("sample_id,barcode,keep\nT,b,0\nT,a,1\nS,b,1\nS,a,0\n")
+    assert read_mask(str(path), 4, obs, "S").tolist() == [False, True, True, False]
+    path.write_text("barcode,keep\na,1\nb,0\n")
+    with pytest.raises(InputError, match="no line for 4"):
         read_mask(str(path), 4, obs, "S")
 
 
