@@ -68,16 +68,19 @@ def _interrupts_outside_of(stream: _Stream) -> Iterator[None]:
         if frame is None:
             usual(number, frame)
         stream.error = stream.error or KeyboardInterrupt()
-        raise_again_soon()                   # between two writes, not after the last
+        again.append(raise_again_soon())     # between two writes, not after the last
 
     usual = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or usual not in (signal.default_int_handler, ctrl_c):
         yield
         return
+    again: list[threading.Timer] = []
     signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
+        for timer in again:
+            timer.cancel()
         signal.signal(signal.SIGINT, usual)
 
 

@@ -61,3 +61,11 @@ def test_ctrl_c_within_a_write_is_exit_code_130_and_the_old_file_stays(tmp_path,
     assert done.returncode == 130, (done.returncode, done.stdout, done.stderr)
     assert done.stderr == "error: interrupted; what was finished is kept, run the same command again\n"
     assert (tmp_path / "out.h5").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_ctrl_c_within_a_write_ends_the_command_then_and_not_after_the_last_patch(tmp_path):
+    patches = PATCHES.replace('"out.h5", noise', '"out.h5", (time.sleep(0.1) or noise[i] for i in range(500))')      # 50 s
+    done = subprocess.run([sys.executable, "-c", "import time" + INTERRUPTED + patches, "40"], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PYTHONPATH": str(ROOT)}, timeout=40)
+    assert done.returncode == 130, (done.returncode, done.stderr)
+    assert done.stderr == "error: interrupted; what was finished is kept, run the same command again\n" and not list(tmp_path.iterdir())
