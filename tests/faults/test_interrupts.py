@@ -146,3 +146,23 @@ main()
 def test_a_ctrl_c_is_never_lost_nor_another_error(arguments, code, said):
     done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], cwd=ROOT, text=True, capture_output=True, timeout=SECONDS)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
+
+
+IMPORTING = """
+import os, runpy, signal, sys
+
+class Press:
+    def find_spec(self, name, *_):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Press())
+sys.path.insert(0, ".")
+runpy.run_path(sys.argv[2], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("library", "command"), [("hydra", "train_clip.py"), ("h5py", "preprocessing/extract_patches.py")])
+def test_a_ctrl_c_while_a_command_imports_is_one_line(library, command):
+    done = subprocess.run([sys.executable, "-c", IMPORTING, library, command], cwd=ROOT, text=True, capture_output=True, timeout=SECONDS)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", INTERRUPTED)

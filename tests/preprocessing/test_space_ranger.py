@@ -188,11 +188,14 @@ def test_small_bins_take_the_cluster_of_the_large_bin_they_lie_in(tmp_path):
         f"{row // 4}{col // 4}" for row, col in zip(sample.array_row[read], sample.array_col[read], strict=True)]
 
 
-def test_images_and_scale_factors_come_along_for_drawing(tmp_path):
+def test_images_and_scale_factors_come_along_for_drawing(tmp_path, monkeypatch):
     folder = write_visium(tmp_path)
     Image.fromarray(np.full((600, 500, 4), 200, np.uint8)).save(folder / "spatial" / "tissue_hires_image.png")
     sample = read_sample(folder)
     assert sample.images["hires"].shape == (600, 500, 3) and sample.scalefactors["tissue_hires_scalef"] == 0.5
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="tissue_hires_image.png: image: expected a small overview"):
+        patch.setattr(space_ranger, "LARGEST_OVERVIEW_PX", 599)
+        _ = read_sample(folder).images["hires"]
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
