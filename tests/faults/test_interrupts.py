@@ -162,7 +162,7 @@ runpy.run_path(sys.argv[2], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(("library", "command"), [("hydra", "train_clip.py"), ("h5py", "preprocessing/extract_patches.py")])
+@pytest.mark.parametrize(("library", "command"), [("hydra", "train_clip.py"), ("preprocessing.errors", "preprocessing/extract_patches.py")])
 def test_a_ctrl_c_while_a_command_imports_is_one_line(library, command):
     done = subprocess.run([sys.executable, "-c", IMPORTING, library, command], cwd=ROOT, text=True, capture_output=True, timeout=SECONDS)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", INTERRUPTED)
