@@ -66,6 +66,15 @@ def named_error(error: Exception, path: Path | str) -> Exception:
 
 
 @contextmanager
+def writes_to(path: Path | str) -> Iterator[None]:
+    """For what is written without a temporary name (logs): an error of writing within this names `path` where it names no file."""
+    try:
+        yield
+    except Exception as error:
+        raise named_error(error, path) from error
+
+
+@contextmanager
 def finished_together(paths: Sequence[Path]) -> Iterator[dict[Path, Path]]:
     """Yield for each of several files a name to finish it under; when all are written they get their own, one rename after the other.
 

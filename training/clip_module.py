@@ -24,6 +24,7 @@ from networks.clip import CLIP
 from networks.clip_model_config import different_settings
 from networks.weights import read_plain_file
 from preprocessing.errors import DivergedError, OptionError, WeightsError
+from preprocessing.outputs import writes_to
 from training.clip_checkpoints import StopOnSignal, SummedCheckpoints, same_signals_after
 from training.clip_config import ClipConfig
 from training.clip_data import Batch, ClipData, StepBatches, whole_batch
@@ -169,7 +170,7 @@ def fit_clip(clip: CLIP, data: ClipData, config: ClipConfig, run_dir: Path, ckpt
     val_loader = None if data.val is None else DataLoader(
         data.val, batch_sampler=[[batch[place] for place in own_rows(len(batch))] for batch in val_batches], collate_fn=whole_batch)
     try:
-        with same_signals_after():
+        with same_signals_after(), writes_to(run_dir):
             trainer.fit(module, loader, val_loader, ckpt_path=ckpt_path, weights_only=True)
     except MisconfigurationException as error:
         raise OptionError("trainer", "a run that can go on from its checkpoint", " ".join(str(error).split())) from error

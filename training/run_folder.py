@@ -21,7 +21,7 @@ from torch import Tensor
 
 from preprocessing.done_manifests import file_sha256, strings_sha256
 from preprocessing.errors import InputError, WeightsError, first_few, read_json
-from preprocessing.outputs import LEFTOVER, finished_file, finished_folder
+from preprocessing.outputs import LEFTOVER, finished_file, finished_folder, writes_to
 from preprocessing.progress import ProgressBar
 
 log = logging.getLogger(__name__)
@@ -72,20 +72,21 @@ class StatsLog:
             temporary.write_text("".join(f"{line}\n" for line in kept))
 
     def write(self, step: int, values: Mapping[str, float], line: str) -> None:
-        with open(self.folder / "stats.jsonl", "a") as stream:
+        with writes_to(self.folder / "stats.jsonl"), open(self.folder / "stats.jsonl", "a") as stream:
             stream.write(json.dumps({"step": step, **values}) + "\n")
         self.note(line)
         if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
-            self.writer.flush()
+            with writes_to(self.folder / "events.out.tfevents"):
+                for name, value in values.items():
+                    self.writer.add_scalar(name, value, step)
+                self.writer.flush()
         if self.wandb_run is not None:
             self.wandb_run.log(dict(values), step=step)
 
     def note(self, line: str) -> None:
         """Say a line, and append it to log.txt."""
         ProgressBar.write(line)
-        with open(self.folder / "log.txt", "a") as stream:
+        with writes_to(self.folder / "log.txt"), open(self.folder / "log.txt", "a") as stream:
             stream.write(line + "\n")
 
     def close(self) -> None:
