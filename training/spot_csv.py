@@ -19,7 +19,7 @@ def last_column(table: pd.DataFrame, obs: pd.DataFrame | None, path: Path, data:
         return table.iloc[:, -1].to_numpy()
     keys = [str(key) for key in obs.index]
     for column in table.columns[:-1]:
-        named_so, names = str(column).strip().lower() in BARCODES, _names(table, column)
+        named_so, names = str(column).strip().lower() in BARCODES, _names(table, column, keys)
         lines = _lines(names, keys)
         missing = [key for key, line in zip(keys, lines, strict=True) if line is None]
         numbers = pd.to_numeric(table[column], errors="coerce").notna().all()       # most often of rows: no barcodes
@@ -32,12 +32,13 @@ def last_column(table: pd.DataFrame, obs: pd.DataFrame | None, path: Path, data:
     return table.iloc[:, -1].to_numpy()
 
 
-def _names(table: pd.DataFrame, column: str) -> list[str]:
-    """A column as barcodes, each with its sample where another column names that."""
+def _names(table: pd.DataFrame, column: str, keys: list[str]) -> list[str]:
+    """A column as barcodes, each with its sample where another column names that and the spots do too."""
     names = table[column].astype(str).tolist()
     samples = next((table[other].astype(str).tolist() for other in table.columns if str(other).strip().lower() in SAMPLES), None)
-    return names if samples is None else [name if "__" in name else f"{sample}__{name}"
-                                          for sample, name in zip(samples, names, strict=True)]
+    if samples is None or not any("__" in key for key in keys):
+        return names
+    return [name if "__" in name else f"{sample}__{name}" for sample, name in zip(samples, names, strict=True)]
 
 
 def _lines(names: list[str], keys: list[str]) -> list[int | None]:

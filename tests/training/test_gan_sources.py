@@ -57,6 +57,8 @@ def test_samples_that_share_barcodes_are_told_apart_by_a_column_of_the_mask(tmp_
     path, obs = tmp_path / "mask.csv", OBS.set_axis(["S__a", "S__b", "T__a", "T__b"])
     path.write_text("sample_id,barcode,keep\nT,b,0\nT,a,1\nS,b,1\nS,a,0\n")
     assert read_mask(str(path), 4, obs, "S").tolist() == [False, True, True, False]
+    path.write_text("sample_id,barcode,keep\nT,b,0\nT,a,1\n")
+    assert read_mask(str(path), 2, OBS[:2].set_axis(["a", "b"]), "S").tolist() == [True, False]     # spots that name no sample
     path.write_text("barcode,keep\na,1\nb,0\n")
     with pytest.raises(InputError, match="no line for 4"):
         read_mask(str(path), 4, obs, "S")
