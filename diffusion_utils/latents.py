@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from diffusion_utils.draws import ORIENTATIONS, oriented
 from networks.layers import images_to_float
 from preprocessing.npy_file import NPY_ERRORS
-from preprocessing.outputs import finished_file, flush_to_disk, locked, named_error, require_free_space, write_json
+from preprocessing.outputs import finished_file, flush_to_disk, locked, raise_named, require_free_space, write_json
 from preprocessing.progress import ProgressBar
 from training.patch_cache import PatchRows, spread_sha256
 
@@ -147,7 +147,7 @@ def _take_space(path: Path) -> None:
             try:
                 os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
             except OSError as error:
-                raise named_error(error, path) from error
+                raise_named(error, path)
 
 
 def _rows_done(working: Path, note: Path, shape: tuple[int, ...]) -> int:

@@ -6,14 +6,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from networks.clip_model import ClipModel
 from networks.clip_model_config import ClipModelConfig
 from networks.histo_models import build_encoder
 from networks.model_card import model_card
-from networks.weights import load_into, load_weights_folder, local_or_hub, read_plain_file, save_weights_folder, weights_sha256
+from networks.weights import (
+    load_into,
+    load_weights_folder,
+    local_or_hub,
+    read_plain_file,
+    save_weights_folder,
+    weights_sha256,
+    write_plain_file,
+)
 from preprocessing.done_manifests import file_sha256, program_versions, strings_sha256
 from preprocessing.errors import WeightsError
 from preprocessing.outputs import finished_file
@@ -80,7 +87,7 @@ class CLIP(ClipModel):
         load_into(_WithoutTower(model, model.weights()), tensors, ckpt)
         path = Path(path)
         with finished_file(path) as temporary:
-            torch.save({"config": {**description, "versions": program_versions()}, "state_dict": model.weights()}, temporary)
+            write_plain_file({"config": {**description, "versions": program_versions()}, "state_dict": model.weights()}, temporary)
         return path
 
 

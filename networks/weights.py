@@ -56,6 +56,13 @@ def read_plain_file(path: Path | str) -> dict:
     return dict(content)
 
 
+def write_plain_file(content: Mapping, path: Path | str) -> None:
+    """Write what `read_plain_file` reads from a file that is no .safetensors. Python writes it, so that a disk, quota or limit that
+    refuses more is an error with its reason, where torch's own writer has none."""
+    with open(path, "wb") as stream:
+        torch.save(content, stream)
+
+
 def _reason(error: Exception) -> str:
     """Ours, in plain words: the loaders' own texts advise to run what is in the file."""
     if "GLOBAL" in str(error).upper():   # a class or function that loading would call

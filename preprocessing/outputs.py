@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from filelock import FileLock, Timeout
 
@@ -46,23 +47,38 @@ def finished_file(path: Path | str, validate: Callable[[Path], object] | None = 
         if sync:
             flush_to_disk(path.parent)
     except Exception as error:
-        raise named_error(error, path) from error
+        raise_named(error, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def named_error(error: Exception, path: Path | str) -> Exception:
-    """The error of writing `path`, with the file's name where it has none; asked before what was written so far is removed.
+def raise_named(error: Exception, path: Path | str) -> NoReturn:
+    """Raise the error of writing `path` again, with the file's name where it has none; before what was written so far is removed."""
+    named = _named_error(error, path)
+    raise named from (error.__cause__ if named is error else error)
 
-    Writing to an open file names none; on a full disk numpy says how many items it wrote, torch and safetensors raise errors of their own.
-    """
+
+def _named_error(error: Exception, path: Path | str) -> Exception:
+    """Writing to an open file names none; numpy says how many items it wrote, torch and safetensors raise errors of their own."""
     if hasattr(error, "exit_code") or getattr(error, "filename", None) is not None:
         return error
-    if isinstance(error, OSError) and error.errno is not None:
-        return OSError(error.errno, error.strerror, str(path)) if error.errno in OF_WRITING else error
-    folder = Path(path).parent
-    full = os.strerror(errno.ENOSPC) in str(error) or (folder.is_dir() and shutil.disk_usage(folder).free < MIB)
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) if full else error
+    number = _of_writing(error, Path(path).parent)
+    if number is not None:
+        return OSError(number, os.strerror(number), str(path))
+    return OSError(f"{path}: {error}") if isinstance(error, OSError) and error.errno is None else error
+
+
+def _of_writing(error: Exception, folder: Path) -> int | None:
+    """Which of OF_WRITING is behind an error: by its number, else its words, those of what it was raised from, or the disk itself."""
+    if (own := getattr(error, "errno", None)) is not None:
+        return own if own in OF_WRITING else None
+    behind: BaseException | None = error
+    while behind is not None:
+        for number in OF_WRITING:
+            if getattr(behind, "errno", None) == number or os.strerror(number) in str(behind):
+                return number
+        behind = behind.__cause__ or behind.__context__
+    return errno.ENOSPC if folder.is_dir() and shutil.disk_usage(folder).free < MIB else None
 
 
 @contextmanager
@@ -71,7 +87,7 @@ def writes_to(path: Path | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise named_error(error, path) from error
+        raise_named(error, path)
 
 
 @contextmanager
@@ -87,7 +103,7 @@ def finished_together(paths: Sequence[Path]) -> Iterator[dict[Path, Path]]:
         for path, temporary in staged.items():
             os.replace(temporary, path)
     except Exception as error:
-        raise named_error(error, paths[0]) from error
+        raise_named(error, paths[0])
     finally:
         for temporary in staged.values():
             temporary.unlink(missing_ok=True)
@@ -110,7 +126,7 @@ def finished_folder(path: Path | str, validate: Callable[[Path], object] | None 
             validate(temporary)
         replace_folder(temporary, path)
     except Exception as error:
-        raise named_error(error, path) from error
+        raise_named(error, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import InputError, first_few
-from preprocessing.outputs import finished_folder, flush_to_disk, named_error, replace_folder
+from preprocessing.outputs import finished_folder, flush_to_disk, raise_named, replace_folder
 from preprocessing.patch_file import blocks
 from preprocessing.patches import METADATA, STAIN
 
@@ -56,7 +56,7 @@ def write_pngs(folder: Path, first_row: int, patches: Iterable[np.ndarray], digi
         try:
             path.write_bytes(encode_png(patch))
         except OSError as error:
-            raise named_error(error, path) from error
+            raise_named(error, path)
         return path
 
     with ThreadPoolExecutor(workers) as pool:
@@ -84,7 +84,7 @@ def finish_patch_folder(working: Path, folder: Path | str, *, count: int, digits
     try:
         _complete(working, [png_name(row, digits) for row in range(count)], barcodes, sample_id, xy, stain)
     except OSError as error:
-        raise named_error(error, working) from error
+        raise_named(error, working)
     if record is not None:
         record(working)
     replace_folder(working, folder)

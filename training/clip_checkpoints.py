@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytorch_lightning as pl
-import torch
 from lightning_fabric.plugins.io import TorchCheckpointIO
 
-from networks.weights import read_plain_file
+from networks.weights import read_plain_file, write_plain_file
 from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import InputError, WeightsError
 from preprocessing.outputs import finished_file
@@ -36,7 +35,7 @@ class SummedCheckpoints(TorchCheckpointIO):
         path = Path(path)
         sums, before = sums_path(path), _recorded(path)
         with finished_file(path) as temporary:
-            torch.save(checkpoint, temporary)
+            write_plain_file(checkpoint, temporary)
             found = file_sha256(temporary)
             _write_sums(sums, path.name, [found, *before])   # killed between the two: the old file and the new are both known
         _write_sums(sums, path.name, [found])

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from networks.weights import write_plain_file
 from preprocessing.done_manifests import file_sha256, strings_sha256
 from preprocessing.errors import InputError, WeightsError, first_few, read_json
 from preprocessing.outputs import LEFTOVER, finished_file, finished_folder, writes_to
@@ -151,7 +152,7 @@ def save_checkpoint(folder: Path | str, step: int, *, state: Mapping, tensors: M
             plain = {name: value.detach().cpu().contiguous().clone() for name, value in values.items()}
             save_file(plain, temporary / f"{part}.safetensors")
         for part, values in optimisers.items():
-            torch.save(values, temporary / f"{part}.pt")
+            write_plain_file(values, temporary / f"{part}.pt")
         (temporary / STATE_FILE).write_text(json.dumps({**state, "step": step}, indent=2) + "\n")
         files = sorted(path.name for path in temporary.iterdir())
         (temporary / SUMS_FILE).write_text("".join(f"{file_sha256(temporary / name)}  {name}\n" for name in files))

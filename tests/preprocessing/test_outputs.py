@@ -1,14 +1,25 @@
 """When a file counts as finished, from which inputs, and who may write it."""
+import errno
 import os
+import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import h5py
+import numpy as np
+import pandas as pd
 import pytest
+import tifffile
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
+from networks.weights import write_plain_file
 from preprocessing import done_manifests, outputs
 from preprocessing.done_manifests import fingerprint, is_done, read_done, write_done
+from preprocessing.hdf5_output import hdf5_output
 from preprocessing.outputs import done_path, finished_file, finished_folder, locked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,3 +108,47 @@ def test_a_free_lock_is_taken_silently_and_a_held_one_ends_in_an_error(tmp_path,
         assert capfd.readouterr().err == ""
         with pytest.raises(OSError, match="another process is still writing it"), locked(tmp_path / "out", wait_s=0.1):
             pass
+
+
+# ---- a system that takes no more, whoever writes ---------------------------------------------------------------------
+
+NOISE = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+
+
+def write_hdf5(path):
+    with hdf5_output(path) as file:
+        file["a"] = NOISE
+
+
+def write_plain_hdf5(path):
+    with h5py.File(path, "w") as file:
+        file["a"] = NOISE
+
+
+def write_npy(path):
+    with open(path, "wb") as stream:
+        np.save(stream, NOISE)
+
+
+WRITERS = {
+    "text": lambda path: path.write_text("x" * NOISE.size), "png": lambda path: Image.fromarray(NOISE).save(path, format="PNG"),
+    "npy": write_npy, "hdf5": write_hdf5, "hdf5 by h5py": write_plain_hdf5, "tiff": lambda path: tifffile.imwrite(path, NOISE),
+    "csv": lambda path: pd.DataFrame(NOISE.reshape(-1, 3)).to_csv(path),
+    "parquet": lambda path: pd.DataFrame(NOISE.reshape(-1, 3), columns=list("abc")).to_parquet(path),
+    "safetensors": lambda path: save_file({"a": torch.from_numpy(NOISE)}, path),
+    "torch": lambda path: write_plain_file({"a": torch.from_numpy(NOISE)}, path)}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_limit_on_writing_names_the_file_whoever_writes_and_the_old_one_stays(tmp_path, writer):
+    path, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_text("old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as raised, finished_file(path) as temporary:
+            WRITERS[writer](temporary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = raised.value
+    assert str(path) in (said.filename or str(said)) and (said.errno == errno.EFBIG or said.errno is None)
+    assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["out"]
