@@ -7,23 +7,22 @@ from pathlib import Path
 import click
 
 from diffusion_utils.options import option
-from preprocessing.errors import Command, InputError
+from preprocessing.errors import Command, InputError, read_text
 
 
 def dump_metadata(image_dir: Path | str, gex: Path | str | None = None) -> Path:
     """Write `metadata.jsonl`; returns its path. With `gex` (an .h5ad) every line has its barcode, sample and position.
 
-    File names are barcodes of `gex`, or carry the row numbers 0..N-1; anything else is refused.
+    File names are barcodes of `gex`, or carry the row numbers 0..N-1; anything else is refused, as is a folder that has another one.
     """
     import numpy as np
 
     from preprocessing.outputs import finished_file
-    from preprocessing.patches import METADATA, pair, read_patch_folder
+    from preprocessing.patches import METADATA, foreign_folder, pair, read_patch_folder
 
     image_dir = Path(image_dir)
-    folder = read_patch_folder(image_dir)
-    if (image_dir / METADATA).is_file():
-        raise InputError(image_dir / METADATA, "file", "a folder without one", "one that is there", "Remove it first if it is wrong")
+    metadata = image_dir / METADATA
+    folder = foreign_folder(image_dir) if metadata.is_file() else read_patch_folder(image_dir)
     if gex is None:
         paths = pair(folder, [str(row) for row in range(len(folder.paths))], image_dir)
         lines = [{"gex_emb": row} for row in range(len(paths))]
@@ -35,9 +34,14 @@ def dump_metadata(image_dir: Path | str, gex: Path | str | None = None) -> Path:
         paths, xy = pair(folder, barcodes, gex), table.centre_xy_px
         lines = [{"barcode": barcode, "sample_id": str(sample)} | ({"x": float(x), "y": float(y)} if np.isfinite([x, y]).all() else {})
                  | {"gex_emb": row} for row, (barcode, sample, (x, y)) in enumerate(zip(barcodes, table.sample_ids, xy, strict=True))]
-    with finished_file(image_dir / METADATA) as temporary:
-        temporary.write_text("".join(json.dumps({"file_name": path.name, **line}) + "\n" for path, line in zip(paths, lines, strict=True)))
-    return image_dir / METADATA
+    text = "".join(json.dumps({"file_name": path.name, **line}) + "\n" for path, line in zip(paths, lines, strict=True))
+    if metadata.is_file():
+        if read_text(metadata, "JSON lines") != text:
+            raise InputError(metadata, "file", "none, or what would be written", "another one", "Remove it first if it is wrong")
+        return metadata
+    with finished_file(metadata) as temporary:
+        temporary.write_text(text)
+    return metadata
 
 
 @click.command(cls=Command)

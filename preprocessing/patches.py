@@ -54,13 +54,16 @@ def read_patch_folder(folder: Path | str) -> PatchFolder:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(folder, "folder", "a folder of patches", "a file" if folder.exists() else "nothing there")
-    if not (folder / METADATA).is_file():
-        images = [entry for entry in folder.iterdir()
-                  if not entry.name.startswith(".") and entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
-        if not images:
-            raise InputError(folder, "content", f"{METADATA} or images", "neither")
-        return PatchFolder(folder, sorted(images))
-    return _read_metadata(folder)
+    return _read_metadata(folder) if (folder / METADATA).is_file() else foreign_folder(folder)
+
+
+def foreign_folder(folder: Path) -> PatchFolder:
+    """Every image of a folder, whatever describes them."""
+    images = [entry for entry in folder.iterdir()
+              if not entry.name.startswith(".") and entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
+    if not images:
+        raise InputError(folder, "content", f"{METADATA} or images", "neither")
+    return PatchFolder(folder, sorted(images))
 
 
 def _read_metadata(folder: Path) -> PatchFolder:
