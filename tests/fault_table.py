@@ -2,7 +2,8 @@
 
 A test says its kind with the marker `fault`, and how many it tries with the fixture `tried`; without that it is one. A fault is
 survived if the test goes on after it; the one at which a test fails counts as data lost (an assertion), a hang (a time ran out), or
-a crash (any other error). `tests/conftest.py` loads this for every run; the table is printed where FAULT_ROUNDS says full.
+a crash (any other error). `tests/conftest.py` loads this for every run; where FAULT_ROUNDS says full the table is printed, and what
+was skipped and why.
 """
 import re
 from collections import defaultdict
@@ -27,7 +28,10 @@ def tried(request):
 def pytest_runtest_makereport(item, call):
     outcome = yield
     report, marker = outcome.get_result(), item.get_closest_marker("fault")
-    if marker is None or report.when != "call" and not report.failed or report.skipped:
+    if marker is None or report.when != "call" and not report.failed and not report.skipped:
+        return
+    if report.skipped:
+        report.user_properties = [*report.user_properties, ("fault not tried", f"{item.name}: {_reason(report)}")]
         return
     n = sum(count for name, count in item.user_properties if name == "tried") or 1
     row = dict.fromkeys(COLUMNS, 0) | {"tried": n, "survived": n}
@@ -37,6 +41,11 @@ def pytest_runtest_makereport(item, call):
             "data lost" if isinstance(call.excinfo.value, AssertionError) and not CRASH.search(said) else "crashes"
         row |= {"survived": n - 1, lost: 1}
     report.user_properties = [*report.user_properties, ("fault", (marker.args[0], row))]
+
+
+def _reason(report) -> str:
+    """Why a test was skipped."""
+    return report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
 
 
 def table_of(reports) -> dict[str, dict[str, int]]:
@@ -62,8 +71,13 @@ def lines_of(table) -> list[str]:
 
 
 def pytest_terminal_summary(terminalreporter):
-    table = table_of(report for reports in terminalreporter.stats.values() for report in reports)
+    all_reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    table = table_of(all_reports)
     if FULL and table:
         terminalreporter.section("faults")
         for line in lines_of(table):
             terminalreporter.write_line(line)
+        not_tried = sorted({value for report in all_reports for name, value in getattr(report, "user_properties", ())
+                            if name == "fault not tried"})
+        for line in not_tried:
+            terminalreporter.write_line(f"not tried: {line}")

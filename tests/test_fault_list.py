@@ -56,6 +56,15 @@ def test_crashes(tried):
     tried(5)
     raise ValueError("a traceback")
 
+@pytest.mark.fault("damaged")
+def test_skips():
+    pytest.skip("no mount")
+
+@pytest.mark.fault("damaged")
+@pytest.mark.skipif(True, reason="no root")
+def test_is_skipped():
+    pass
+
 def test_other():
     assert False
 """
@@ -69,3 +78,5 @@ def test_faults_are_counted_by_kind_and_by_what_became_of_them(tmp_path):
     rows = {line.split("|")[1].strip(): [int(cell) for cell in line.split("|")[2:7]] for line in said.splitlines()
             if line.startswith("| ") and "tried" not in line}
     assert rows == {"damaged": [6, 4, 0, 1, 1], "killed": [6, 5, 1, 0, 0], "all": [12, 9, 1, 1, 1]}, said
+    assert [line for line in said.splitlines() if line.startswith("not tried: ")] == [
+        "not tried: test_is_skipped: no root", "not tried: test_skips: no mount"], said

@@ -3,6 +3,7 @@
 Reads a line of JSON a request, answers with one. A child leaves through the interpreter's own exit, so that a crash there is seen.
 Blocks are small, so that tiny samples have many. Not a test file: `fault_runs.py` starts it.
 """
+import gc
 import importlib
 import json
 import os
@@ -42,6 +43,7 @@ def start(command: str, arguments: list[str], log: str, uid: int | None = None, 
 
 
 def main() -> None:
+    gc.freeze()                            # else every child, as it leaves, copies the memory of all that was imported, to free it
     for line in sys.stdin:
         request = json.loads(line)
         kind = request.pop("kind")

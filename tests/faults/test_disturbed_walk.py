@@ -1,40 +1,25 @@
-"""The whole walk - simulate, preprocess, CLIP, GAN, diffusion, patches, scores - killed at random moments, or on a disk that is full.
+"""The whole walk - simulate, preprocess, CLIP, GAN, diffusion, patches, scores - and the commands beside it, stopped at random moments.
 
 Whoever repeats the very command that was stopped ends with what an undisturbed walk leaves: every dataset, pixel, table and weight (one
-thread on a CPU), no half file, no second run folder, no row twice. `make test` disturbs it a few times, FAULT_ROUNDS=full thirty times
-by kills and ten times a command by a full disk. Example, in full: FAULT_ROUNDS=full pytest tests/faults/test_disturbed_walk.py -s
+thread on a CPU), no half file, no second run folder, no row twice. `make test` kills it a few times, FAULT_ROUNDS=full thirty times, and
+twenty times each command. Example, in full: FAULT_ROUNDS=full pytest tests/faults/test_disturbed_walk.py -s
 """
-import itertools
+import os
 import random
 import shutil
+import signal
 import time
 
 import pytest
 from fault_rounds import FULL, rounds
-from fault_runs import CommandServer
+from further_inputs import write_further_inputs
 from output_contents import differences, leftovers
-from small_disk import MIB, SmallDisk, small_disk
-from walk import LONGEST_S, WALK, start, succeeds, walk, walk_contents, was_killed
+from walk import COMMANDS, FURTHER, WRITES, start, succeeds, walk_contents, was_killed
 
-KILLS, FULL_DISKS = rounds(4, 30), rounds(1, 10)
+from preprocessing.interrupts import INTERRUPTED
+
+KILLS, PRESSES = rounds(5, 30), rounds(1, 20)
 SEED = 8
-WRITES = {"simulate": "SIM", "clip": "clip", "embeddings": "embeddings", "gan": "gan", "gen_images": "generated", "diffusion": "diffusion",
-          "generate_img": "drawn", "metrics": "scores"}      # those of preprocessing: test_disk_full.py
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    script = {"script": "walk_server.py"}
-    running = small_disk(tmp_path_factory.mktemp("disk"), size=1024 * MIB, **script) or CommandServer(**script)
-    yield running
-    running.close()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(commands, tmp_path_factory):
-    """Its contents, and the seconds that each command took."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "walk"
-    return folder, dict(walk(commands, folder))
 
 
 def plan(seconds: dict[str, float], moments: random.Random) -> dict[str, int]:
@@ -70,6 +55,8 @@ def test_a_walk_killed_at_random_moments_ends_with_the_contents_of_an_undisturbe
     folder.mkdir()
     kills = plan(seconds, moments)
     for name, times in kills.items():
+        if name == next(iter(FURTHER)):
+            write_further_inputs(folder)
         kill_often(commands, name, folder, seconds[name], times, moments, tried)
     print("killed: " + ", ".join(f"{name} {times} times" for name, times in kills.items()), flush=True)
     assert sum(kills.values()) == KILLS
@@ -86,39 +73,42 @@ def test_a_command_killed_twenty_times_leaves_what_an_undisturbed_one_leaves(com
     same_walk(folder, whole)
 
 
-@pytest.mark.skipif(not FULL, reason="FAULT_ROUNDS=full only: a third walk")
-def test_every_command_of_the_walk_given_twice_leaves_what_it_left(commands, undisturbed, tmp_path):
-    """Killed after its last file was written, before it could say so."""
-    (whole, _), folder = undisturbed, tmp_path / "walk"
+@pytest.mark.slow
+@pytest.mark.fault("Ctrl-C")
+@pytest.mark.parametrize("name", WRITES if FULL else ("clip", "gan", "diffusion", "perturb"))
+def test_ctrl_c_at_any_moment_of_a_command_is_one_line_and_it_goes_on_afterwards(commands, undisturbed, name, tmp_path, tried):
+    (whole, seconds), folder, moments, n_pressed = undisturbed, tmp_path / "walk", random.Random(name), 0
     shutil.copytree(whole, folder)
-    for name in WALK:
-        succeeds(start(commands, name, folder))
+    shutil.rmtree(folder / WRITES[name])
+    while n_pressed < PRESSES:
+        run = start(commands, name, folder)
+        time.sleep(moments.uniform(0.02, 0.98) * seconds[name])
+        press_ctrl_c(run)
+        if run.wait() == 0:                                   # it ended first: from the start again
+            shutil.rmtree(folder / WRITES[name])
+            continue
+        n_pressed += 1
+        tried()
+        assert run.code in (130, -signal.SIGINT), (run.code, run.said[-3000:])
+        assert [line for line in run.errors if line != INTERRUPTED] == [], run.said[-3000:]
+        assert not [path.name for path in folder.rglob("*") if ".tmp." in path.name or ".old." in path.name]
+    succeeds(start(commands, name, folder))
     same_walk(folder, whole)
 
 
-@pytest.mark.slow
-@pytest.mark.fault("full or read-only disk")
-@pytest.mark.parametrize("name", WRITES)
-def test_a_command_on_a_full_disk_is_one_line_and_goes_on_with_room(commands, undisturbed, name, tried):
-    """A little more room each time, up to what the command leaves."""
-    if not isinstance(commands, SmallDisk):
-        pytest.skip("a small disk cannot be mounted here")
-    commands.make_empty()
-    whole, folder = undisturbed[0], commands.mount / "walk"
-    assert commands.call("cp", "-r", whole, folder) == 0 and commands.call("rm", "-r", folder / WRITES[name]) == 0
-    before, needed = commands.used(), sum(path.stat().st_blocks * 512 for path in (whole / WRITES[name]).rglob("*"))
-    n_full, shares = 0, itertools.cycle((number + 0.5) / FULL_DISKS for number in range(FULL_DISKS))
-    while n_full < FULL_DISKS:
-        commands.leave_free(max(0, before + int(needed * next(shares)) - commands.used()))
-        run = start(commands, name, folder)
-        if run.wait(LONGEST_S) == 0:                          # what it had left before was enough to end with: from the start again
-            assert commands.call("rm", "-r", folder / WRITES[name]) == 0
-            continue
-        assert run.code == 4 and len(run.errors) == 1, (n_full, run.code, run.said[-3000:])
-        assert "No space left on device" in run.errors[0] or " are free" in run.errors[0], run.errors
-        assert str(commands.mount) in run.errors[0], "the file is named"
-        n_full += 1
-        tried()
-    commands.leave_free(600 * MIB)
-    succeeds(start(commands, name, folder))
-    same_walk(commands.path(folder), whole)
+def press_ctrl_c(run) -> None:
+    """As a terminal does: to the command and all that it started."""
+    try:
+        os.killpg(run.child, signal.SIGINT)
+    except ProcessLookupError:                                # it has no group yet, or is gone
+        run.signal(signal.SIGINT)
+
+
+@pytest.mark.skipif(not FULL, reason="FAULT_ROUNDS=full only: a third walk")
+def test_every_command_given_twice_leaves_what_it_left(commands, undisturbed, tmp_path):
+    """Killed after its last file was written, before it could say so."""
+    (whole, _), folder = undisturbed, tmp_path / "walk"
+    shutil.copytree(whole, folder)
+    for name in COMMANDS:
+        succeeds(start(commands, name, folder))
+    same_walk(folder, whole)

@@ -1,4 +1,5 @@
-"""The whole walk in small, as a user types it: commands with relative paths, each with its own way to go on after an interruption."""
+"""The whole walk in small, and the commands beside it, as a user types them: with relative paths, each
+with its own way to go on after an interruption."""
 from __future__ import annotations
 
 import hashlib
@@ -35,20 +36,42 @@ WALK = {
                    "--images", "data/patches", "--outdir", "generated", "--device", "cpu"),
     "diffusion": ("--train-data-dir", "data/patches", "--dataset-embs", "embeddings/gene_clip_emb.npy", "--from-scratch", "small",
                   "--pixel-space", "--resolution", 8, "--train-batch-size", 4, "--max-train-steps", 8, "--checkpointing-steps", 2,
-                  "--ema-decay", 0.9, "--mixed-precision", "no", "--output-dir", "diffusion", "--resume-from-checkpoint", "latest"),
+                  "--power-ema", "--mixed-precision", "no", "--output-dir", "diffusion", "--resume-from-checkpoint", "latest"),
     "generate_img": ("--model-checkpoint", "diffusion", "--prompt-file", "embeddings/gene_clip_emb.npy", "--n-prompts", 8, "--num-imgs", 1,
                      "--steps", 4, "--batch-size", 2, "--gen-img-path", "drawn", "--device", "cpu"),
     "metrics": ("--experiment", "walk", "--ref-img-path", "data/patches", "--gen-img-path", "generated", "--features", "random_tiny",
                 "--out-dir", "scores", "--report", "scores/index.html", "--device", "cpu"),
 }
+# those that read what a walk leaves, and `further_inputs.py`
+FURTHER = {
+    "perturb": ("--network", GAN_RUN, "--gex", "data/gex_filt.h5ad", "--genes", "beside/genes.txt", "--spots", "0,5", "--controls", 0,
+                "--seeds", "0-1", "--outdir", "perturbed", "--device", "cpu"),
+    "interpolate": ("--network", GAN_RUN, "--prompt1", "data/gex_filt.h5ad:0", "--prompt2", "data/gex_filt.h5ad:9", "--n-steps", 3,
+                    "--seeds", "0-3", "--outdir", "between", "--device", "cpu"),
+    "interpretability": ("--network", "clip/clip", "--gex", "data/gex_filt.h5ad", "--cluster-labs", "beside/clusters.csv", "--out-file",
+                         "attributions/genes.csv", "--device", "cpu"),
+    "evaluate_sections": ("--train", "beside/train.csv", "--val", "beside/val.csv", "--network", "clip/clip", "--generated", "generated",
+                          "--features", "random_tiny", "--out", "sections/results.json", "--report", "sections/index.html",
+                          "--device", "cpu"),
+    "import_st": ("--counts", "beside/counts.tsv", "--spots", "beside/spots.tsv", "--image", "beside/image.png", "--sample-id", "ST",
+                  "--out-dir", "imported", "--patch-sz-um", 100, "--patch-sz-px", 64),
+    "cohort_report": ("--samples", "beside/cohort.csv", "--out-dir", "cohort"),
+    "choose_ema": ("--run-dir", "diffusion", "--sigma-rel", 0.15, "--out-dir", "averaged/pipeline"),
+    "dump_metadata": ("--image-dir", "foreign", "--gex", "data/gex_filt.h5ad"),
+}
+COMMANDS = WALK | FURTHER
+WRITES = {"simulate": "SIM", "clip": "clip", "embeddings": "embeddings", "gan": "gan", "gen_images": "generated", "diffusion": "diffusion",
+          "generate_img": "drawn", "metrics": "scores", "perturb": "perturbed", "interpolate": "between",
+          "interpretability": "attributions", "evaluate_sections": "sections", "import_st": "imported", "choose_ema": "averaged"}
+# beside those of preprocessing, which have tests of their own; cohort_report and dump_metadata write into folders of others
 LONGEST_S = 600          # of one command, on a machine that does other work too
 RECORDS = ("stats.jsonl", "log.txt", "events.out.tfevents", "metrics.csv", "hparams.yaml")   # logs: they tell how often a run was stopped
 TIMES = ("elapsed_s", "last_tick", "last_snap")
 
 
-def start(server: CommandServer, name: str, folder: Path) -> Run:
-    """A command of the walk under way in `folder`, in a process group of its own."""
-    return server.start(name, *WALK[name], before=f"import os; os.setpgid(0, 0); os.chdir({str(folder)!r})")
+def start(server: CommandServer, name: str, folder: Path, *more: str) -> Run:
+    """A command under way in `folder`, with more arguments, in a process group of its own."""
+    return server.start(name, *COMMANDS[name], *more, before=f"import os; os.setpgid(0, 0); os.chdir({str(folder)!r})")
 
 
 def succeeds(run: Run) -> None:
