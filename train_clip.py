@@ -5,9 +5,9 @@
 
 Configurations lie in assets/: clip_config.yaml (the published values, default), clip_small.yaml (real tissue, few spots, on a
 CPU), clip_demo.yaml; choose with --config-name clip_small. Several samples: data.train_gex=A.h5ad,B.h5ad. Relative paths mean
-the folder the command is started in. SIGTERM and Ctrl-C finish the step and save; continue such a run, or any, with
-run_dir=runs/00000-clip ckpt_path=last. With run_dir=runs/clip ckpt_path=auto from the start, the same command begins and goes on.
---debug shows tracebacks.
+the folder the command is started in. SIGTERM and Ctrl-C finish the step and save; a second Ctrl-C ends at once and leaves the
+checkpoint before. Continue such a run, or any, with run_dir=runs/00000-clip ckpt_path=last. With run_dir=runs/clip ckpt_path=auto
+from the start, the same command begins and goes on. --debug shows tracebacks.
 
 Gene encoders: model.gene_encoder=linear_block (published), bottleneck, hidden, identity, gene_tokens, or pathways with
 model.pathways_file=sets.gmt. Batch effects between samples: trainer.contrast=within_sample, trainer.batch_mmd=0.1,
@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from preprocessing.errors import OptionError, one_line_errors
+from preprocessing.interrupts import STOPS, AnsweredOnce
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 PATHS = re.compile(r"^(\+{0,2}(?:data\.(?:train|val)_(?:gex|image_dir)|data\.samples|run_dir|out_dir|ckpt_path"
@@ -61,14 +62,16 @@ def train(loaded, launch_folder: Path) -> Path | None:
 
 @contextmanager
 def one_line_stops() -> Iterator[None]:
-    """A signal ends the command with one true line and the shell's exit code, before, in and after training."""
-    def stop(number: int, _frame: object) -> None:
+    """A signal ends the command with one true line and the shell's exit code, before, in and after training; the second of its kind
+    at once."""
+    def stop(number: int) -> None:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         print(f"stopped by {name} outside training; checkpoints and files that were finished are kept", file=sys.stderr, flush=True)
         raise SystemExit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    once = AnsweredOnce(stop)
+    for number in STOPS:
+        signal.signal(number, once)
     try:
         yield
     except SystemExit as error:

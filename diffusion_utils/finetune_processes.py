@@ -11,7 +11,7 @@ import torch
 
 from diffusion_utils.finetune_config import FinetuneConfig
 from preprocessing.errors import InputError, OptionError
-from training.gan_progress import stop_signals
+from preprocessing.interrupts import stop_signals
 from training.ranks import LOST
 
 GRACE_S = 3.0   # a process that fails with another, or by its end, waits so long for that one's message, and to be ended by the launcher

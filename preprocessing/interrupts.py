@@ -9,28 +9,97 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 AGAIN_AFTER_S = 0.02
 INTERRUPTED = "error: interrupted; what was finished is kept, run the same command again"
 
 
-class _CtrlC:
+STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+class AnsweredOnce:
+    """A handler that answers the first signal of a kind; the second ends the process at once.
+
+    The system sees to the second, also while Python waits for a library. A library that puts the handler back meanwhile changes nothing.
+    """
+
+    def __init__(self, answer: Callable[[int], None]):
+        self._answer, self._answered = answer, set()
+
+    def __call__(self, number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if number in self._answered:
+            os.kill(os.getpid(), number)
+        self._answered.add(number)
+        self._answer(number)
+
+
+class _CtrlC(AnsweredOnce):
     """Whether Ctrl-C was pressed in this process, which then is to end."""
 
-    pressed = False
+    def __init__(self):
+        super().__init__(self._interrupt)
 
-    def __call__(self, _number: int, _frame: object) -> None:
-        """The handler. A library that puts it back after the first Ctrl-C changes nothing."""
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if self.pressed:
-            os.kill(os.getpid(), signal.SIGINT)
-        self.pressed = True
+    @staticmethod
+    def _interrupt(_number: int) -> None:
         raise KeyboardInterrupt
+
+    @property
+    def pressed(self) -> bool:
+        return bool(self._answered)
+
+    def forget(self) -> None:
+        """The Ctrl-C was dropped: the next is the first."""
+        self._answered.clear()
 
 
 ctrl_c = _CtrlC()
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C as they come, for a training that finishes its step, saves and ends.
+
+    A second Ctrl-C ends the process at once: checkpoints get their names when they are whole, so the one before stays. SIGTERM may come
+    again: a batch system sends it to every process, and a launcher hands it on. Outside of the main thread signals are nobody's.
+    """
+
+    def __init__(self):
+        self.received: list[int] = []
+        self._interrupt = AnsweredOnce(self.received.append)
+
+    def listen(self) -> None:
+        """From here on signals are collected."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._note)
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.received.append(number)
+
+    @contextmanager
+    def same_handlers_after(self) -> Iterator[None]:
+        """Put the handlers back at the end; not a command's own for a signal that came: it is ending, and the next ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in STOPS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                ending = number in self.received and isinstance(handler, AnsweredOnce)
+                signal.signal(number, signal.SIG_DFL if ending else handler)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """The signals that came meanwhile (`StopSignals`), instead of dying in the middle of a step."""
+    stops = StopSignals()
+    with stops.same_handlers_after():
+        stops.listen()
+        yield stops.received
 
 
 def raise_again_soon() -> threading.Timer:
@@ -53,7 +122,7 @@ def first_ctrl_c_ends_in_order() -> Iterator[None]:
     def dropped(what) -> None:
         if not (ctrl_c.pressed and issubclass(what.exc_type, KeyboardInterrupt)):
             return hook(what)
-        ctrl_c.pressed = False
+        ctrl_c.forget()
         signal.signal(signal.SIGINT, ctrl_c)
         started.append(raise_again_soon())
 

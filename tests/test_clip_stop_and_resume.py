@@ -7,7 +7,8 @@ import time
 
 import pytest
 import torch
-from clip_runs import config, finish, start, write_samples
+from clip_runs import ROOT, config, finish, start, write_samples
+from processes import press_twice
 
 from networks.clip import CLIP
 from networks.weights import read_plain_file
@@ -15,7 +16,7 @@ from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import OptionError, WeightsError
 from preprocessing.outputs import only_writer
 from train_clip import train
-from training.clip_checkpoints import Stopped, SummedCheckpoints
+from training.clip_checkpoints import Stopped, SummedCheckpoints, require_checkpoint
 from training.clip_module import ClipModule
 
 RUN = {"trainer": {"max_epochs": 3, "select": "last"}, "optimizer": {"schedule": "one_cycle"}}   # four steps an epoch
@@ -77,11 +78,68 @@ def test_a_run_stopped_at_a_random_step_ends_bit_equal_with_and_without_cached_f
     assert not different, f"stopped after step {step + 1}"
 
 
-def test_a_second_signal_stops_at_once_and_promises_nothing(samples, tmp_path, monkeypatch):
+def test_a_batch_system_that_signals_twice_still_gets_its_checkpoint(samples, tmp_path, monkeypatch):
     send_at(monkeypatch, 0, signal.SIGTERM, signal.SIGTERM)
-    with pytest.raises(Stopped, match="143") as error:
+    with pytest.raises(Stopped, match="143"):
         train(config(run_dir=str(tmp_path / "run"), **RUN), samples)
-    assert error.value.message == "stopped by SIGTERM at once; nothing was saved"
+    assert read_plain_file(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 1
+
+
+SLOW = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import train_clip
+from processes import slow_places
+from training.clip_module import ClipModule
+ClipModule.training_step = slow_places(ClipModule.training_step, {where!r}, after=4)
+train_clip.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.fault("Ctrl-C")
+@pytest.mark.parametrize("where", ["step", "save"])
+def test_a_second_ctrl_c_kills_a_clip_run_and_the_same_command_goes_on_from_the_checkpoint_before(samples, tmp_path, where):
+    script, last = tmp_path / "slow.py", tmp_path / "run" / "checkpoints" / "last.ckpt"
+    script.write_text(SLOW.format(root=str(ROOT), where=where))
+    command = [samples, f"run_dir={tmp_path / 'run'}", "ckpt_path=auto"]
+    code, errors = press_twice(start(*command, script=script), where)
+    assert code == -signal.SIGINT and errors == ""
+    assert read_plain_file(require_checkpoint(last))["global_step"] == 3
+    process = start(*command)
+    _, errors = finish(process)
+    assert process.returncode == 0 and (tmp_path / "run" / "clip").is_dir(), errors
+    assert read_plain_file(last)["global_step"] == 6 and not list((tmp_path / "run").rglob("*.tmp.*"))
+
+
+SIGNALLED = """
+import sys, time
+sys.path.insert(0, {root!r})
+import train_clip
+
+def interrupted(*_):
+    try:
+        print("begins", flush=True)
+        time.sleep(600)
+    finally:
+        print("cleaning up", flush=True)
+        time.sleep(600)
+
+train_clip.train = interrupted
+train_clip.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_outside_of_training_ends_the_cleaning_up_at_once(samples, tmp_path, number):
+    script = tmp_path / "waits.py"
+    script.write_text(SIGNALLED.format(root=str(ROOT)))
+    process = start(samples, script=script)
+    for said in ("begins", "cleaning up"):
+        assert process.stdout.readline() == f"{said}\n"
+        process.send_signal(number)
+    _, errors = finish(process)
+    assert process.returncode == -number and errors.count("\n") == 1 and "outside training" in errors
 
 
 def test_sigterm_to_the_command_is_exit_143_and_one_line(samples):

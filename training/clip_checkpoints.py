@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -15,6 +13,7 @@ from lightning_fabric.plugins.io import TorchCheckpointIO
 from networks.weights import read_plain_file, write_plain_file
 from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import InputError, WeightsError
+from preprocessing.interrupts import StopSignals
 from preprocessing.outputs import finished_file
 
 PARTS = ("clip", "state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")   # of a checkpoint to resume from
@@ -51,44 +50,23 @@ class SummedCheckpoints(TorchCheckpointIO):
 class StopOnSignal(pl.Callback):
     """Note SIGTERM and Ctrl-C while training; the step in hand is finished and saved as `last.ckpt`, then `Stopped` is raised.
 
-    A signal to one of several ranks stops all of them after the same step. A second one of its kind stops at once.
+    A signal to one of several ranks stops all of them after the same step. A second Ctrl-C ends the process at once.
     """
 
-    def __init__(self, run_dir: Path):
-        self.run_dir, self.received = run_dir, []
+    def __init__(self, run_dir: Path, stops: StopSignals):
+        self.run_dir, self.stops = run_dir, stops
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):   # over Lightning's own, which would save nothing
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame: object) -> None:
-        if number in self.received:
-            raise Stopped(number, f"at once; {self._how_to_go_on()}")
-        self.received.append(number)
+        self.stops.listen()   # over Lightning's own handlers, which would save nothing
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch, batch_idx: int) -> None:
-        if not trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
+        received = self.stops.received
+        if not trainer.strategy.reduce_boolean_decision(bool(received), all=False):
             return
         whole = {"weights_only": False}   # of saving: Lightning's word for "with the optimiser"; nothing is ever read that way
         trainer.save_checkpoint(self.run_dir / "checkpoints" / "last.ckpt", **whole)
-        number = self.received[0] if self.received else signal.SIGTERM   # another rank's
-        raise Stopped(number, f"after step {trainer.global_step}; {self._how_to_go_on()}")
-
-    def _how_to_go_on(self) -> str:
-        if not (self.run_dir / "checkpoints" / "last.ckpt").is_file():
-            return "nothing was saved"
-        return f"go on with ckpt_path=last run_dir={self.run_dir}"
-
-
-@contextmanager
-def same_signals_after() -> Iterator[None]:
-    """Put the handlers of SIGTERM and Ctrl-C back at the end. Outside the main thread signals are nobody's: nothing to do."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        number = received[0] if received else signal.SIGTERM   # another rank's
+        raise Stopped(number, f"after step {trainer.global_step}; go on with ckpt_path=last run_dir={self.run_dir}")
 
 
 def require_checkpoint(path: Path) -> Path:

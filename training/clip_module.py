@@ -24,8 +24,9 @@ from networks.clip import CLIP
 from networks.clip_model_config import different_settings
 from networks.weights import read_plain_file
 from preprocessing.errors import DivergedError, OptionError, WeightsError
+from preprocessing.interrupts import StopSignals
 from preprocessing.outputs import writes_to
-from training.clip_checkpoints import StopOnSignal, SummedCheckpoints, same_signals_after
+from training.clip_checkpoints import StopOnSignal, SummedCheckpoints
 from training.clip_config import ClipConfig
 from training.clip_data import Batch, ClipData, StepBatches, whole_batch
 from training.clip_losses import clip_loss, sample_mmd
@@ -154,10 +155,10 @@ def flat_metrics(ways: dict[str, dict]) -> dict[str, float]:
 
 def fit_clip(clip: CLIP, data: ClipData, config: ClipConfig, run_dir: Path, ckpt_path: Path | None) -> CLIP:
     """Train; returns, on rank 0, the model the run ends with (`trainer.select`). Logs and checkpoints go to `run_dir`."""
-    options = config.trainer
+    options, stops = config.trainer, StopSignals()
     trainer = pl.Trainer(
         accelerator=options.accelerator, devices=options.devices, num_nodes=options.num_nodes, precision=_precision(config),
-        max_epochs=options.max_epochs, logger=_loggers(config, run_dir), callbacks=_callbacks(config, run_dir, data.val is not None),
+        max_epochs=options.max_epochs, logger=_loggers(config, run_dir), callbacks=_callbacks(config, run_dir, data.val is not None, stops),
         val_check_interval=options.val_every_steps if data.val is not None else None, check_val_every_n_epoch=None,
         limit_val_batches=options.limit_val_batches if data.val is not None else 0, log_every_n_steps=options.log_every_steps,
         num_sanity_val_steps=0, use_distributed_sampler=False, enable_model_summary=False, enable_progress_bar=options.progress_bar,
@@ -170,7 +171,7 @@ def fit_clip(clip: CLIP, data: ClipData, config: ClipConfig, run_dir: Path, ckpt
     val_loader = None if data.val is None else DataLoader(
         data.val, batch_sampler=[[batch[place] for place in own_rows(len(batch))] for batch in val_batches], collate_fn=whole_batch)
     try:
-        with same_signals_after(), writes_to(run_dir):
+        with stops.same_handlers_after(), writes_to(run_dir):
             trainer.fit(module, loader, val_loader, ckpt_path=ckpt_path, weights_only=True)
     except MisconfigurationException as error:
         raise OptionError("trainer", "a run that can go on from its checkpoint", " ".join(str(error).split())) from error
@@ -229,7 +230,7 @@ def _loggers(config: ClipConfig, run_dir: Path) -> list:
     return loggers
 
 
-def _callbacks(config: ClipConfig, run_dir: Path, validates: bool) -> list:
+def _callbacks(config: ClipConfig, run_dir: Path, validates: bool, stops: StopSignals) -> list:
     options = config.trainer
     if validates and options.save_top:
         keep = ModelCheckpoint(run_dir / "checkpoints", filename="step{step:06d}", monitor=MONITOR, save_top_k=options.save_top,
@@ -238,4 +239,4 @@ def _callbacks(config: ClipConfig, run_dir: Path, validates: bool) -> list:
         every = max(options.max_epochs // 10, 1) if options.save_top else options.max_epochs
         keep = ModelCheckpoint(run_dir / "checkpoints", filename="step{step:06d}", every_n_epochs=every,
                                save_last=True, auto_insert_metric_name=False, enable_version_counter=False, save_on_train_epoch_end=True)
-    return [keep, StopOnSignal(run_dir), *([_Bar(refresh_rate=20)] if options.progress_bar else [])]
+    return [keep, StopOnSignal(run_dir, stops), *([_Bar(refresh_rate=20)] if options.progress_bar else [])]

@@ -22,6 +22,7 @@ from networks.generator import Generator
 from networks.histo_models import Encoder
 from networks.snapshot import save_snapshot
 from preprocessing.errors import DivergedError, InputError
+from preprocessing.interrupts import stop_signals
 from training.diff_augment import adapted_p
 from training.ema import Averages, ema_beta, frozen_copy, half_life_kimg, update_average
 from training.gan_checkpoint import load_run, save_run
@@ -30,7 +31,7 @@ from training.gan_data import GanData, mean_colour
 from training.gan_grids import Showcase
 from training.gan_losses import blur_sigma, scheduled_weight
 from training.gan_metrics import SnapshotMetrics
-from training.gan_progress import SHORT_RUN_FADE, Progress, resolved_fade_kimg, status_line, stop_signals
+from training.gan_progress import SHORT_RUN_FADE, Progress, resolved_fade_kimg, status_line
 from training.gan_speed import prepare
 from training.gan_step import SIGN, GanStep
 from training.held_out import HeldOut

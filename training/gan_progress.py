@@ -1,9 +1,7 @@
-"""Where a GAN run stands: its counters, the line that says so, and the signals that ask it to stop."""
+"""Where a GAN run stands: its counters, and the line that says so."""
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 SHORT_RUN_FADE = 0.1        # share of the run over which the blur fades, unless said in kimg
@@ -38,24 +36,3 @@ def status_line(values: Mapping[str, float]) -> str:
     fields += [f"{name} {values.get(name, float('nan')):<8.3f}" for name in ("loss/D", "loss/G", "logits/real", "logits/fake")]
     fields += [f"{name} {values[name]:<8.3f}" for name in OPTIONAL if name in values]
     return "  ".join(fields).rstrip()
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and Ctrl-C instead of dying in the middle of a step; a second Ctrl-C ends at once."""
-    received: list[int] = []
-
-    def note(number, _frame):
-        if number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:               # not in the main thread (a test, a notebook): signals are not ours
-        before = {}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

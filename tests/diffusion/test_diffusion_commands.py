@@ -11,11 +11,12 @@ import pytest
 from click.testing import CliRunner
 from diffusion_world import PX, WIDTH, differing, run, start, weights, write_world
 from PIL import Image
-from processes import finish
+from processes import finish, press_twice
 
 import interpolate_prompts
 from diffusion_utils import choose_ema, dump_metadata, generate_img, train_diffusion
 from preprocessing.outputs import only_writer
+from training.run_folder import latest_checkpoint
 
 SECRET = "hf_abcdefSECRETabcdef"
 
@@ -103,6 +104,29 @@ def test_a_term_signal_saves_and_the_same_command_goes_on(world, tmp_path):
     step = int(saved[0].name.split("-")[1])
     resumed = run(world, out, max_train_steps=step + 2, resume_from_checkpoint="latest")
     straight = run(world, tmp_path / "straight", max_train_steps=step + 2)
+    assert differing(weights(resumed), weights(straight)) == []
+
+
+SLOW = """
+import sys
+import diffusion_world
+from diffusion_utils import finetune
+from diffusion_utils.train_diffusion import main
+from processes import slow_places
+finetune.losses_of = slow_places(finetune.losses_of, sys.argv.pop(1), after=2)
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.fault("Ctrl-C")
+@pytest.mark.parametrize("where", ["step", "save"])
+def test_a_second_ctrl_c_kills_a_fine_tune_and_the_same_command_goes_on_from_the_checkpoint_before(world, tmp_path, where):
+    out = tmp_path / "run"
+    process = start("-c", SLOW, where, *arguments(world, out, "--checkpointing_steps", "2", "--max_train_steps", "4"))
+    code, errors = press_twice(process, where)
+    assert code == -signal.SIGINT and errors == "" and latest_checkpoint(out).state["step"] == 2
+    resumed, straight = run(world, out, resume_from_checkpoint="latest"), run(world, tmp_path / "straight")
     assert differing(weights(resumed), weights(straight)) == []
 
 

@@ -2,13 +2,17 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from gan_runs import TINY, gene_encoder, make_run, same, tiny_data, weights
+from processes import press_twice
 
 from networks.histo_models import build_encoder
 from networks.snapshot import load_snapshot
@@ -23,6 +27,8 @@ from training.gan_loop import GanRun
 from training.gan_step import alternate
 from training.run_folder import latest_checkpoint
 from training.warm_start import _set_clock
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -289,14 +295,43 @@ def test_a_stopped_run_finishes_its_step_saves_and_can_be_resumed(tmp_path, numb
     assert sum(1 for _ in resumed.train()) == 7
 
 
-@pytest.mark.parametrize(("number", "saves"), [(signal.SIGTERM, True), (signal.SIGINT, False)], ids=["SIGTERM", "Ctrl-C"])
-def test_a_batch_system_that_signals_twice_still_gets_its_checkpoint_and_a_second_ctrl_c_ends_at_once(tmp_path, number, saves):
+def test_a_batch_system_that_signals_twice_still_gets_its_checkpoint(tmp_path):
     run = make_run(tmp_path / "a")
-    with pytest.raises(SystemExit if saves else KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="143"):
         for _ in run.train():
-            os.kill(os.getpid(), number)
-            os.kill(os.getpid(), number)
-    assert (latest_checkpoint(run.folder) is not None) == saves
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert latest_checkpoint(run.folder) is not None
+
+
+SLOW = """
+import sys
+from pathlib import Path
+from gan_runs import make_run
+from processes import slow_places
+from preprocessing.errors import one_line_errors
+
+run = make_run(Path(sys.argv[1]))
+run.one_step = slow_places(run.one_step, sys.argv[2], after=2)
+with one_line_errors():
+    for _ in run.train():
+        if run.progress.step == 2:
+            run.save()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.fault("Ctrl-C")
+@pytest.mark.parametrize("where", ["step", "save"])
+def test_a_second_ctrl_c_kills_a_gan_run_which_goes_on_from_the_checkpoint_before(tmp_path, where):
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "training")))
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path / "a"), where], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
+    code, errors = press_twice(process, where)
+    assert code == -signal.SIGINT and errors == ""
+    resumed = make_run(tmp_path / "a")
+    resumed.load(latest_checkpoint(resumed.folder))
+    assert resumed.progress.step == 2 and sum(1 for _ in resumed.train()) == 8
 
 
 def test_the_pace_of_a_status_line_leaves_snapshots_out_and_starts_at_the_clock_of_the_run(tmp_path, monkeypatch):
