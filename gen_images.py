@@ -21,6 +21,9 @@ from training.sampling_options import sampling_options
 @click.option("--out-h5", "--out_h5", type=click.Path(path_type=Path, dir_okay=False), help="One file of patches instead of PNGs, as "
               "imgs.h5: with one seed it pairs with the .h5ad by barcode, with several a patch is called BARCODE_seed0003.")
 @sampling_options
+@click.option("--timeout-minutes", "--timeout_minutes", default=30.0, help="Of several processes: how long one waits for another before "
+              "the job ends. They meet after every 32 batches of each: raise it where those, at this --batch-sz, take one so much longer "
+              "than another, or where another command holds the output for longer.")
 def main(**options):
     """Generate patches for gene-expression prompts. Interrupted, the same command goes on with what is missing.
 

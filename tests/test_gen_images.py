@@ -183,6 +183,7 @@ def test_patches_of_other_weights_prompts_or_options_are_made_again(world, tmp_p
 def test_ctrl_c_leaves_whole_patches_says_how_to_go_on_and_the_same_command_does(world, tmp_path, monkeypatch, output):
     options = {"seeds": "0-3", "batch_sz": 4, "workers": 1, **({"out_h5": tmp_path / "out.h5"} if output is GeneratedH5 else {})}
     straight = made(world, tmp_path / "straight", seeds="0-3", batch_sz=4)
+    monkeypatch.setattr("training.generated_pngs.LOOK_FOR", 3)            # 16 batches, looked for in six goes
     made(world, tmp_path / "out", truncation=0.5)                         # other patches, which these replace
     save, saved = output.save, []
 

@@ -15,6 +15,7 @@ from test_readme import TORCHRUN
 
 import gen_images
 from preprocessing.patch_file import read_patch_file
+from training.generation import MEET_EVERY
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
@@ -31,8 +32,8 @@ def start(*command: str) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def in_two(**options) -> tuple[int, str, str]:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "gen_images.py"]
+def in_two(script: Path | str = "gen_images.py", **options) -> tuple[int, str, str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     return finish(start(*launch, *arguments(**options)), 120)
 
 
@@ -68,6 +69,46 @@ def test_two_processes_fill_one_file_as_the_readme_says(world, tmp_path):
 def test_a_mistake_is_said_once_by_all_processes(world, tmp_path):
     code, _, errors = in_two(network=world / "snapshot", gex=tmp_path / "nowhere.h5ad", outdir=tmp_path / "out")
     assert code != 0 and errors.count("error: ") == 1 and "nowhere.h5ad" in errors and not (tmp_path / "out").exists()
+
+
+STUCK = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import gen_images
+from training.generated_pngs import GeneratedPngs
+sound = GeneratedPngs.save
+def save(self, number, pictures):
+    if os.environ["RANK"] == {rank!r} and number >= 4:
+        time.sleep(600)
+    return sound(self, number, pictures)
+GeneratedPngs.save = save
+gen_images.main()
+"""
+
+
+@pytest.mark.fault("rank that fails or hangs")
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_stuck_rank_ends_the_job_within_the_timeout_while_the_other_has_work_left(world, tmp_path, rank):
+    script, n_all = tmp_path / "stuck.py", 16 * 100
+    script.write_text(STUCK.format(root=str(ROOT), rank=rank))
+    options = {"network": world / "snapshot", "gex": world / "gex.h5ad", "seeds": "0-99", "batch_sz": 2, "outdir": tmp_path / "out"}
+    code, _, errors = in_two(script, **options, timeout_minutes=0.2)
+    said, other = re.findall(r"error: .*", errors), {"0": "1", "1": "0"}[rank]
+    assert said == [f"error: rank {other}: another process of this run ended or did not answer within --timeout-minutes 0.2"], errors
+    assert code != 0 and "exitcode  : 4" in errors and "RuntimeError" not in errors
+    assert 2 * MEET_EVERY <= len(pictures(tmp_path / "out")) < n_all // 4         # of the half that it had to make
+    result = call(gen_images, **options, device="cpu")
+    assert result.exit_code == 0 and f"wrote {n_all:,} patches" in result.output and "of them were there" in result.output
+
+
+@pytest.mark.parametrize("minutes", ["nan", 0, 1e9])
+def test_a_timeout_that_is_none_is_refused_before_anything_is_made(world, tmp_path, minutes):
+    result = call(gen_images, network=world / "snapshot", gex=world / "gex.h5ad", outdir=tmp_path / "out", timeout_minutes=minutes)
+    assert result.exit_code == 2 and "--timeout-minutes: expected more than 0" in result.output and not (tmp_path / "out").exists()
+
+
+def test_the_help_says_how_often_processes_meet():
+    assert f"after every {MEET_EVERY} batches" in " ".join(call(gen_images, help=True).output.split())
 
 
 def test_a_real_ctrl_c_ends_with_130_and_the_same_command_finishes(world, tmp_path):

@@ -21,6 +21,7 @@ from training.sampling_ranks import Ranks
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 AFTER_HEADER = len(SIGNATURE) + 4 + 4 + 13 + 4      # the header chunk is 13 bytes long, and the first
 KEYWORD = b"genes-to-morphology"
+LOOK_FOR = 256                                      # batches that rank 0 looks for while the others wait to hear from it
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
@@ -65,16 +66,19 @@ class GeneratedPngs:
 
     def begin(self) -> list[int]:
         """Batches that are not all there, the same list on every rank. Rank 0 looks; it holds the lock of the folder."""
-        missing = None
+        def is_there(number: int) -> bool:
+            return all(carries_mark(self._path(row), self.plan.mark(row)) for row in self.plan.rows(number))
+
         if self.ranks.is_first:
             for left in self.folder.rglob("prompt*_seed*.png.tmp.*"):
                 left.unlink()
-
-            def is_there(number: int) -> bool:
-                return all(carries_mark(self._path(row), self.plan.mark(row)) for row in self.plan.rows(number))
-
-            missing = [number for number, there in enumerate(in_order(range(self.plan.n_batches), is_there, self.workers)) if not there]
-        return self.ranks.tell(missing)
+        missing: list[int] = []
+        for start in range(0, self.plan.n_batches, LOOK_FOR):
+            numbers, found = range(start, min(start + LOOK_FOR, self.plan.n_batches)), None
+            if self.ranks.is_first:
+                found = [number for number, there in zip(numbers, in_order(numbers, is_there, self.workers), strict=True) if not there]
+            missing += self.ranks.tell(found)
+        return missing
 
     def save(self, number: int, pictures: list[np.ndarray]) -> int:
         """Write the patches of a batch; returns how many."""

@@ -22,11 +22,13 @@ from training.generated_h5 import GeneratedH5
 from training.generated_pngs import GeneratedPngs
 from training.generation_plan import GenerationPlan, ingredients
 from training.prompts import parse_seeds, plan_requests, read_prompts
+from training.ranks import TIMEOUT_MINUTES
 from training.sampling import newest_snapshot, open_snapshot, sample_batches
 from training.sampling_options import SamplingOptions
 from training.sampling_ranks import Ranks, all_ranks
 
 SAMPLES, GRID = "samples.csv", "grid.png"
+MEET_EVERY = 32                         # batches of a rank: so long a slower one, or one that is stuck, is not noticed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class GenerateConfig(SamplingOptions):
     same_seed: bool = False             # one z for all prompts of a seed
     images: str | None = None           # real patches of the prompts, for grid.png
     out_h5: Path | None = None          # one file of patches instead of PNGs
+    timeout_minutes: float = TIMEOUT_MINUTES   # that one process waits for another
 
     def __post_init__(self):
         super().__post_init__()
@@ -61,7 +64,7 @@ def generate_patches(config: GenerateConfig, progress: bool = True) -> Generated
     Stopped at any moment, it leaves whole patches; called again with the same config, weights and prompts it makes the rest.
     """
     seeds = parse_seeds(config.seeds)
-    with all_ranks() as ranks, ExitStack() as held:
+    with all_ranks(config.timeout_minutes) as ranks, ExitStack() as held:
         device, workers = ranks.device(config.device), ranks.workers(config.workers)
         snapshot = open_snapshot(Path(ranks.tell(str(newest_snapshot(config.network)))), config, device)
         read_from = fingerprint(config.gex) if config.gex and config.gex.is_file() else {}   # before it is read: it may be replaced
@@ -87,7 +90,10 @@ def generate_patches(config: GenerateConfig, progress: bool = True) -> Generated
 
 def _make(plan: GenerationPlan, missing: list[int], snapshot: Snapshot, output: GeneratedPngs | GeneratedH5, ranks: Ranks, workers: int,
           progress: bool) -> None:
-    """This rank's share of the missing batches; returns when all ranks have theirs on the disk."""
+    """This rank's share of the missing batches; returns when all ranks have theirs on the disk.
+
+    Ranks wait for each other on the way, so that no wait is longer than the work of a few batches, however long the whole takes.
+    """
     if missing and ranks.is_first:            # what describes other patches goes before they do
         for name in (SAMPLES, GRID):
             (plan.options.outdir / name).unlink(missing_ok=True)
@@ -96,8 +102,10 @@ def _make(plan: GenerationPlan, missing: list[int], snapshot: Snapshot, output: 
     total = sum(len(plan.rows(number)) for number in own)
     batches = (plan.batch(number) for number in own)
     with ProgressBar(total=total, desc="patches", unit="patch", disable=not (progress and ranks.is_first)) as bar:
-        for n_saved in sample_batches(snapshot.generator, batches, plan.options, output.save, workers):
+        for number, n_saved in enumerate(sample_batches(snapshot.generator, batches, plan.options, output.save, workers), 1):
             bar.update(n_saved)
+            if number % MEET_EVERY == 0 and number <= len(missing) // ranks.size:     # batches that every rank has
+                ranks.wait()
     output.settle()
     ranks.wait()
 

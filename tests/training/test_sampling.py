@@ -1,5 +1,6 @@
 """Sampling in bulk: few batches in memory at a time, whatever is slow; PNG files that say what they were made of."""
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ from PIL import Image
 
 from networks.generator import Generator, GeneratorConfig
 from preprocessing.errors import OptionError
+from training import generation
 from training.gan_draws import seeded_draws
 from training.gan_grids import as_pictures, generate
 from training.generated_pngs import carries_mark, encode_marked
+from training.generation import MEET_EVERY
 from training.sampling import Batch, newest_snapshot, sample_batches
 from training.sampling_options import SamplingOptions
 from training.sampling_ranks import Ranks, all_ranks
@@ -100,6 +103,17 @@ def test_a_process_alone_is_the_first_of_one(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with all_ranks() as ranks:
         assert ranks == Ranks() and ranks.is_first and ranks.tell({"a": [1]}) == {"a": [1]} and ranks.workers(3) == 3
+
+
+@pytest.mark.parametrize("n_missing", [0, 2, 3 * MEET_EVERY - 1, 3 * MEET_EVERY, 3 * MEET_EVERY + 1, 10 * MEET_EVERY])
+def test_ranks_meet_equally_often_also_where_one_has_a_batch_more(monkeypatch, tmp_path, n_missing):
+    monkeypatch.setattr(generation, "sample_batches", lambda _generator, batches, *_: batches)
+    plan = SimpleNamespace(rows=lambda number: range(2), batch=lambda number: 2, options=SimpleNamespace(outdir=tmp_path))
+    output, snapshot, met = SimpleNamespace(save=None, settle=lambda: None), SimpleNamespace(generator=None), []
+    monkeypatch.setattr(Ranks, "wait", lambda ranks: met.append(ranks.rank))
+    for rank in range(3):
+        generation._make(plan, list(range(n_missing)), snapshot, output, Ranks(rank, 3), workers=1, progress=False)
+    assert [met.count(rank) for rank in range(3)] == [2 + n_missing // (3 * MEET_EVERY)] * 3
 
 
 @pytest.mark.parametrize("environment", [{"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2", "RANK": "0"}], ids=str)
