@@ -239,6 +239,12 @@ def genes_arguments(config: CohortConfig, sample: CohortSample) -> list[str]:
             "--vocab-file", str(config.vocabulary), "--missing-genes", config.missing_genes]
 
 
+def read_mark(folder: Path, step: str) -> str:
+    """What `steps/STEP.txt` of a sample's folder says; empty where there is none. A damaged one says something else than FINISHED."""
+    mark = folder / "steps" / f"{step}.txt"
+    return mark.read_text(encoding="utf-8", errors="replace").strip() if mark.is_file() else ""
+
+
 def forget_unfinished(config: CohortConfig, samples: Sequence[CohortSample]) -> None:
     """Remove the marks of steps that failed, so that they are tried again, and of steps whose files were deleted or damaged since."""
     products = {"extract": ("gex.h5ad", *(("imgs.h5",) if config.keep_hdf5 else ()), "patches"), "genes": ("gex_filt.h5ad",)}
@@ -246,7 +252,7 @@ def forget_unfinished(config: CohortConfig, samples: Sequence[CohortSample]) -> 
         folder = config.out_dir / sample.sample_id
         for step, names in products.items():
             mark = folder / "steps" / f"{step}.txt"
-            if mark.is_file() and not (mark.read_text().strip() == FINISHED and all(is_as_finished(folder / name) for name in names)):
+            if mark.is_file() and not (read_mark(folder, step) == FINISHED and all(is_as_finished(folder / name) for name in names)):
                 mark.unlink()
                 if step == "extract":
                     mark.with_name("extracted.txt").unlink(missing_ok=True)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocessing.cohort import FINISHED, CohortSample
+from preprocessing.cohort import FINISHED, CohortSample, read_mark
 from preprocessing.done_manifests import is_done, read_done, write_done
+from preprocessing.errors import InputError, read_json
 from preprocessing.outputs import done_path, finished_file, locked, write_json
 
 QUANTILES = np.linspace(0, 1, 101)
@@ -60,7 +61,7 @@ def gather(out_dir: Path, samples: Sequence[CohortSample]) -> list[SampleNumbers
 def _gather_sample(out_dir: Path, sample_id: str) -> SampleNumbers:
     folder = out_dir / sample_id
     status, reason = _status(out_dir, folder)
-    extracted = _mark(folder, "extract") == FINISHED           # else what lies there is of an older slide
+    extracted = read_mark(folder, "extract") == FINISHED           # else what lies there is of an older slide
     numbers = _read_numbers(folder) if extracted and (folder / "gex.h5ad").is_file() else {}
     stain, note = _read_stain(folder / "patches" / "stain.json") if extracted else (None, "")
     return SampleNumbers(sample_id, status, reason, stain=stain, stain_note=note, **numbers)
@@ -68,16 +69,11 @@ def _gather_sample(out_dir: Path, sample_id: str) -> SampleNumbers:
 
 # ---- how far a sample got -------------------------------------------------------------------------------------------
 
-def _mark(folder: Path, step: str) -> str:
-    mark = folder / "steps" / f"{step}.txt"
-    return mark.read_text().strip() if mark.is_file() else ""
-
-
 def _status(out_dir: Path, folder: Path) -> tuple[str, str]:
     """(status, reason): the first step that failed decides. One that was interrupted did not fail: the next run goes on with it."""
     stopped = []
     for step, words in STEPS.items():
-        mark, log = _mark(folder, step), folder / "logs" / f"{step}.log"
+        mark, log = read_mark(folder, step), folder / "logs" / f"{step}.log"
         if mark == FINISHED:
             continue
         code = mark.removeprefix("failed").strip()
@@ -136,13 +132,18 @@ def _read_numbers(folder: Path) -> dict[str, object]:
 def _count_expression(gex: Path) -> dict[str, object]:
     import h5py
 
-    with h5py.File(gex, "r") as file:
-        spatial = next(iter(file["uns/spatial"].values()), {}) if "uns/spatial" in file else {}
-        platform = spatial["metadata/platform"][()].decode() if "metadata/platform" in spatial else None
-        first_entry = file["X/indptr"][:].astype(np.int64)                                     # (P + 1,)
-        library_sizes = np.concatenate([np.empty(0, np.int64), *_library_sizes(file["X/data"], first_entry)])
-        return {"platform": platform, "mpp": float(file["uns/morphology/mpp"][()]), "kept": len(first_entry) - 1,
-                "umis": np.quantile(library_sizes, QUANTILES).tolist(), "genes": np.quantile(np.diff(first_entry), QUANTILES).tolist()}
+    try:
+        with h5py.File(gex, "r") as file:
+            spatial = next(iter(file["uns/spatial"].values()), {}) if "uns/spatial" in file else {}
+            platform = spatial["metadata/platform"][()].decode() if "metadata/platform" in spatial else None
+            first_entry = file["X/indptr"][:].astype(np.int64)                                     # (P + 1,)
+            library_sizes = np.concatenate([np.empty(0, np.int64), *_library_sizes(file["X/data"], first_entry)])
+            return {"platform": platform, "mpp": float(file["uns/morphology/mpp"][()]), "kept": len(first_entry) - 1,
+                    "umis": np.quantile(library_sizes, QUANTILES).tolist(),
+                    "genes": np.quantile(np.diff(first_entry), QUANTILES).tolist()}
+    except Exception as error:         # h5py and numpy raise a dozen types for a damaged file
+        raise InputError(gex, "file", "the expression that extraction wrote", f"one that cannot be read ({str(error)[:120]})",
+                         "Run the cohort again: it extracts a damaged sample anew") from error
 
 
 def _library_sizes(counts, first_entry: np.ndarray) -> Iterator[np.ndarray]:
@@ -159,7 +160,7 @@ def _library_sizes(counts, first_entry: np.ndarray) -> Iterator[np.ndarray]:
 def _count_dropped(path: Path) -> dict[str, int]:
     if not path.is_file():
         return {}
-    with open(path, encoding="utf-8") as stream:
+    with open(path, encoding="utf-8", errors="replace") as stream:
         next(stream, None)
         return dict(Counter(line.rstrip("\n").partition("\t")[2] for line in stream))
 
@@ -167,10 +168,12 @@ def _count_dropped(path: Path) -> dict[str, int]:
 def _read_stain(path: Path) -> tuple[np.ndarray | None, str]:
     if not path.is_file():
         return None, ""
-    content = json.loads(path.read_text())
-    if not content.get("normalised"):
-        return None, content.get("reason") or "colours kept as they are"
-    return np.array(content["vectors"], dtype=float), ""
+    content = read_json(path, "a stain.json")
+    if isinstance(content, dict) and not content.get("normalised"):
+        return None, str(content.get("reason") or "colours kept as they are")
+    from preprocessing.stain import read_stain_file
+
+    return np.array(read_stain_file(path).vectors), ""
 
 
 def stain_rgb(vector: np.ndarray) -> tuple[int, int, int]:
