@@ -22,6 +22,7 @@ PLAUSIBLE_MPP = (0.05, 2.0)                # a TIFF's 72 dpi reads as 352.8 µm/
 TOLERANCE = 0.02                           # two sources of one mpp may differ by this much
 MAX_FITTED = 50_000                        # positions; a Visium HD array has 11 M, and a fit does not need them
 FARTHEST_PX = 2.0 ** 31                    # no position lies there; squares of such numbers do not fit a float
+OF_FACTORS = ("microns_per_pixel", "spot_diameter_fullres")     # sources that a file of scale factors holds
 MAX_ANISOTROPY = 1.2                       # swapped array axes give 3.0 on the Visium lattice; real fits stay below 1.02
 
 
@@ -103,11 +104,12 @@ def plausible_mpp(value: float | None) -> bool:
 
 def decide_mpp(path: Path | str, *, override: float | None = None, declared: float | None = None, grid: GridFit | None = None,
                spot_diameter_px: float | None = None, slide_mpp: float | None = None, slide_path: Path | str | None = None,
-               use_wsi_res: bool = False) -> MppDecision:
+               use_wsi_res: bool = False, factors_path: Path | None = None) -> MppDecision:
     """Choose the mpp of the sample whose positions lie in `path`, or refuse.
 
     `override` is `--mpp` and ends every comparison; `declared` is `microns_per_pixel`; `slide_mpp` is what the slide's
-    metadata say, plausible or not. With `use_wsi_res` the slide's value is taken, and still compared.
+    metadata say, plausible or not. With `use_wsi_res` the slide's value is taken, and still compared. `factors_path`: of the file of scale
+    factors, where they come from one.
     """
     if override is not None:
         if not (math.isfinite(override) and override > 0):
@@ -131,14 +133,16 @@ def decide_mpp(path: Path | str, *, override: float | None = None, declared: flo
     if not sources:
         raise InputError(slide_path or path, "mpp", "a source for µm per pixel (positions on an array, scale factors or the slide)",
                          "none", "Give it with --mpp")
-    _compare(path, sources)
+    _compare(path, sources, factors_path)
     return MppDecision(sources[0][1], sources[0][0], tuple(notices))
 
 
-def _compare(path: Path | str, sources: list[tuple[str, float]]) -> None:
+def _compare(path: Path | str, sources: list[tuple[str, float]], factors_path: Path | None) -> None:
     ordered = sorted(sources, key=lambda source: source[1])
     (low_name, low), (high_name, high) = ordered[0], ordered[-1]
     if high > low * (1 + TOLERANCE):
+        low_name, high_name = (f"{name} of {factors_path}" if factors_path and name.startswith(OF_FACTORS) else name
+                               for name in (low_name, high_name))
         raise InputError(path, "mpp", f"sources that agree within {TOLERANCE:.0%}",
                          f"{low:.4g} from {low_name} and {high:.4g} from {high_name}",
                          "Usually the slide is another one or a downsampled copy; --mpp overrides all sources")

@@ -23,7 +23,7 @@ from preprocessing.patches import DECODE_ERRORS
 from preprocessing.position_checks import check_on_image, check_over_tissue, check_slide_size
 from preprocessing.sample import Sample
 from preprocessing.space_ranger_folder import BIN_FOLDER, SpaceRangerFolder, find_folder
-from preprocessing.tenx_matrix import TenxMatrix, open_matrix, read_matrix
+from preprocessing.tenx_matrix import TenxMatrix, barcodes_file, open_matrix, read_matrix
 from preprocessing.tissue_positions import Positions, read_positions, require_barcodes_once
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def read_sample(space_ranger_dir: Path | str, *, sample_id: str | None = None, s
     check_axes(found.positions, grid)
     images = {kind: _read_image(path) for kind, path in found.images.items()}
     decision = decide_mpp(found.positions, override=mpp, declared=factors.get("microns_per_pixel"), grid=grid,
-                          spot_diameter_px=None if found.is_hd else factors.get("spot_diameter_fullres"),
+                          spot_diameter_px=None if found.is_hd else factors.get("spot_diameter_fullres"), factors_path=found.scalefactors,
                           slide_mpp=slide.declared_mpp if slide else None, slide_path=slide.path if slide else None,
                           use_wsi_res=use_wsi_res)
     barcodes, in_tissue, array_row, array_col, centre_xy_px = (part[position_of_row] for part in (
@@ -75,17 +75,17 @@ def read_sample(space_ranger_dir: Path | str, *, sample_id: str | None = None, s
 
 def _join_spots(found: SpaceRangerFolder, positions: Positions, matrix: TenxMatrix) -> tuple[np.ndarray, int]:
     """Row of `positions` for every row of the sample, and how many rows of the sample have counts."""
-    require_barcodes_once(found.matrix, "barcodes", matrix.barcodes)
+    require_barcodes_once(barcodes_file(found.matrix), "barcodes", matrix.barcodes)
     return _counted_first(found, positions, matrix, match(positions.barcodes, as_bytes(matrix.barcodes)))
 
 
 def _join_bins(found: SpaceRangerFolder, positions: Positions, matrix: TenxMatrix, bin_um: float) -> tuple[np.ndarray, int]:
     """As `_join_spots` by the bins that barcodes name, in any case; array positions must be what their barcodes say."""
-    bins, wanted = parse_hd_barcodes(positions.barcodes, found.positions), parse_hd_barcodes(matrix.barcodes, found.matrix)
+    bins, wanted = parse_hd_barcodes(positions.barcodes, found.positions), parse_hd_barcodes(matrix.barcodes, barcodes_file(found.matrix))
     _require_bins_once(found.positions, "barcode", match_bins(bins, bins), positions.barcodes)
     place = match_bins(bins, wanted)
     joined = _counted_first(found, positions, matrix, place)
-    _require_bins_once(found.matrix, "barcodes", match_bins(wanted, wanted), matrix.barcodes)
+    _require_bins_once(barcodes_file(found.matrix), "barcodes", match_bins(wanted, wanted), matrix.barcodes)
     check_agreement(found.positions, bins, positions.array_row, positions.array_col, positions.barcodes, bin_um)
     return joined
 
@@ -101,7 +101,8 @@ def _counted_first(found: SpaceRangerFolder, positions: Positions, matrix: TenxM
     """Rows of `positions`: `place` of each barcode of the matrix, then those without counts by array row and column."""
     missing = place < 0
     if missing.any():
-        raise InputError(found.positions, "barcodes", f"a position for each of the {len(place):,} barcodes of {found.matrix.name}",
+        raise InputError(found.positions, "barcodes",
+                         f"a position for each of the {len(place):,} barcodes of {barcodes_file(found.matrix)}",
                          f"none for {int(missing.sum()):,}, first {first_few(as_text(matrix.barcodes[missing][:5]))}")
     uncounted = np.ones(len(positions.barcodes), dtype=bool)
     uncounted[place] = False

@@ -218,6 +218,11 @@ def matrix_files(path: Path) -> tuple[Path, ...]:
     return _member(path, "features.tsv", "genes.tsv"), _member(path, "barcodes.tsv"), _member(path, "matrix.mtx")
 
 
+def barcodes_file(path: Path) -> Path:
+    """The `.h5` file itself, or the barcodes of an MTX folder."""
+    return matrix_files(path)[1] if path.is_dir() else path
+
+
 def _read_folder(path: Path) -> TenxMatrix:
     features_tsv, barcodes_tsv, mtx = matrix_files(path)
     features, barcodes = _read_columns(features_tsv), _read_columns(barcodes_tsv)[0]
@@ -227,8 +232,8 @@ def _read_folder(path: Path) -> TenxMatrix:
     except (OSError, EOFError, ValueError, OverflowError, zlib.error) as error:      # pandas' own are ValueErrors
         raise InputError(mtx, "file", "a whole Matrix Market file", f"one that cannot be read ({error})") from error
     if by_feature.shape != (len(features[0]), len(barcodes)):
-        raise InputError(mtx, "shape", f"{len(features[0]):,} features x {len(barcodes):,} barcodes, as many as are named",
-                         " x ".join(f"{length:,}" for length in by_feature.shape))
+        raise InputError(mtx, "shape", f"{len(features[0]):,} features x {len(barcodes):,} barcodes, as many as {features_tsv} and "
+                         f"{barcodes_tsv} name", " x ".join(f"{length:,}" for length in by_feature.shape))
     by_feature.data = as_int32(mtx, by_feature.data)
     counts = sp.csr_matrix(by_feature.T)                       # a pair that comes twice is summed
     ids = features[0]

@@ -210,7 +210,7 @@ def edit(folder, change):
 def test_counts_without_a_position_are_refused_with_number_and_first_five(tmp_path):
     folder = write_visium(tmp_path, positions=visium_positions()[7:])
     five = ", ".join(visium_positions()["barcode"][:5])
-    with pytest.raises(InputError, match=f"18 barcodes of filtered_feature_bc_matrix.h5; found none for 7, first 5 .{five}"):
+    with pytest.raises(InputError, match=f"18 barcodes of .*filtered_feature_bc_matrix.h5; found none for 7, first 5 .{five}"):
         read_sample(folder)
 
 
@@ -330,7 +330,7 @@ def test_a_truncated_mtx_folder_is_refused_naming_the_file(tmp_path, member):
 def test_an_mtx_folder_whose_lists_do_not_fit_its_matrix_is_refused(tmp_path):
     folder = write_visium(tmp_path, matrix="mtx")
     write_mtx(folder / "filtered_feature_bc_matrix", counts_of(18), visium_positions()["barcode"][:17])
-    with pytest.raises(InputError, match="expected 4 features x 17 barcodes, as many as are named; found 4 x 18"):
+    with pytest.raises(InputError, match="expected 4 features x 17 barcodes, as many as .*features.tsv and .*barcodes.tsv name; found 4 x 18"):
         read_sample(folder)
 
 
