@@ -21,7 +21,7 @@ from preprocessing.errors import InputError, OptionError, read_json
 from preprocessing.expression import open_h5ad
 from preprocessing.npy_file import RECORD
 from preprocessing.patch_file import read_patch_file
-from preprocessing.patches import match_barcodes, pair, read_patch_folder
+from preprocessing.patches import METADATA, match_barcodes, pair, read_patch_folder
 from training.patch_images import PatchImages
 
 log = logging.getLogger(__name__)
@@ -66,16 +66,17 @@ def _paired(source: Path, file: Path, n_rows: int) -> tuple[list[Path], np.ndarr
         order = _order(source, file, list(barcodes), None, record, n_rows)
         return [source] * len(order), order
     folder = read_patch_folder(source)
+    listed = source / METADATA
     if folder.barcodes is None and folder.rows is not None:          # dump_metadata.py without --gex
-        _require_count(file, n_rows, len(folder.paths), source)
+        _require_count(file, n_rows, len(folder.paths), listed)
         if sorted(folder.rows) != list(range(n_rows)):
-            raise InputError(source, "gex_emb", f"every row 0..{n_rows - 1} once", "others")
+            raise InputError(listed, "gex_emb", f"every row 0..{n_rows - 1} once", "others")
         return [folder.paths[i] for i in np.argsort(folder.rows)], np.full(n_rows, -1)
     if folder.barcodes is None:
         names = _recorded_barcodes(file, record) or [str(row) for row in range(n_rows)]
         _require_count(file, n_rows, len(names), source)
         return pair(folder, names, file), np.full(n_rows, -1)
-    order = _order(source, file, folder.barcodes, folder.rows, record, n_rows)
+    order = _order(listed, file, folder.barcodes, folder.rows, record, n_rows)
     return [folder.paths[i] for i in order], np.full(n_rows, -1)
 
 
@@ -93,7 +94,7 @@ def _order(source: Path, file: Path, barcodes: list[str], rows: Sequence[int] | 
         return in_row_order
     theirs = _recorded_barcodes(file, record)
     if theirs is None:
-        raise InputError(file, "barcode_sha256", f"the barcodes of {source} in their order", "others, or another order",
+        raise InputError(file.with_name(RECORD), "barcode_sha256", f"the barcodes of {source} in their order", "others, or another order",
                          f"Keep {record.get('gex') or 'the expression file'} where {RECORD} says it is, or embed this sample again")
     return match_barcodes(barcodes, source, theirs, file)
 

@@ -86,7 +86,7 @@ def _read_metadata(folder: Path) -> PatchFolder:
     present = {entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if entry.is_file()}
     gone = [f"{line['file_name']} of barcode {line.get('barcode', 'unknown')}" for line in lines if line["file_name"] not in present]
     if gone:
-        raise InputError(folder, "patches", f"the {len(lines):,} files that {METADATA} lists", f"missing {first_few(gone)}")
+        raise InputError(source, "file_name", f"the {len(lines):,} files that {METADATA} lists", f"missing {first_few(gone)}")
 
     def column(key):
         return [line[key] for line in lines] if all(key in line for line in lines) else None
@@ -142,7 +142,7 @@ def pair(folder: PatchFolder, barcodes: Sequence[str], gex_path: Path | str, rec
     if folder.rows is not None:
         in_row_order = [folder.barcodes[i] for i in np.argsort(folder.rows, kind="stable")]
     patch_hashes = {strings_sha256(in_row_order), folder.barcode_sha256}
-    order = match_barcodes(folder.barcodes, folder.folder, barcodes, gex_path, recorded_sha256, patch_hashes=patch_hashes,
+    order = match_barcodes(folder.barcodes, folder.folder / METADATA, barcodes, gex_path, recorded_sha256, patch_hashes=patch_hashes,
                            patch_xy_px=folder.centre_xy_px, centre_xy_px=centre_xy_px)
     return [folder.paths[i] for i in order]
 
