@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -209,6 +210,20 @@ def recorded_barcode_sha256(adata: ad.AnnData) -> str | None:
     """The hash over the barcodes in the order in which the patches were cut, where the file records it."""
     record = adata.uns.get("morphology")
     return str(record["barcode_sha256"]) if isinstance(record, Mapping) and "barcode_sha256" in record else None
+
+
+def recorded_scale(path: Path | str) -> dict[str, float]:
+    """`patch_um` and `mpp` of the patches that were cut for the spots, as far as `uns['morphology']` of the file has them."""
+    adata = open_h5ad(path, backed=True)
+    try:
+        record = adata.uns.get("morphology")
+    finally:
+        adata.file.close()
+    found = {name: record[name] for name in ("patch_um", "mpp") if name in record} if isinstance(record, Mapping) else {}
+    for name, value in found.items():
+        if np.ndim(value) or not isinstance(value, Real) or not 0 < value < np.inf:
+            raise InputError(path, f"uns['morphology']['{name}']", "a positive number", str(value)[:60])
+    return {name: float(value) for name, value in found.items()}
 
 
 def recorded_sample_id(adata: ad.AnnData) -> str | None:

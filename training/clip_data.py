@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import h5py
 import numpy as np
 import scipy.sparse as sp
 import torch
@@ -21,6 +20,7 @@ from networks.clip import CLIP
 from networks.histo_models import Encoder
 from networks.sample_scaling import SampleScaling, fit_sample_scaling, patches_for_mean, require_whole_samples
 from preprocessing.errors import InputError, OptionError
+from preprocessing.expression import recorded_scale
 from training.augment import N_DRAWS, AugmentConfig, apply_views, plain_views, turned_views, views_from
 from training.clip_config import ClipConfig
 from training.clip_features import cached_features, compute_features, view_table
@@ -242,10 +242,9 @@ def _patch_side_px(files: list[SampleFiles], dataset: ImageGeneDataset) -> float
     """Level-0 px of one patch, as the expression file records it; where none does, 1.5 times the distance of two spots."""
     sides = []
     for file in files:
-        with h5py.File(file.gex) as content:
-            recorded = content.get("uns/morphology")
-            if recorded is not None and "patch_um" in recorded and "mpp" in recorded:
-                sides.append(float(recorded["patch_um"][()]) / float(recorded["mpp"][()]))
+        recorded = recorded_scale(file.gex)
+        if len(recorded) == 2:
+            sides.append(recorded["patch_um"] / recorded["mpp"])
     if sides:
         return max(sides)
     distance, _ = cKDTree(dataset.centre_xy_px).query(dataset.centre_xy_px, k=2)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 from torch import nn
 
@@ -22,6 +21,7 @@ from networks.clip import CLIP, clip_weights_sha256
 from preprocessing.cores import usable_cores
 from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import InputError, OptionError, first_few
+from preprocessing.expression import recorded_scale
 from preprocessing.outputs import nan_to_none
 from preprocessing.patches import read_patch
 from training.data import ImageGeneDataset, expression_only, sample_files
@@ -130,13 +130,9 @@ def load_section(config: ReportConfig, judge: CLIP | None, progress: bool) -> tu
         expression_only([files], target_sum=judge.target_sum, vocabulary=judge.gene_names).expression
     images = data.load_images(progress=progress).permute(0, 2, 3, 1).numpy()
     clusters = named_clusters(data.obs)
-    adata = ad.read_h5ad(config.gex, backed="r")
-    try:
-        recorded = adata.uns.get("morphology", {}).get("patch_um")
-    finally:
-        adata.file.close()
     barcodes = spot_barcodes(data.barcodes, files.sample_id)
-    return Section(files.sample_id, barcodes, images, data.expression, judged, clusters, data.centre_xy_px), float(recorded or PATCH_UM)
+    return Section(files.sample_id, barcodes, images, data.expression, judged, clusters, data.centre_xy_px), \
+        recorded_scale(config.gex).get("patch_um", PATCH_UM)
 
 
 def _memorisation(config: ReportConfig, encoders: Mapping[str, nn.Module], device: str, progress: bool, found: Extra) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 
 from preprocessing.compressed_chunks import pack, unpack
 from preprocessing.done_manifests import is_done, write_done
+from preprocessing.expression import recorded_scale
 from preprocessing.parts import Parts
 from preprocessing.patch_file import compress_patch, read_patch_file, write_compressed_patches
 from training.generation_plan import GenerationPlan
@@ -76,11 +76,9 @@ class GeneratedH5:
     def _scale(self) -> tuple[float, float]:
         """Side of a patch on the slide in level-0 px, and µm of such a px."""
         if self.plan.prompts.sample_id:
-            adata = ad.read_h5ad(self.plan.prompts.path, backed="r")
-            record = adata.uns.get("morphology", {})
-            adata.file.close()
-            if "mpp" in record and "patch_um" in record:
-                return float(record["patch_um"]) / float(record["mpp"]), float(record["mpp"])
+            recorded = recorded_scale(self.plan.prompts.path)
+            if len(recorded) == 2:
+                return recorded["patch_um"] / recorded["mpp"], recorded["mpp"]
         return float(self.plan.patch_px), float("nan")
 
     def _corners(self, patch_size_src: float) -> np.ndarray:

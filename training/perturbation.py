@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 import torch
@@ -24,6 +23,7 @@ from evaluation.perturbation_page import pairs_sheet, write_perturbation_page
 from networks.sample_scaling import fit_sample_scaling, require_whole_samples
 from preprocessing.done_manifests import fingerprint, program_versions
 from preprocessing.errors import InputError, OptionError, first_few
+from preprocessing.expression import recorded_scale
 from preprocessing.outputs import finished_file, locked, nan_to_none, write_json
 from preprocessing.progress import ProgressBar
 from training.data import ExpressionTable, expression_only
@@ -102,7 +102,7 @@ def perturb(config: PerturbConfig, open_source: Callable[..., Source] | None = N
     if changes.strangers:
         ProgressBar.write(f"{config.gene_sets}: genes that the model does not know stay as they are: {first_few(changes.strangers)}")
     rows = choose_spots(config, table, seeds[0])
-    patch_um = config.patch_um or _recorded_patch_um(config.gex) or PATCH_UM
+    patch_um = config.patch_um or recorded_scale(config.gex).get("patch_um", PATCH_UM)
     found = compare(Embedder(encoder, table), changes, rows, seeds, source.make, um_per_px=patch_um / source.px, controls=config.controls,
                     workers=workers)
     barcodes = [table.barcodes[row].split("__", 1)[-1] for row in rows]
@@ -138,15 +138,6 @@ def snapshot_source(config: PerturbConfig, device: str, workers: int, progress: 
 
     return Source(snapshot.gene_encoder, make, snapshot.generator.config.img_resolution,
                   {"weights (SHA-256)": snapshot.weights_sha256, "truncation": config.truncation, "noise": config.noise_mode})
-
-
-def _recorded_patch_um(path: Path) -> float | None:
-    adata = ad.read_h5ad(path, backed="r")
-    try:
-        value = adata.uns.get("morphology", {}).get("patch_um")
-    finally:
-        adata.file.close()
-    return float(value) if value else None
 
 
 def choose_spots(config: PerturbConfig, table: ExpressionTable, seed: int) -> np.ndarray:
