@@ -6,6 +6,7 @@ code). Only the classes named here are ever built: a file cannot choose another.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from diffusion_utils.noising import own_prediction, require_scheduler, scheduler_config
 from diffusion_utils.prompts import PromptEncoder
 from networks.weights import load_into, read_state_dict
-from preprocessing.errors import InputError, OptionError, WeightsError, read_json
+from preprocessing.errors import InputError, OptionError, WeightsError, first_few, read_json
 
 Size = Literal["small", "base"]
 UNET, PIXART, SD3 = "UNet2DConditionModel", "PixArtTransformer2DModel", "SD3Transformer2DModel"
@@ -27,6 +28,7 @@ PROMPT_LAYER = {UNET: "encoder_hid_proj", PIXART: "caption_projection", SD3: "co
 REPEATED_BLOCKS = ("BasicTransformerBlock", "JointTransformerBlock")    # of all of these denoisers
 MORE_CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "use_additional_conditions")   # that nothing here gives
 PIXART_SIZED = 128          # latents a side at which PixArt is told the picture's size unless its config says otherwise
+LARGEST = 65_536            # number in the config of a network that is built
 PROMPT_WIDTH = {PIXART: "caption_channels", SD3: "joint_attention_dim"}
 SIZES = {   # channels by level, residual blocks a level, width of cross-attention; attention from the second level on
     "small": {"block_out_channels": (32, 64, 128), "layers_per_block": 1, "cross_attention_dim": 128, "attention_head_dim": 4},
@@ -130,10 +132,24 @@ def load_base(folder: Path, vae_folder: Path | str | None, prompts: PromptEncode
     if denoiser.config.in_channels != channels:
         raise WeightsError(folder, "input channels of the denoiser",
                            f"{channels}, as {'pixels have' if vae is None else 'the autoencoder gives'}", str(denoiser.config.in_channels))
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "the config of a scheduler")
+    scheduler = read_scheduler(folder)
     own = own_prediction(scheduler, folder)
-    require_scheduler(scheduler, folder)
     return Base(denoiser, vae, scheduler if prediction in (None, own) else scheduler_config(prediction), str(folder))
+
+
+def read_scheduler(folder: Path) -> dict:
+    """The config of a base's scheduler; refused now if a run could not train with it, or write it into its pipeline."""
+    from diffusion_utils.sampling import make_scheduler
+
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = read_json(path, "the config of a scheduler")
+    sampler = "dpm++" if own_prediction(config, path) == "flow" else "ddim"
+    require_scheduler(config, path)
+    try:
+        make_scheduler(config, sampler, 1)
+    except Exception as error:       # whatever diffusers and torch make of words for numbers
+        raise InputError(path, "scheduler", "a config that a scheduler can be made of", _first_line(error)) from error
+    return config
 
 
 def token_width_of(folder: Path) -> int:
@@ -182,7 +198,7 @@ def load_denoiser(folder: Path, learned: PromptEncoder | None = None, *, seed: i
             _start_prompt_layer(denoiser, learned.embedding_width)
     tensors = {key: value for key, value in read_sharded(path).items() if not (new and key.startswith(new))}
     fresh = {key: value for key, value in denoiser.state_dict().items() if new and key.startswith(new)}
-    load_into(denoiser, {**tensors, **fresh}, path)
+    load_into(denoiser, {**tensors, **fresh}, weights_file(path))
     return denoiser
 
 
@@ -197,7 +213,7 @@ def load_vae(folder: Path | str) -> nn.Module:
     if name not in VAES:
         raise InputError(folder / "config.json", "_class_name", " or ".join(VAES), str(name))
     vae = _built(getattr(diffusers, name), config, folder)
-    load_into(vae, _todays_names(read_sharded(folder), vae.state_dict()), folder)
+    load_into(vae, _todays_names(read_sharded(folder), vae.state_dict()), weights_file(folder))
     return vae.eval().requires_grad_(False)
 
 
@@ -213,25 +229,52 @@ def _todays_names(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> d
 
 
 def _built(cls, config: Mapping, path: Path) -> nn.Module:
+    huge = [key for key, value in config.items() if not _is_bounded(value)]
+    if huge:                         # memory and hours go before the weights are seen not to fit
+        raise WeightsError(path / "config.json", ", ".join(huge), f"numbers up to {LARGEST:,}", str(config[huge[0]])[:60])
     try:
         return cls.from_config({key: value for key, value in config.items() if key != "_name_or_path"})
-    except (TypeError, ValueError, KeyError, RuntimeError, IndexError, ZeroDivisionError) as error:
-        raise WeightsError(path / "config.json", "config", f"one that {cls.__name__} can be built from",
-                           str(error).splitlines()[0]) from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:       # diffusers and torch raise a dozen types for a config they cannot build
+        raise WeightsError(path / "config.json", "config", f"one that {cls.__name__} can be built from", _first_line(error)) from error
+
+
+def _is_bounded(value: object) -> bool:
+    """Whether no number in it is beyond any width or depth of a network."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_bounded, value))
+    return not isinstance(value, (int, float)) or abs(value) <= LARGEST
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_sharded(folder: Path) -> dict[str, Tensor]:
     """Tensors of a component, in one file or several; float32. safetensors are preferred."""
-    for index in sorted(folder.glob("diffusion_pytorch_model.safetensors.index.json")):
-        names = sorted(set(read_json(index, "an index of weights").get("weight_map", {}).values()))
-        if any(Path(name).name != name for name in names):
-            raise WeightsError(index, "files", "names inside the folder", json.dumps(names)[:120])
-        tensors = {key: value for name in names for key, value in read_state_dict(folder / name).items()}
-        break
-    else:
-        found = [folder / f"diffusion_pytorch_model{suffix}" for suffix in (".safetensors", ".fp16.safetensors", ".bin")]
-        path = next((path for path in found if path.is_file()), None)
-        if path is None:
-            raise InputError(folder, "weights", "diffusion_pytorch_model.safetensors (or .bin)", "nothing there")
-        tensors = read_state_dict(path)
+    path = weights_file(folder)
+    parts = _parts(path) if path.suffix == ".json" else [path]
+    tensors = {key: value for part in parts for key, value in read_state_dict(part).items()}
     return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+
+
+def weights_file(folder: Path) -> Path:
+    """The weights of a component in one file, or the index of their parts."""
+    found = [folder / f"diffusion_pytorch_model{suffix}"
+             for suffix in (".safetensors.index.json", ".safetensors", ".fp16.safetensors", ".bin")]
+    path = next((path for path in found if path.is_file()), None)
+    if path is None:
+        raise InputError(folder, "weights", "diffusion_pytorch_model.safetensors (or .bin)", "nothing there")
+    return path
+
+
+def _parts(index: Path) -> list[Path]:
+    content = read_json(index, "an index of weights")
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(name, str) and name and Path(name).name == name for name in files.values()):
+        raise WeightsError(index, "weight_map", "names of files inside the folder", json.dumps(files)[:120])
+    absent = [name for name in sorted(set(files.values())) if not os.path.isfile(index.with_name(name))]
+    if absent:
+        raise WeightsError(index, "weight_map", "files that lie beside it", f"none of the name {first_few(absent)}")
+    return [index.with_name(name) for name in sorted(set(files.values()))]

@@ -17,7 +17,7 @@ from torch import Tensor
 from preprocessing.errors import InputError, OptionError
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
-N_TIMESTEPS = 1000
+N_TIMESTEPS, MOST_TIMESTEPS = 1000, 100_000
 FLOW_KIND = "flow_prediction"       # what diffusers' solvers call it
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SD_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -97,24 +97,27 @@ def scheduler_config(prediction: str) -> dict:
             "rescale_betas_zero_snr": prediction == "v_prediction"}
 
 
-def own_prediction(scheduler: Mapping, folder: Path | str) -> str:
+def own_prediction(scheduler: Mapping, path: Path | str) -> str:
     """epsilon, v_prediction or flow, as a scheduler's config says."""
     if not isinstance(scheduler, Mapping):
-        raise InputError(folder, "scheduler", "the config of a scheduler", type(scheduler).__name__)
+        raise InputError(path, "scheduler", "the config of a scheduler", type(scheduler).__name__)
     kind = scheduler.get("prediction_type", "epsilon")
     if "FlowMatch" in str(scheduler.get("_class_name")) or kind == FLOW_KIND:
         return "flow"
     if kind not in ("epsilon", "v_prediction"):
-        raise InputError(folder, "scheduler: prediction_type", "epsilon, v_prediction or flow matching", str(kind))
+        raise InputError(path, "scheduler: prediction_type", "epsilon, v_prediction or flow matching", str(kind))
     return kind
 
 
-def require_scheduler(config: Mapping, folder: Path) -> None:
+def require_scheduler(config: Mapping, path: Path) -> None:
     """Refuse now what could not be written into a pipeline, or solved, after the training."""
     import diffusers
 
     name = str(config.get("_class_name"))
     if not (name.endswith("Scheduler") and hasattr(diffusers, name)):
-        raise InputError(folder / "scheduler", "_class_name", "a scheduler of diffusers", name)
+        raise InputError(path, "_class_name", "a scheduler of diffusers", name)
     if config.get("beta_schedule", "linear") not in BETA_SCHEDULES and not config.get("trained_betas"):
-        raise InputError(folder / "scheduler", "beta_schedule", f"one of {', '.join(BETA_SCHEDULES)}", str(config.get("beta_schedule")))
+        raise InputError(path, "beta_schedule", f"one of {', '.join(BETA_SCHEDULES)}", str(config.get("beta_schedule")))
+    steps = config.get("num_train_timesteps", N_TIMESTEPS)
+    if not isinstance(steps, int) or not 0 < steps <= MOST_TIMESTEPS:           # before tensors of that length are made
+        raise InputError(path, "num_train_timesteps", f"a whole number up to {MOST_TIMESTEPS:,}", str(steps))
