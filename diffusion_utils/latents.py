@@ -154,7 +154,8 @@ def _rows_done(working: Path, note: Path, shape: tuple[int, ...]) -> int:
     """Rows that a killed run left whole; 0 where that cannot be known."""
     try:
         said = json.loads(note.read_text())
-        whole = np.load(working, mmap_mode="r", allow_pickle=False).shape == shape == tuple(said["shape"])
+        kept = np.load(working, mmap_mode="r", allow_pickle=False)
+        whole = kept.shape == shape == tuple(said["shape"]) and kept.dtype == np.float16
         rows = said["rows"]
     except (*NPY_ERRORS, OSError):
         return 0

@@ -55,7 +55,8 @@ def open_clip(path: Path, network: Path, pipeline: GenePipeline) -> CLIP:
         beside = Path(file).with_name(RECORD) if file else None
         if beside is None or not beside.is_file():     # the embeddings lie elsewhere now: their width is all there is to go by
             continue
-        expected = read_json(beside, "which weights made the embeddings").get("model_sha256")
+        content = read_json(beside, "which weights made the embeddings")
+        expected = content.get("model_sha256") if isinstance(content, dict) else None
         if expected not in (None, found):
-            raise WeightsError(path, "SHA-256", f"{expected}, which made the embeddings of {network}", found)
+            raise WeightsError(path, "SHA-256", f"{expected}, which made the embeddings of {network}, as {beside} says", found)
     return clip

@@ -22,7 +22,7 @@ from networks.weights import (
     write_plain_file,
 )
 from preprocessing.done_manifests import file_sha256, program_versions, strings_sha256
-from preprocessing.errors import WeightsError
+from preprocessing.errors import InputError, WeightsError, require_file
 from preprocessing.outputs import finished_file
 
 
@@ -141,15 +141,28 @@ def _build(description: dict, path: Path | str, image_encoder: bool, weights: Pa
 def _require_same_model(config: Mapping | Path | str | None, model: Mapping, ckpt: Path | str) -> None:
     if config is None:
         return
+    source = "the config"
     if isinstance(config, (str, Path)):
-        from omegaconf import OmegaConf
-        config = OmegaConf.to_container(OmegaConf.load(config))
+        source, config = str(config), _read_config(config)
     told = dict(config["model"] if "model" in config else config)
     if told.get("temperature", 0) is None:   # left to the rest of the config
         told["temperature"] = ClipModelConfig(learn_temperature=bool(told.get("learn_temperature"))).temperature
     different = [f"{name} {told[name]} told, {model[name]} trained" for name in model if name in told and told[name] != model[name]]
     if different:
-        raise WeightsError(ckpt, "model", "the model that the config describes", "; ".join(different[:5]))
+        raise WeightsError(ckpt, "model", f"the model that {source} describes", "; ".join(different[:5]))
+
+
+def _read_config(path: Path | str) -> dict:
+    """The model's settings, or those of a run with a section `model`, as YAML."""
+    from omegaconf import OmegaConf
+    require_file(path, "the YAML of a run")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:       # yaml and omegaconf raise a dozen types
+        raise InputError(path, "file", "the YAML of a run", f"one that cannot be read ({str(error)[:120]})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model", {}), dict):
+        raise InputError(path, "content", "settings by name, the model's under `model`", str(content)[:60])
+    return content
 
 
 def clip_weights_sha256(path: Path | str) -> str:

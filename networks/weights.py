@@ -47,9 +47,11 @@ def read_plain_file(path: Path | str) -> dict:
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:   # the two loaders raise a dozen types for a damaged or hostile file
+        if isinstance(error, OSError) and error.filename is not None:      # not of a damaged place that torch seeks
+            raise
         raise WeightsError(path, "contents", "tensors that load without running code", _reason(error)) from error
     if not isinstance(content, Mapping):
         raise WeightsError(path, "contents", "tensors by name", type(content).__name__)
@@ -158,6 +160,8 @@ def _verify_sums(folder: Path) -> None:
     expected = dict(line.split(maxsplit=1)[::-1] for line in (folder / SUMS_FILE).read_text(errors="replace").splitlines()
                     if len(line.split()) == 2)
     for name in (MODEL_FILE, CONFIG_FILE):
+        if name not in expected:
+            raise WeightsError(folder / SUMS_FILE, "entries", f"one for {name}", "none")
         found = file_sha256(folder / name)
-        if expected.get(name) != found:
-            raise WeightsError(folder / name, "SHA-256", f"{expected.get(name, 'an entry in SHA256SUMS')}", found, "the file is damaged")
+        if expected[name] != found:
+            raise WeightsError(folder / name, "SHA-256", f"{expected[name]}, as {folder / SUMS_FILE} says", found, "the file is damaged")

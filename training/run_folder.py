@@ -100,10 +100,10 @@ class StatsLog:
 def _wandb_run(folder: Path, project: str):
     """The run on Weights & Biases that mirrors this folder; None, with a notice, where the service takes none (no login, no network)."""
     import wandb
-    about = json.loads((folder / "config.json").read_text())
     try:
+        about = read_json(folder / "config.json", "that of a run")
         return wandb.init(project=project, name=folder.name, id=wandb_id(folder), resume="allow", dir=str(folder), config=about["config"])
-    except Exception as error:      # a mirror is not worth a run, whatever it is that the service says
+    except Exception as error:      # a mirror is not worth a run, whatever the service says, or a damaged config.json
         log.warning("--wandb %s: going on without it: %s", project, " ".join(str(error).split())[:200])
         return None
 
@@ -127,7 +127,7 @@ def _step_of(line: str) -> int | None:
     """The step of a line of stats.jsonl; None if the line is not whole."""
     try:
         step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return step if isinstance(step, int) else None
 
