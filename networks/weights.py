@@ -164,4 +164,5 @@ def _verify_sums(folder: Path) -> None:
             raise WeightsError(folder / SUMS_FILE, "entries", f"one for {name}", "none")
         found = file_sha256(folder / name)
         if expected[name] != found:
-            raise WeightsError(folder / name, "SHA-256", f"{expected[name]}, as {folder / SUMS_FILE} says", found, "the file is damaged")
+            raise WeightsError(folder / name, "SHA-256", f"{expected[name][:64]}, as {folder / SUMS_FILE} says", found,
+                               "the file is damaged")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from preprocessing.done_manifests import file_sha256, read_done
-from preprocessing.errors import InputError, OptionError, read_text, require_unique
+from preprocessing.errors import InputError, OptionError, beside_or_here, read_text, require_unique
 from preprocessing.extraction import ExtractConfig
 from preprocessing.outputs import done_path
 
@@ -185,8 +185,7 @@ def _read_line(path: Path, line: int, row: dict[str, str]) -> CohortSample:
         if not 0 < values[column] < float("inf"):
             refuse(f"{column}: a positive number", repr(row[column]))
     for column in (column for column in ("wsi_file", *SOURCES, "stain_file") if row.get(column)):
-        beside = path.parent / row[column]
-        values[column] = beside if beside.exists() else Path(row[column])
+        values[column] = beside_or_here(path, row[column])
     return CohortSample(sample_id=row["sample_id"], line=line, **values)
 
 

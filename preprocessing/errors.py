@@ -75,6 +75,15 @@ def require_file(path: Path | str, expected: str) -> Path:
     return path
 
 
+def beside_or_here(sheet: Path, name: str) -> Path:
+    """A relative path that a sheet names: beside the sheet if something is there, else in the working folder."""
+    beside = sheet.parent / name
+    try:
+        return beside if beside.exists() else Path(name)
+    except OSError as error:                   # no name of a file: thousands of letters
+        raise InputError(sheet, "paths", "names of files", f"{name[:MOST_OF_AN_ITEM]} ({error.strerror})") from error
+
+
 def read_text(path: Path | str, expected: str) -> str:
     """The text of a UTF-8 file (a byte order mark is dropped)."""
     try:

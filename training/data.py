@@ -22,7 +22,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from preprocessing.errors import InputError, OptionError, first_few, read_text, require_file
+from preprocessing.errors import InputError, OptionError, beside_or_here, first_few, read_text, require_file
 from preprocessing.expression import (
     RAW_COUNTS,
     normalise_expression,
@@ -93,10 +93,6 @@ def read_sample_sheet(path: Path | str) -> list[SampleFiles]:
         raise InputError(path, "columns" if missing else "rows", "sample_id, images, gex, split" if missing else "one a sample",
                          f"no {', '.join(missing)}" if missing else "none")
 
-    def resolve(name: str) -> Path:
-        beside = path.parent / name
-        return beside if beside.exists() else Path(name)
-
     samples = []
     for number, row in rows:
         empty = [column for column in ("sample_id", "images", "gex") if not (row[column] or "").strip()]
@@ -105,8 +101,8 @@ def read_sample_sheet(path: Path | str) -> list[SampleFiles]:
             raise InputError(path, f"line {number}", f"every column filled and split one of {', '.join(SPLITS)}",
                              f"no {', '.join(empty)}" if empty else f"split {split}")
         embeddings = (row.get("embeddings") or "").strip()
-        samples.append(SampleFiles(row["sample_id"].strip(), resolve(row["images"].strip()), resolve(row["gex"].strip()), split,
-                                   resolve(embeddings) if embeddings else None))
+        images, gex = (beside_or_here(path, row[column].strip()) for column in ("images", "gex"))
+        samples.append(SampleFiles(row["sample_id"].strip(), images, gex, split, beside_or_here(path, embeddings) if embeddings else None))
     _require_unique_samples(samples, path)
     return samples
 
