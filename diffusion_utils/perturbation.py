@@ -58,5 +58,5 @@ def open_clip(path: Path, network: Path, pipeline: GenePipeline) -> CLIP:
         content = read_json(beside, "which weights made the embeddings")
         expected = content.get("model_sha256") if isinstance(content, dict) else None
         if expected not in (None, found):
-            raise WeightsError(path, "SHA-256", f"{expected}, which made the embeddings of {network}, as {beside} says", found)
+            raise WeightsError(path, "SHA-256", f"{str(expected)[:64]}, which made the embeddings of {network}, as {beside} says", found)
     return clip
