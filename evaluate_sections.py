@@ -19,10 +19,11 @@ def evaluate_sections(*, train: str, val: str, network: Path, judge: Path | None
     """Score every validation section; writes and returns the results."""
     from evaluation.features import build_features, feature_specs, pick_device
     from evaluation.sections import FeatureBank
+    from evaluation.sections_page import contact_sheet_files, write_sections_page
     from networks.clip import CLIP, clip_weights_sha256
     from networks.histo_models import build_encoder
     from preprocessing.done_manifests import program_versions
-    from preprocessing.outputs import write_json
+    from preprocessing.outputs import finished_together, write_json
     started, steps_before = time.monotonic(), read_steps(steps)
     for option, value in (("--judge", judge), ("--untrained", untrained), ("--noise-held", noise_held)):
         if value is not None and generated is None:
@@ -52,10 +53,11 @@ def evaluate_sections(*, train: str, val: str, network: Path, judge: Path | None
                "train": [files.sample_id for files in train_files], "ridge_strength": baseline.strength, "seed": seed,
                "weights_sha256": {**hashes, **{label: encoder.source for label, encoder in encoders.items()}},
                "versions": program_versions()}
-    write_json(out, results)
-    if report is not None:
-        from evaluation.sections_page import write_sections_page
-        write_sections_page(report, results, sheets)
+    pages = [] if report is None else [report, *contact_sheet_files(report, sheets).values()]
+    with finished_together([out, *pages]) as staged:
+        write_json(staged[out], results)
+        if report is not None:
+            write_sections_page(report, results, sheets, staged)
     return results
 
 

@@ -14,23 +14,30 @@ from evaluation.sections import Generated, Section
 ROWS, SEEDS, CELL_PX = 10, 6, 96
 
 
-def write_sections_page(path: Path, results: Mapping, sheets: Mapping[str, tuple[Section, Generated] | None]) -> None:
-    """Write the page, and each section's contact sheet as contact_sheet_<section>.png beside it.
+def contact_sheet_files(path: Path, sheets: Mapping[str, tuple[Section, Generated] | None]) -> dict[str, Path]:
+    """Section -> contact_sheet_<section>.png beside the page, of those that have generated patches."""
+    return {name: path.with_name(f"contact_sheet_{name}.png") for name, patches in sheets.items() if patches}
+
+
+def write_sections_page(path: Path, results: Mapping, sheets: Mapping[str, tuple[Section, Generated] | None],
+                        staged: Mapping[Path, Path]) -> None:
+    """Write the page, and the contact sheets beside it, under their `staged` names (`finished_together`).
 
     `sheets` holds the patches of each section, where there are generated ones.
     """
+    pictures = contact_sheet_files(path, sheets)
     parts = [page.paragraph(f"Trained on {', '.join(results['train'])}. None of these is among the sections shown.",
                             "lead")]
     for name, scores in results["sections"].items():
         sheet = section_sheet(*sheets[name], np.random.default_rng(results["seed"])) if sheets.get(name) else None
         if sheet is not None:
-            save_png(path.with_name(f"contact_sheet_{name}.png"), sheet)
+            save_png(staged[pictures[name]], sheet)
         parts += section_parts(name, scores, sheet)
     parts += [page.heading("Wall time"), page.table(["step", "seconds"], list(results["wall_time_s"].items()), "Seconds by step"),
               page.heading("Weights and versions"),
               page.facts({"weights of " + name: digest for name, digest in results["weights_sha256"].items() if digest}),
               page.facts(results["versions"])]
-    page.write_page(path, page.page(f"Held-out sections: {', '.join(results['sections'])}", parts))
+    page.write_page(staged[path], page.page(f"Held-out sections: {', '.join(results['sections'])}", parts))
 
 
 def section_parts(name: str, scores: Mapping, sheet: np.ndarray | None) -> list[str]:

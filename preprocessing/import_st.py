@@ -15,7 +15,7 @@ import numpy as np
 from preprocessing.done_manifests import fingerprint, is_done, strings_sha256, write_done
 from preprocessing.dropped_spots import write_dropped
 from preprocessing.errors import Command, InputError, OptionError
-from preprocessing.outputs import locked
+from preprocessing.outputs import finished_together, locked
 
 if TYPE_CHECKING:
     from preprocessing.sample import Sample, Spots
@@ -54,7 +54,8 @@ def import_section(config: ImportConfig, counts: Path, spots: Path, image: Path,
     with locked(out_dir / "imgs.h5"):
         if all(is_done(file, config=asdict(config), inputs=inputs) for file in outputs):
             return [f"{config.sample_id}: already imported from these files with these settings; nothing to do", *map(str, outputs)]
-        said, rows = _write_outputs(config, inputs, *outputs)
+        with finished_together(outputs) as staged:
+            said, rows = _write_outputs(config, inputs, *staged.values())
         for file in outputs:
             write_done(file, config=asdict(config), inputs=inputs, rows=len(rows), barcode_sha256=strings_sha256(rows.barcodes))
     return [*said, *map(str, outputs)]

@@ -33,8 +33,7 @@ def finished_file(path: Path | str, validate: Callable[[Path], object] | None = 
     leave a torn file under the final name: for what the reader checks and can make again.
     """
     path = _named(path)
-    if path.is_dir():                        # said before the work, not after it
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    _require_no_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
@@ -62,9 +61,10 @@ def _named_error(error: Exception, path: Path | str) -> Exception:
     """Writing to an open file names none; numpy says how many items it wrote, torch and safetensors raise errors of their own."""
     if hasattr(error, "exit_code") or getattr(error, "filename", None) is not None:
         return error
+    path = re.sub(r"\.tmp\.\d+$", "", str(path))           # of several files finished together: the name that it shall have
     number = _of_writing(error, Path(path).parent)
     if number is not None:
-        return OSError(number, os.strerror(number), str(path))
+        return OSError(number, os.strerror(number), path)
     return OSError(f"{path}: {error}") if isinstance(error, OSError) and error.errno is None else error
 
 
@@ -92,14 +92,19 @@ def writes_to(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def finished_together(paths: Sequence[Path]) -> Iterator[dict[Path, Path]]:
-    """Yield for each of several files a name to finish it under; when all are written they get their own, one rename after the other.
+    """Yield for each of several files a name to write it under; when all are written they get their own, one rename after the other.
 
     On an error before that none does. A process killed, or refused, between two renames leaves some new and some old: whoever reads
     them together compares their done-manifests, which come after.
     """
     staged = {path: path.with_name(f"{path.name}.tmp.{os.getpid()}") for path in paths}
+    for path in paths:
+        _require_no_folder(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield staged
+        for temporary in staged.values():
+            flush_to_disk(temporary)
         for path, temporary in staged.items():
             os.replace(temporary, path)
     except Exception as error:
@@ -156,6 +161,12 @@ def _named(path: Path | str) -> Path:
     if not path.name:
         raise OSError(errno.EINVAL, "nothing can be written in its place", str(path))
     return path
+
+
+def _require_no_folder(path: Path) -> None:
+    """Said before the work, not after it."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
 def flush_to_disk(path: Path) -> None:

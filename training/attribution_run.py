@@ -20,7 +20,7 @@ from networks.clip import CLIP, clip_weights_sha256
 from networks.sample_scaling import MIN_SPOTS, fit_sample_scaling, require_whole_samples
 from preprocessing.done_manifests import program_versions
 from preprocessing.errors import InputError, OptionError, WeightsError, first_few
-from preprocessing.outputs import finished_file, write_json
+from preprocessing.outputs import finished_together, write_json
 from preprocessing.patches import read_patch, read_patch_folder
 from preprocessing.progress import ProgressBar
 from training.data import ExpressionTable, expression_only
@@ -167,15 +167,15 @@ def _write(config: AttributionConfig, done: list[Attribution], means: dict[str, 
                if config.target == "clusters" else attribution.values for attribution in done}
     if len(columns) < len(done):
         raise InputError(config.images, "names of pictures", "others than", first_few([attribution.column for attribution in done]))
-    with finished_file(config.out_file) as temporary:
-        pd.DataFrame(columns, index=pd.Index(genes, name="gene")).to_csv(temporary, float_format="%.6g")
     pairs = {attribution.column: {"distance_change": attribution.change, "sum": float(attribution.values.sum()),
                                   "convergence_delta": attribution.delta} for attribution in done}
     record = config.out_file.with_suffix(".json")
-    write_json(record, {"method": config.method, "target": config.target, "model_sha256": clip_weights_sha256(config.network),
-                        "gex": str(config.gex), "cluster_labs": config.cluster_labs,
-                        "images": str(config.images) if config.images else None,
-                        "seed": config.seed, "pairs": pairs, "versions": program_versions()})
+    with finished_together([config.out_file, record]) as staged:
+        pd.DataFrame(columns, index=pd.Index(genes, name="gene")).to_csv(staged[config.out_file], float_format="%.6g")
+        write_json(staged[record], {"method": config.method, "target": config.target, "model_sha256": clip_weights_sha256(config.network),
+                                    "gex": str(config.gex), "cluster_labs": config.cluster_labs,
+                                    "images": str(config.images) if config.images else None,
+                                    "seed": config.seed, "pairs": pairs, "versions": program_versions()})
     return Attributed(config.out_file, record, list(_said(columns, done, genes)))
 
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from networks.sample_scaling import patches_for_mean, require_whole_samples
 from preprocessing.done_manifests import file_sha256, program_versions, strings_sha256
 from preprocessing.errors import InputError, OptionError
 from preprocessing.npy_file import RECORD
-from preprocessing.outputs import finished_file, locked, write_json
+from preprocessing.outputs import finished_file, finished_together, locked, write_json
 from preprocessing.patch_file import read_patch_file
 from preprocessing.patches import read_patch, read_patch_folder
 from preprocessing.progress import ProgressBar
@@ -61,28 +61,34 @@ def write_embeddings(config: EmbedConfig) -> tuple[list[Path], str]:
     clip = CLIP.from_pretrained(config.network, image_encoder=config.images is not None, image_encoder_weights=config.encoder_weights)
     clip.to(device)
     arrays, barcodes, sample_ids = embed_sample(clip, config, device)
-    files = [*(f"{name}_clip_emb.npy" for name in arrays), RETRIEVAL]
-    with locked(config.out_dir / RECORD, covers=[config.out_dir / name for name in files]):
-        return _write(config, arrays, barcodes, sample_ids)
-
-
-def _write(config: EmbedConfig, arrays: dict[str, np.ndarray], barcodes: list[str], sample_ids: np.ndarray) -> tuple[list[Path], str]:
-    written = [_save(config.out_dir / f"{name}_clip_emb.npy", array) for name, array in arrays.items()]
-    record = {"model_sha256": clip_weights_sha256(config.network), "n_rows": len(barcodes), "barcode_sha256": strings_sha256(barcodes),
-              "gex": str(config.gex) if config.gex else None, "images": str(config.images) if config.images else None,
-              "files": [path.name for path in written], "sha256": {path.name: file_sha256(path) for path in written},
-              "versions": program_versions()}
-    write_json(config.out_dir / RECORD, record)
+    names = [*(f"{name}_clip_emb.npy" for name in arrays), RECORD, *([RETRIEVAL] if config.gex and config.images else [])]
+    files = [config.out_dir / name for name in names]
+    with locked(config.out_dir / RECORD, covers=[path for path in files if path.name != RECORD]), finished_together(files) as staged:
+        said = _write(config, arrays, barcodes, sample_ids, staged)
     if config.add_to_h5ad:
         with locked(config.gex):
             _add_to_h5ad(config.gex, {f"X_clip_{name}": array for name, array in arrays.items() if name != "null"})
-        written.append(config.gex)
-    written.append(config.out_dir / RECORD)
+        files.append(config.gex)
+    return files, said
+
+
+def _write(config: EmbedConfig, arrays: dict[str, np.ndarray], barcodes: list[str], sample_ids: np.ndarray,
+           staged: Mapping[Path, Path]) -> str:
+    """Write all files under their `staged` names; what retrieval found in one line."""
+    written = [config.out_dir / f"{name}_clip_emb.npy" for name in arrays]
+    for path, array in zip(written, arrays.values(), strict=True):
+        with open(staged[path], "wb") as stream:
+            np.save(stream, array.astype(np.float32), allow_pickle=False)
+    record = {"model_sha256": clip_weights_sha256(config.network), "n_rows": len(barcodes), "barcode_sha256": strings_sha256(barcodes),
+              "gex": str(config.gex) if config.gex else None, "images": str(config.images) if config.images else None,
+              "files": [path.name for path in written], "sha256": {path.name: file_sha256(staged[path]) for path in written},
+              "versions": program_versions()}
+    write_json(staged[config.out_dir / RECORD], record)
     if not (config.gex and config.images):
-        return written, ""
+        return ""
     found = _retrieval(arrays["gene"], arrays["image"], sample_ids)
-    write_json(config.out_dir / RETRIEVAL, {"model_sha256": record["model_sha256"], **found})
-    return [*written, config.out_dir / RETRIEVAL], retrieval_line(found["joint"])
+    write_json(staged[config.out_dir / RETRIEVAL], {"model_sha256": record["model_sha256"], **found})
+    return retrieval_line(found["joint"])
 
 
 def _retrieval(genes: np.ndarray, images: np.ndarray, sample_ids: np.ndarray) -> dict[str, dict]:
@@ -173,12 +179,6 @@ def _patches_alone(images: Path, patch_px: int | None) -> tuple[Callable[[int], 
     if not len(file):
         raise InputError(images, "img", "at least one patch", "none")
     return lambda row: resized(file.images(row)), np.full(len(file), images.name), list(file.barcodes or [])
-
-
-def _save(path: Path, array: np.ndarray) -> Path:
-    with finished_file(path) as temporary, open(temporary, "wb") as stream:
-        np.save(stream, array.astype(np.float32), allow_pickle=False)
-    return path
 
 
 def _add_to_h5ad(path: Path, arrays: dict[str, np.ndarray]) -> None:
