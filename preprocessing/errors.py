@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,7 +113,7 @@ def require_unique(path: Path | str, field: str, values: Sequence[str], shown: S
 @contextmanager
 def one_line_errors(debug: bool = False) -> Iterator[None]:
     """Turn user errors into one line on stderr and `SystemExit`; with `debug`, let them pass as they are."""
-    with first_ctrl_c_ends_in_order():
+    with first_ctrl_c_ends_in_order(), _one_line_warnings(debug):
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:
@@ -122,6 +123,21 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
             _end_progress_bars()
             print(INTERRUPTED if interrupted else f"error: {_said(error)}", file=sys.stderr)
             raise SystemExit(EXIT_INTERRUPTED if interrupted else getattr(error, "exit_code", EXIT_IO)) from error
+
+
+@contextmanager
+def _one_line_warnings(debug: bool) -> Iterator[None]:
+    """Warnings that are meant for users without a line of our code beside them."""
+    usual = warnings.formatwarning
+
+    def format_warning(message, category, *where, **line) -> str:
+        return f"warning: {message}\n" if category is UserWarning and not debug else usual(message, category, *where, **line)
+
+    warnings.formatwarning = format_warning
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _end_progress_bars() -> None:

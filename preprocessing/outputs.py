@@ -97,10 +97,10 @@ def finished_together(paths: Sequence[Path]) -> Iterator[dict[Path, Path]]:
     On an error before that none does. A process killed, or refused, between two renames leaves some new and some old: whoever reads
     them together compares their done-manifests, which come after.
     """
-    staged = {path: path.with_name(f"{path.name}.tmp.{os.getpid()}") for path in paths}
-    for path in paths:
+    staged = {path: _named(path).with_name(f"{path.name}.tmp.{os.getpid()}") for path in paths}
+    for path, temporary in staged.items():
         _require_no_folder(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield staged
         for temporary in staged.values():
@@ -108,7 +108,7 @@ def finished_together(paths: Sequence[Path]) -> Iterator[dict[Path, Path]]:
         for path, temporary in staged.items():
             os.replace(temporary, path)
     except Exception as error:
-        raise_named(error, paths[0])
+        raise_named(error, _named(paths[0]))
     finally:
         for temporary in staged.values():
             temporary.unlink(missing_ok=True)

@@ -38,10 +38,11 @@ EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YC
 
 @dataclass(frozen=True)
 class PatchFolder:
-    """What a patch folder lists, in its own row order. Everything but `paths` is None in a folder without `metadata.jsonl`."""
+    """What a patch folder lists, in its own row order: from `metadata.jsonl`, or the names of a foreign folder alone."""
 
     folder: Path
     paths: list[Path]
+    is_foreign: bool
     barcodes: list[str] | None = None
     sample_ids: list[str] | None = None
     rows: list[int] | None = None              # `gex_emb`: row of gex.h5ad when the folder was written
@@ -63,7 +64,7 @@ def foreign_folder(folder: Path) -> PatchFolder:
               if not entry.name.startswith(".") and entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
     if not images:
         raise InputError(folder, "content", f"{METADATA} or images", "neither")
-    return PatchFolder(folder, sorted(images))
+    return PatchFolder(folder, sorted(images), is_foreign=True)
 
 
 def _read_metadata(folder: Path) -> PatchFolder:
@@ -93,7 +94,7 @@ def _read_metadata(folder: Path) -> PatchFolder:
 
     xs, ys = column("x"), column("y")
     xy = np.array([xs, ys], dtype=np.float64).T if xs and ys else None
-    return PatchFolder(folder, [folder / name for name in names], column("barcode"), column("sample_id"), column("gex_emb"), xy,
+    return PatchFolder(folder, [folder / name for name in names], False, column("barcode"), column("sample_id"), column("gex_emb"), xy,
                        _recorded_in_stain(folder))
 
 
@@ -135,7 +136,7 @@ def pair(folder: PatchFolder, barcodes: Sequence[str], gex_path: Path | str, rec
     `recorded_sha256` is `uns['morphology']['barcode_sha256']` of the h5ad, `centre_xy_px` (N, 2) its `obsm['spatial']`, where it has them.
     """
     if folder.barcodes is None:
-        if (folder.folder / METADATA).is_file():
+        if not folder.is_foreign:
             raise InputError(folder.folder / METADATA, "barcode", "one in every line", "none: patches at random places have no expression")
         return _pair_by_name(folder, barcodes, gex_path, recorded_sha256)
     in_row_order = folder.barcodes

@@ -145,8 +145,18 @@ def test_a_foreign_folder_gets_its_metadata_from_the_numbers_in_its_names(tmp_pa
     with pytest.warns(UserWarning, match="natural order"):
         dump_metadata(world / "patches")
     assert tells_its_colour(read(world))
-    with pytest.raises(InputError, match="without one"):
+
+
+def test_metadata_that_would_be_written_again_stays_and_any_other_is_refused(tmp_path):
+    world = write_world(tmp_path, record=False)
+    metadata = world / "patches" / "metadata.jsonl"
+    metadata.unlink()
+    written = dump_metadata(world / "patches").read_text()
+    assert dump_metadata(world / "patches").read_text() == written
+    metadata.write_text(other := written.replace('"gex_emb": 1}', '"gex_emb": 2}'))
+    with pytest.raises(InputError, match="expected none, or what would be written"):
         dump_metadata(world / "patches")
+    assert metadata.read_text() == other != written
 
 
 def test_shuffled_prompts_are_the_same_prompts_at_other_patches():

@@ -89,13 +89,18 @@ def test_a_second_ctrl_c_at_any_moment_ends_it_at_once_without_a_crash(server, j
 
 def test_a_term_signal_leaves_what_a_kill_leaves(server, jobs, tmp_path):
     """Nothing is promised but that the next run goes on."""
-    arguments = jobs["extract"](tmp_path / "out")
-    run = server.start("extract", *arguments)
-    time.sleep(0.8)
-    run.signal(signal.SIGTERM)
-    assert run.wait() in (0, -signal.SIGTERM)
-    server.succeeds("extract", *arguments)
+    began = time.monotonic()
     server.succeeds("extract", *jobs["extract"](tmp_path / "whole"))
+    duration, arguments = time.monotonic() - began, jobs["extract"](tmp_path / "out")
+    for share in (0.5, 0.3, 0.2, 0.1):
+        run = server.start("extract", *arguments)
+        time.sleep(share * duration)
+        run.signal(signal.SIGTERM)
+        if run.wait() == -signal.SIGTERM:
+            break
+        shutil.rmtree(tmp_path / "out")                             # it had ended: come earlier
+    assert run.code == -signal.SIGTERM, (run.code, run.said)
+    server.succeeds("extract", *arguments)
     assert differences(contents(tmp_path / "out"), contents(tmp_path / "whole")) == [] and leftovers(tmp_path / "out") == []
 
 
