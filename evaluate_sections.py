@@ -23,7 +23,7 @@ def evaluate_sections(*, train: str, val: str, network: Path, judge: Path | None
     from networks.clip import CLIP, clip_weights_sha256
     from networks.histo_models import build_encoder
     from preprocessing.done_manifests import program_versions
-    from preprocessing.outputs import finished_together, write_json
+    from preprocessing.outputs import finished_together, locked, write_json
     started, steps_before = time.monotonic(), read_steps(steps)
     for option, value in (("--judge", judge), ("--untrained", untrained), ("--noise-held", noise_held)):
         if value is not None and generated is None:
@@ -54,7 +54,7 @@ def evaluate_sections(*, train: str, val: str, network: Path, judge: Path | None
                "weights_sha256": {**hashes, **{label: encoder.source for label, encoder in encoders.items()}},
                "versions": program_versions()}
     pages = [] if report is None else [report, *contact_sheet_files(report, sheets).values()]
-    with finished_together([out, *pages]) as staged:
+    with locked(out, covers=pages), finished_together([out, *pages]) as staged:
         write_json(staged[out], results)
         if report is not None:
             write_sections_page(report, results, sheets, staged)

@@ -16,6 +16,7 @@ def choose_ema(run_dir: Path, sigma_rel: float, out_dir: Path | None = None) -> 
     from diffusion_utils.power_ema import LONGEST, SHORTEST, average_of_length
     from networks.weights import load_into
     from preprocessing.errors import read_json
+    from preprocessing.outputs import locked
 
     if not SHORTEST <= sigma_rel <= LONGEST:
         raise OptionError("--sigma-rel", f"{SHORTEST:g} to {LONGEST:g}", f"{sigma_rel:g}")
@@ -26,8 +27,9 @@ def choose_ema(run_dir: Path, sigma_rel: float, out_dir: Path | None = None) -> 
     record = {name: value for name, value in read_json(run_dir / "pipeline" / TRAINING, "how the pipeline was trained").items()
               if name != "versions"}
     about = {"sigma_rel": sigma_rel, "missed": missed, "kept": n_kept}
-    folder = write_pipeline(out_dir or run_dir / f"pipeline-ema{sigma_rel:g}", denoiser, pipeline.vae, pipeline.scheduler, pipeline.prompts,
-                            {**record, "power_ema": about})
+    folder = out_dir or run_dir / f"pipeline-ema{sigma_rel:g}"
+    with locked(folder):
+        write_pipeline(folder, denoiser, pipeline.vae, pipeline.scheduler, pipeline.prompts, {**record, "power_ema": about})
     return folder, missed, n_kept
 
 

@@ -17,7 +17,7 @@ def dump_metadata(image_dir: Path | str, gex: Path | str | None = None) -> Path:
     """
     import numpy as np
 
-    from preprocessing.outputs import finished_file
+    from preprocessing.outputs import finished_file, locked
     from preprocessing.patches import METADATA, foreign_folder, pair, read_patch_folder
 
     image_dir = Path(image_dir)
@@ -39,7 +39,7 @@ def dump_metadata(image_dir: Path | str, gex: Path | str | None = None) -> Path:
         if read_text(metadata, "JSON lines") != text:
             raise InputError(metadata, "file", "none, or what would be written", "another one", "Remove it first if it is wrong")
         return metadata
-    with finished_file(metadata) as temporary:
+    with locked(metadata), finished_file(metadata) as temporary:
         temporary.write_text(text)
     return metadata
 

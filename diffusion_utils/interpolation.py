@@ -19,7 +19,7 @@ from diffusion_utils.sampling import Solver
 from evaluation.contact_sheet import contact_sheet, save_png
 from evaluation.features import pick_device
 from preprocessing.errors import InputError, OptionError
-from preprocessing.outputs import finished_file, locked
+from preprocessing.outputs import clear_leftovers_in, finished_file, locked
 from preprocessing.progress import ProgressBar
 from training.interpolation import Walk, slerp
 from training.prompts import parse_seeds
@@ -57,6 +57,7 @@ def walk_with_pipeline(config: PipelineWalk, progress: bool = True) -> list[Path
     paths = [config.outdir / name for name in walk.file_names]
     samples, strip, rows = config.outdir / "samples.csv", config.outdir / "strip.png", config.outdir / "embeddings.npy"
     with locked(samples, covers=[strip, rows]):
+        clear_leftovers_in(config.outdir)
         for old in (samples, strip, rows):             # what describes other patches goes before they do
             old.unlink(missing_ok=True)
         pictures: list[np.ndarray] = []

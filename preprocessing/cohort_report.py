@@ -16,10 +16,13 @@ def report_cohort(samples: Path, out_dir: Path) -> str:
     from preprocessing.cohort import read_cohort_sheet
     from preprocessing.cohort_numbers import gather, write_table
     from preprocessing.cohort_page import summary_line, write_cohort_page
+    from preprocessing.outputs import finished_together, locked
 
     cohort = gather(out_dir, read_cohort_sheet(samples))
-    write_table(out_dir / "cohort.csv", cohort)
-    write_cohort_page(out_dir / "cohort.html", cohort)
+    table, page = out_dir / "cohort.csv", out_dir / "cohort.html"
+    with locked(table, covers=[page]), finished_together([table, page]) as staged:
+        write_table(staged[table], cohort)
+        write_cohort_page(staged[page], cohort)
     failed = [f"{sample.sample_id}: {sample.reason}" for sample in cohort if sample.status == "failed"]
     return "\n".join([summary_line(cohort), *failed])
 

@@ -51,7 +51,7 @@ def import_section(config: ImportConfig, counts: Path, spots: Path, image: Path,
         if not file.is_file():
             raise InputError(file, "file", "a file", "a folder" if file.is_dir() else "nothing at this path")
     outputs = [out_dir / name for name in ("imgs.h5", "gex.h5ad", "dropped_spots.tsv")]
-    with locked(out_dir / "imgs.h5"):
+    with locked(outputs[0], covers=outputs[1:]):
         if all(is_done(file, config=asdict(config), inputs=inputs) for file in outputs):
             return [f"{config.sample_id}: already imported from these files with these settings; nothing to do", *map(str, outputs)]
         with finished_together(outputs) as staged:

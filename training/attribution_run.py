@@ -20,7 +20,7 @@ from networks.clip import CLIP, clip_weights_sha256
 from networks.sample_scaling import MIN_SPOTS, fit_sample_scaling, require_whole_samples
 from preprocessing.done_manifests import program_versions
 from preprocessing.errors import InputError, OptionError, WeightsError, first_few
-from preprocessing.outputs import finished_together, write_json
+from preprocessing.outputs import finished_together, locked, write_json
 from preprocessing.patches import read_patch, read_patch_folder
 from preprocessing.progress import ProgressBar
 from training.data import ExpressionTable, expression_only
@@ -170,7 +170,7 @@ def _write(config: AttributionConfig, done: list[Attribution], means: dict[str, 
     pairs = {attribution.column: {"distance_change": attribution.change, "sum": float(attribution.values.sum()),
                                   "convergence_delta": attribution.delta} for attribution in done}
     record = config.out_file.with_suffix(".json")
-    with finished_together([config.out_file, record]) as staged:
+    with locked(config.out_file, covers=[record]), finished_together([config.out_file, record]) as staged:
         pd.DataFrame(columns, index=pd.Index(genes, name="gene")).to_csv(staged[config.out_file], float_format="%.6g")
         write_json(staged[record], {"method": config.method, "target": config.target, "model_sha256": clip_weights_sha256(config.network),
                                     "gex": str(config.gex), "cluster_labs": config.cluster_labs,

@@ -18,7 +18,7 @@ from torch import Tensor
 from evaluation.contact_sheet import contact_sheet, save_png
 from networks.snapshot import Snapshot
 from preprocessing.errors import InputError, OptionError
-from preprocessing.outputs import finished_file, locked
+from preprocessing.outputs import clear_leftovers_in, finished_file, locked
 from preprocessing.progress import ProgressBar
 from training.prompts import Prompts, parse_seeds, read_prompts
 from training.sampling import Batch, newest_snapshot, open_snapshot, sample_batches
@@ -88,6 +88,7 @@ def interpolate_prompts(config: InterpolateConfig, progress: bool = True) -> lis
         return made
 
     with locked(samples, covers=[strip]):
+        clear_leftovers_in(samples.parent)
         for old in (samples, strip):              # what describes other patches goes before they do
             old.unlink(missing_ok=True)
         pictures: list[np.ndarray] = []

@@ -24,7 +24,7 @@ from networks.sample_scaling import fit_sample_scaling, require_whole_samples
 from preprocessing.done_manifests import fingerprint, program_versions
 from preprocessing.errors import InputError, OptionError, first_few
 from preprocessing.expression import recorded_scale
-from preprocessing.outputs import finished_file, locked, nan_to_none, write_json
+from preprocessing.outputs import clear_leftovers_in, finished_file, locked, nan_to_none, write_json
 from preprocessing.progress import ProgressBar
 from training.data import ExpressionTable, expression_only
 from training.gene_changes import GeneChanges, read_gene_changes
@@ -228,6 +228,7 @@ def _write(config: PerturbConfig, found: Perturbed, changes: str, rows: np.ndarr
            settings: dict) -> list[Path]:
     table, record, page = (config.outdir / name for name in ("perturbation.csv", "perturbation.json", "index.html"))
     with locked(table, covers=[record, page]):
+        clear_leftovers_in(config.outdir)
         for old in (table, record, page):            # what describes other patches goes before they do
             old.unlink(missing_ok=True)
         for old in config.outdir.glob("spot*.png"):      # of an earlier call: other genes made it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -66,6 +67,7 @@ WRITES = {"simulate": "SIM", "clip": "clip", "embeddings": "embeddings", "gan": 
 # beside those of preprocessing, which have tests of their own; cohort_report and dump_metadata write into folders of others
 LONGEST_S = 600          # of one command, on a machine that does other work too
 RECORDS = ("stats.jsonl", "log.txt", "events.out.tfevents", "metrics.csv", "hparams.yaml")   # logs: they tell how often a run was stopped
+WALL_TIME = re.compile(rb'"evaluate sections": [\d.]+|evaluate sections</th><td>[\d.]+')
 TIMES = ("elapsed_s", "last_tick", "last_snap")
 
 
@@ -111,7 +113,9 @@ def walk_contents(folder: Path) -> dict:
         path = Path(name)
         if path.name.startswith(RECORDS) or path.name in ("SHA256SUMS",) and "checkpoint-" in name or name.endswith(".ckpt.sha256"):
             continue
-        if path.name == "state.json":
+        if path.parts[0] == "sections" and path.name in ("results.json", "index.html"):
+            content = WALL_TIME.sub(b"", content)
+        elif path.name == "state.json":
             content = {key: value for key, value in json.loads(content).items() if key not in TIMES}
         elif path.suffix == ".safetensors":
             content = tensors_of(load(content))
