@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from preprocessing.errors import OptionError, one_line_errors
+from preprocessing.errors import OptionError, end_progress_bars, one_line_errors
 from preprocessing.interrupts import STOPS, AnsweredOnce
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -65,19 +65,22 @@ def one_line_stops() -> Iterator[None]:
     """A signal ends the command with one true line and the shell's exit code, before, in and after training; the second of its kind
     at once."""
     def stop(number: int) -> None:
+        end_progress_bars()
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         print(f"stopped by {name} outside training; checkpoints and files that were finished are kept", file=sys.stderr, flush=True)
         raise SystemExit(128 + number)
 
     once = AnsweredOnce(stop)
-    for number in STOPS:
-        signal.signal(number, once)
+    before = {number: signal.signal(number, once) for number in STOPS}
     try:
         yield
     except SystemExit as error:
         if message := getattr(error, "message", ""):
+            end_progress_bars()
             print(message, file=sys.stderr, flush=True)
         raise
+    for number, handler in before.items():      # all is done, and nothing is left that a signal could stop
+        signal.signal(number, handler)
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
             interrupted = ctrl_c.pressed or isinstance(error, KeyboardInterrupt)
             if debug or not (interrupted or isinstance(error, (InputError, OptionError, OSError)) or is_out_of_memory(error)):
                 raise
-            _end_progress_bars()
+            end_progress_bars()
             print(INTERRUPTED if interrupted else f"error: {_said(error)}", file=sys.stderr)
             raise SystemExit(EXIT_INTERRUPTED if interrupted else getattr(error, "exit_code", EXIT_IO)) from error
 
@@ -140,8 +140,8 @@ def _one_line_warnings(debug: bool) -> Iterator[None]:
         warnings.formatwarning = usual
 
 
-def _end_progress_bars() -> None:
-    """Those that the error left open would share its line. tqdm is not imported here."""
+def end_progress_bars() -> None:
+    """Those that are open would share the line of what is said next. tqdm is not imported here."""
     if (tqdm := sys.modules.get("tqdm")) is not None:
         for bar in list(getattr(tqdm.tqdm, "_instances", ())):
             bar.close()

@@ -78,6 +78,19 @@ def test_a_run_stopped_at_a_random_step_ends_bit_equal_with_and_without_cached_f
     assert not different, f"stopped after step {step + 1}"
 
 
+def test_a_run_stopped_between_two_validations_validates_at_the_steps_of_one_never_stopped(samples, tmp_path, monkeypatch):
+    options = {**RUN, "trainer": {**RUN["trainer"], "val_every_steps": 2, "save_top": 9}}
+    whole = train(config(run_dir=str(tmp_path / "whole"), **options), samples)
+    for number, step in enumerate((0, 2)):                   # of the call, the second goes on after the first step
+        with monkeypatch.context() as patch:
+            send_at(patch, step, signal.SIGTERM)
+            with pytest.raises(Stopped):
+                train(config(run_dir=str(tmp_path / "run"), **({"ckpt_path": "last"} if number else {}), **options), samples)
+    resumed = train(config(run_dir=str(tmp_path / "run"), ckpt_path="last", **options), samples)
+    kept = [sorted(path.name for path in (folder / "checkpoints").glob("step*.ckpt")) for folder in (whole, resumed)]
+    assert kept[0] == kept[1] == [f"step{step:06d}.ckpt" for step in (2, 4, 6, 8, 10, 12)]
+
+
 def test_a_batch_system_that_signals_twice_still_gets_its_checkpoint(samples, tmp_path, monkeypatch):
     send_at(monkeypatch, 0, signal.SIGTERM, signal.SIGTERM)
     with pytest.raises(Stopped, match="143"):

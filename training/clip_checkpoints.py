@@ -63,6 +63,9 @@ class StopOnSignal(pl.Callback):
         received = self.stops.received
         if not trainer.strategy.reduce_boolean_decision(bool(received), all=False):
             return
+        batches = trainer.fit_loop.epoch_loop.batch_progress
+        batches.total.ready, batches.is_last_batch = batches.total.completed, False   # the batch in hand is not begun: counted, it
+        # would shift every later validation by a step
         whole = {"weights_only": False}   # of saving: Lightning's word for "with the optimiser"; nothing is ever read that way
         trainer.save_checkpoint(self.run_dir / "checkpoints" / "last.ckpt", **whole)
         number = received[0] if received else signal.SIGTERM   # another rank's
