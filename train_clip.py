@@ -72,13 +72,7 @@ def one_line_stops() -> Iterator[None]:
 
     once = AnsweredOnce(stop)
     before = {number: signal.signal(number, once) for number in STOPS}
-    try:
-        yield
-    except SystemExit as error:
-        if message := getattr(error, "message", ""):
-            end_progress_bars()
-            print(message, file=sys.stderr, flush=True)
-        raise
+    yield
     for number, handler in before.items():      # all is done, and nothing is left that a signal could stop
         signal.signal(number, handler)
 

@@ -29,6 +29,7 @@ from diffusion_utils.pipeline import write_pipeline
 from diffusion_utils.power_ema import PowerEma
 from diffusion_utils.sampling import make_scheduler
 from preprocessing.errors import DivergedError, InputError
+from preprocessing.interrupts import Stopped
 from preprocessing.outputs import write_json
 from training.loading import in_order
 from training.ranks import any_rank, sum_values
@@ -124,7 +125,9 @@ class FinetuneRun:
                 if number := any_rank(stopped[0] if stopped else 0, self.device):
                     self.save()
                     stats.close()
-                    raise SystemExit(128 + number)
+                    if not main:
+                        raise SystemExit(128 + number)
+                    raise Stopped(number, f"after step {standing.step}; go on with --resume-from-checkpoint latest")
         stats.close()
         self.write_pipeline()
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from preprocessing.interrupts import INTERRUPTED, ctrl_c, first_ctrl_c_ends_in_order
+from preprocessing.interrupts import INTERRUPTED, Stopped, ctrl_c, first_ctrl_c_ends_in_order
 
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)   # torch's words
 LOWER = ("Lower the batch size of this command (--batch-gpu where there is one) or the size of what it handles (--cfg); on a GPU, see "
@@ -116,6 +116,10 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
     with first_ctrl_c_ends_in_order(), _one_line_warnings(debug):
         try:
             yield
+        except Stopped as stopped:
+            end_progress_bars()
+            print(stopped.message, file=sys.stderr, flush=True)
+            raise
         except (Exception, KeyboardInterrupt) as error:
             interrupted = ctrl_c.pressed or isinstance(error, KeyboardInterrupt)
             if debug or not (interrupted or isinstance(error, (InputError, OptionError, OSError)) or is_out_of_memory(error)):

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 
 AGAIN_AFTER_S = 0.02
 INTERRUPTED = "error: interrupted; what was finished is kept, run the same command again"
-
-
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -91,6 +89,14 @@ class StopSignals:
             for number, handler in before.items():
                 ending = number in self.received and isinstance(handler, AnsweredOnce)
                 signal.signal(number, signal.SIG_DFL if ending else handler)
+
+
+class Stopped(SystemExit):
+    """A signal ended a training; `.message` says what was kept. The exit code is the shell's: 143 for SIGTERM, 130 for Ctrl-C."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(128 + number)
+        self.message = f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name} {message}"
 
 
 @contextmanager

@@ -13,18 +13,10 @@ from lightning_fabric.plugins.io import TorchCheckpointIO
 from networks.weights import read_plain_file, write_plain_file
 from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import InputError, WeightsError
-from preprocessing.interrupts import StopSignals
+from preprocessing.interrupts import Stopped, StopSignals
 from preprocessing.outputs import finished_file
 
 PARTS = ("clip", "state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")   # of a checkpoint to resume from
-
-
-class Stopped(SystemExit):
-    """A signal ended the run; `.message` says what was kept. The exit code is the shell's: 143 for SIGTERM, 130 for Ctrl-C."""
-
-    def __init__(self, number: int, message: str):
-        super().__init__(128 + number)
-        self.message = f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name} {message}"
 
 
 class SummedCheckpoints(TorchCheckpointIO):

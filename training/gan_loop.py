@@ -22,7 +22,7 @@ from networks.generator import Generator
 from networks.histo_models import Encoder
 from networks.snapshot import save_snapshot
 from preprocessing.errors import DivergedError, InputError
-from preprocessing.interrupts import stop_signals
+from preprocessing.interrupts import Stopped, stop_signals
 from training.diff_augment import adapted_p
 from training.ema import Averages, ema_beta, frozen_copy, half_life_kimg, update_average
 from training.gan_checkpoint import load_run, save_run
@@ -202,7 +202,9 @@ class GanRun:
     def _stop(self, number: int, stats: StatsLog) -> None:
         self.save()
         stats.close()
-        raise SystemExit(128 + number)
+        if not is_first():
+            raise SystemExit(128 + number)
+        raise Stopped(number, f"after step {self.progress.step}; go on with --resume auto")
 
     # ---- what a run leaves behind -----------------------------------------------------------------------------------
 
