@@ -117,8 +117,10 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
         try:
             yield
         except Stopped as stopped:
-            end_progress_bars()
-            print(stopped.message, file=sys.stderr, flush=True)
+            if not stopped.is_said:
+                end_progress_bars()
+                print(stopped.message, file=sys.stderr, flush=True)
+                stopped.is_said = True
             raise
         except (Exception, KeyboardInterrupt) as error:
             interrupted = ctrl_c.pressed or isinstance(error, KeyboardInterrupt)

@@ -96,6 +96,7 @@ class Stopped(SystemExit):
 
     def __init__(self, number: int, message: str):
         super().__init__(128 + number)
+        self.is_said = False
         self.message = f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name} {message}"
 
 
