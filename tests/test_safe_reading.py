@@ -18,40 +18,76 @@ REFUSED = {          # calls by the last word of their name
 REFUSED_WHOLE = {"torch.jit.load", "torch.hub.load", "torch.serialization.load", "torch.package.PackageImporter"}
 METHODS = {"eval"}   # nn.Module.eval() is fine, the builtin is not
 NEEDED = {           # call -> the keyword and value that make it safe
-    "torch.load": ("weights_only", True), "np.load": ("allow_pickle", False), "numpy.load": ("allow_pickle", False),
-    "np.save": ("allow_pickle", False), "AutoModel.from_pretrained": ("use_safetensors", True),
+    "torch.load": ("weights_only", True), "np.load": ("allow_pickle", False),
+    "np.save": ("allow_pickle", False), "from_pretrained": ("use_safetensors", True),
     "trainer.fit": ("weights_only", True),
 }
-YAML_LOADERS = {"yaml.load", "yaml.load_all"}
-NEVER = {"trust_remote_code": True, "allow_pickle": True, "weights_only": False, "shell": True}
+REFUSED_WHOLE |= {"yaml.load", "yaml.load_all"}
+NEVER = {"trust_remote_code": True, "allow_pickle": True, "weights_only": False}
+ONLY_FALSE, ABSENT = ("shell",), ("checkpoint_path",)              # timm reads the second as a pickle
+OURS = ("networks.clip.CLIP.from_pretrained",)                                   # `networks/weights.py` opens what these read
 
 
 def unsafe(source: str) -> list[str]:
     """What in this text could run code of a file it reads, one line each."""
+    tree = ast.parse(source)
+    aliases, called = _aliases(tree), {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found += [f"{node.lineno}: import {alias.name}" for alias in node.names if alias.name.split(".")[0] in RUNS_CODE]
-        elif isinstance(node, ast.ImportFrom):
-            module = (node.module or "").split(".")[0]
-            hidden = module in {"torch", "numpy", "yaml"} and {alias.name for alias in node.names} & {"load", "load_all"}
-            found += [f"{node.lineno}: from {node.module} import"] if module in RUNS_CODE or hidden else []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [name.replace("numpy.", "np.") for name in _imported(node)]
+            said = [name for name in names if name.split(".")[0] in RUNS_CODE or name in NEEDED or name in REFUSED_WHOLE]
         elif isinstance(node, ast.Call):
-            found += [f"{node.lineno}: {said}" for said in _unsafe_call(node)]
-        elif isinstance(node, ast.Assign) and ast.unparse(node.value) in NEEDED:
-            found.append(f"{node.lineno}: {ast.unparse(node.value)} under another name")
+            said = _unsafe_call(node, aliases)
+        elif isinstance(node, ast.Attribute | ast.Name) and id(node) not in called and isinstance(node.ctx, ast.Load):
+            name = _name(node, aliases)                            # under another name, in a table, in a partial
+            said = [name] if name in NEEDED or name in REFUSED_WHOLE or "." in name and _is_refused(name, node) else []
+        else:
+            continue
+        found += [f"{node.lineno}: {word}" for word in said]
     return found
 
 
-def _unsafe_call(node: ast.Call) -> list[str]:
-    name, last = ast.unparse(node.func), ast.unparse(node.func).rsplit(".", 1)[-1]
+def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:
+    prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) and node.module else ""
+    return [prefix + alias.name for alias in node.names]
+
+
+def _aliases(tree: ast.AST) -> dict[str, str]:
+    """Name in this text -> what was imported under it, where the two differ."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    named = {alias.asname or alias.name: name for node in nodes for alias, name in zip(node.names, _imported(node), strict=True)}
+    return {name: {"numpy": "np"}.get(whole, whole) for name, whole in named.items()}
+
+
+def _name(node: ast.expr, aliases: dict[str, str]) -> str:
+    first, dot, rest = ast.unparse(node).partition(".")
+    whole = aliases.get(first, first).removeprefix("builtins.")
+    return whole + dot + rest
+
+
+def _is_refused(name: str, node: ast.expr) -> bool:
+    last = name.rsplit(".", 1)[-1]
+    return last in REFUSED and not (last in METHODS and isinstance(node, ast.Attribute))
+
+
+def _unsafe_call(node: ast.Call, aliases: dict[str, str]) -> list[str]:
+    name = _name(node.func, aliases)
+    last = name.rsplit(".", 1)[-1]
     given = {keyword.arg: keyword.value.value for keyword in node.keywords if isinstance(keyword.value, ast.Constant)}
+    keywords = {keyword.arg for keyword in node.keywords}
+    texts = [argument.value for argument in node.args if isinstance(argument, ast.Constant) and isinstance(argument.value, str)]
     found = [f"{name}({key}={value})" for key, value in NEVER.items() if given.get(key) is value]
-    if name in REFUSED_WHOLE or last in REFUSED and not (last in METHODS and isinstance(node.func, ast.Attribute)) or name in YAML_LOADERS:
+    found += [f"{name}({key}=)" for key in ONLY_FALSE if key in keywords and given.get(key) is not False]
+    found += [f"{name}({key}=)" for key in ABSENT if key in keywords]
+    if name in REFUSED_WHOLE or _is_refused(name, node.func) or name.startswith("runpy."):
         found.append(f"{name}()")
-    if name in NEEDED:
-        key, value = NEEDED[name]
-        found += [] if given.get(key) is value else [f"{name}() without {key}={value}"]
+    if name == "getattr" and {"load", *REFUSED} & set(texts) or last == "import_module" and RUNS_CODE & set(texts):
+        found.append(f"{name}({', '.join(texts)})")
+    needed = NEEDED.get(name) or next((NEEDED[part] for part in ("from_pretrained", "trainer.fit")
+                                       if name not in OURS and f".{name}".endswith(f".{part}")), None)
+    if needed and given.get(needed[0]) is not needed[1]:
+        found.append(f"{name}() without {needed[0]}={needed[1]}")
     return found
 
 
@@ -68,6 +104,11 @@ def test_no_module_reads_what_can_run_code(path):
     "eval(text)", "subprocess.run(line, shell=True)", "CLIP.load_from_checkpoint(path)",
     "torch.jit.load(path)", "torch.hub.load(repo, name)", "torch.serialization.load(path)", "__import__('pickle')", "os.popen(line)",
     "pd.read_hdf(path)", "load = torch.load", "torch.load(path, **options)",
+    "import torch as t\nt.load(path)", "getattr(torch, 'load')(path)", "partial(torch.load, path)", "readers = {'pt': torch.load}",
+    "from hydra.utils import instantiate as make\nmake(config)", "from builtins import eval as e\ne(text)", "runpy.run_path(path)",
+    "from yaml import unsafe_load as read\nread(text)", "importlib.import_module('pickle')", "subprocess.run(line, shell=flag)",
+    "UNet2DConditionModel.from_pretrained(folder)", "timm.create_model(name, checkpoint_path=path)", "self.trainer.fit(module)",
+    "import numpy\nnumpy.load(path)", "from numpy import load\nload(path)",
 ])
 def test_the_check_finds_what_it_is_for(line):
     assert unsafe(line) != []
