@@ -19,7 +19,7 @@ from walk import COMMANDS, FURTHER, WRITES, start, succeeds, walk_contents, was_
 
 from preprocessing.interrupts import INTERRUPTED
 
-KILLS, PRESSES = rounds(5, 30), rounds(1, 20)
+KILLS, PRESSES = rounds(5, 30), rounds(1, 10)
 SEED = 8
 STOPPED = re.compile(rf"^(?:{re.escape(INTERRUPTED)}|stopped by Ctrl-C .+)$", re.MULTILINE)      # the second: a training, which has saved
 
