@@ -23,12 +23,16 @@ def evaluate_sections(*, train: str, val: str, network: Path, judge: Path | None
     from networks.clip import CLIP, clip_weights_sha256
     from networks.histo_models import build_encoder
     from preprocessing.done_manifests import program_versions
-    from preprocessing.outputs import finished_together, locked, write_json
+    from preprocessing.outputs import finished_together, locked, require_outputs, write_json
     started, steps_before = time.monotonic(), read_steps(steps)
     for option, value in (("--judge", judge), ("--untrained", untrained), ("--noise-held", noise_held)):
         if value is not None and generated is None:
             raise OptionError(option, "--generated beside it, the patches that it is about", "none")
     train_files, val_files = section_files(train, "train"), section_files(val, "val")
+    require_outputs({"--out": out, "--report": report}, {
+        "--train": [train, *(path for files in train_files for path in (files.gex, files.images))],
+        "--val": [val, *(path for files in val_files for path in (files.gex, files.images))],
+        "--network": network, "--judge": judge, "--steps": steps, "--encoder-weights": encoder_weights})
     folders = {name: listed(text, val_files, f"--{name.replace('_', '-')}")
                for name, text in (("generated", generated), ("untrained", untrained), ("noise_held", noise_held))}
     require_apart(train_files, val_files)

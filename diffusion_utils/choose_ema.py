@@ -12,14 +12,18 @@ from preprocessing.errors import Command, OptionError
 def choose_ema(run_dir: Path, sigma_rel: float, out_dir: Path | None = None) -> tuple[Path, float, int]:
     """Write the pipeline folder; returns it, how far the profile of its average is from the one asked for, and how many were kept."""
     from diffusion_utils.denoisers import load_denoiser
-    from diffusion_utils.pipeline import TRAINING, load_pipeline, write_pipeline
+    from diffusion_utils.pipeline import KIND, TRAINING, find_pipeline, load_pipeline, write_pipeline
     from diffusion_utils.power_ema import LONGEST, SHORTEST, average_of_length
     from networks.weights import load_into
     from preprocessing.errors import read_json
-    from preprocessing.outputs import locked
+    from preprocessing.outputs import locked, require_replaceable
 
     if not SHORTEST <= sigma_rel <= LONGEST:
         raise OptionError("--sigma-rel", f"{SHORTEST:g} to {LONGEST:g}", f"{sigma_rel:g}")
+    folder = out_dir or run_dir / f"pipeline-ema{sigma_rel:g}"
+    require_replaceable(folder, KIND)
+    if folder.resolve() == find_pipeline(run_dir).resolve():
+        raise OptionError("--out-dir", "another folder than that of the pipeline which is read", str(folder))
     pipeline = load_pipeline(run_dir)
     weights, missed, n_kept = average_of_length(run_dir, sigma_rel)
     denoiser = load_denoiser(run_dir / "pipeline")
@@ -27,7 +31,6 @@ def choose_ema(run_dir: Path, sigma_rel: float, out_dir: Path | None = None) -> 
     record = {name: value for name, value in read_json(run_dir / "pipeline" / TRAINING, "how the pipeline was trained").items()
               if name != "versions"}
     about = {"sigma_rel": sigma_rel, "missed": missed, "kept": n_kept}
-    folder = out_dir or run_dir / f"pipeline-ema{sigma_rel:g}"
     with locked(folder):
         write_pipeline(folder, denoiser, pipeline.vae, pipeline.scheduler, pipeline.prompts, {**record, "power_ema": about})
     return folder, missed, n_kept

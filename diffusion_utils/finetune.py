@@ -25,15 +25,15 @@ from diffusion_utils.finetune_processes import make_accelerator, stop_requests
 from diffusion_utils.finetune_step import Batches, losses_of
 from diffusion_utils.finetune_validation import Validation
 from diffusion_utils.noising import noising_of, own_prediction
-from diffusion_utils.pipeline import write_pipeline
+from diffusion_utils.pipeline import KIND, write_pipeline
 from diffusion_utils.power_ema import PowerEma
 from diffusion_utils.sampling import make_scheduler
 from preprocessing.errors import DivergedError, InputError
 from preprocessing.interrupts import Stopped
-from preprocessing.outputs import write_json
+from preprocessing.outputs import require_replaceable, write_json
 from training.loading import in_order
 from training.ranks import any_rank, sum_values
-from training.run_folder import Checkpoint, NoStats, StatsLog
+from training.run_folder import Checkpoint, NoStats, StatsLog, require_own_config
 
 log = logging.getLogger(__name__)
 MOST_LINES = 500          # about so many lines of a run; steps between two are averaged
@@ -223,6 +223,8 @@ class FinetuneRun:
 
 def open_run(config: FinetuneConfig, accelerator=None) -> FinetuneRun:
     """Read and check everything, then start, or go on where `--resume-from-checkpoint` says."""
+    require_replaceable(config.output_dir / "pipeline", KIND)
+    require_own_config("--output-dir", config.output_dir, ("config", "base"), "a fine-tuning run")
     checkpoint = find_checkpoint(config)
     data, base = read_data(config)
     accelerator = accelerator or make_accelerator(config)

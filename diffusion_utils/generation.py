@@ -24,7 +24,7 @@ from diffusion_utils.sampling import Solver, parse_interval
 from evaluation.contact_sheet import contact_sheet, save_png
 from evaluation.features import pick_device
 from preprocessing.errors import InputError, OptionError
-from preprocessing.outputs import clear_leftovers_in, finished_file, locked
+from preprocessing.outputs import clear_leftovers_in, finished_file, locked, require_no_patch_folder, require_outputs
 from preprocessing.progress import ProgressBar
 from training.prompts import parse_seeds
 
@@ -69,6 +69,9 @@ class GenerateConfig:
                 raise OptionError(f"--{name.replace('_', '-')}", "at least 1", str(value))
         if self.output_type == "latent" and self.output_px:
             raise OptionError("--output-px", "pictures (--output-type pil)", "latents")
+        require_no_patch_folder("--gen-img-path", self.gen_img_path)
+        require_outputs({"--gen-img-path": [self.gen_img_path / name for name in (SAMPLES, GRID, LATENTS)]},
+                        {"--prompt-file": self.prompt_file, "--uncond-embedding": self.uncond_embedding})
         self.solver()                 # refuses what cannot be solved before weights are read
 
     def solver(self) -> Solver:

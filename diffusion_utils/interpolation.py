@@ -19,7 +19,7 @@ from diffusion_utils.sampling import Solver
 from evaluation.contact_sheet import contact_sheet, save_png
 from evaluation.features import pick_device
 from preprocessing.errors import InputError, OptionError
-from preprocessing.outputs import clear_leftovers_in, finished_file, locked
+from preprocessing.outputs import clear_leftovers_in, finished_file, locked, require_no_patch_folder, require_outputs
 from preprocessing.progress import ProgressBar
 from training.interpolation import Walk, slerp
 from training.prompts import parse_seeds
@@ -46,6 +46,9 @@ class PipelineWalk:
             raise OptionError("--n-steps", "at least 2, the two prompts", str(self.n_steps))
         if self.batch_sz < 1:
             raise OptionError("--batch-sz", "at least 1", str(self.batch_sz))
+        require_no_patch_folder("--outdir", self.outdir)
+        require_outputs({"--outdir": [self.outdir / name for name in ("samples.csv", "strip.png", "embeddings.npy")]},
+                        {"--prompt1": self.prompt1.rpartition(":")[0], "--prompt2": self.prompt2.rpartition(":")[0]})
 
 
 def walk_with_pipeline(config: PipelineWalk, progress: bool = True) -> list[Path]:

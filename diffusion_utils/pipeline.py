@@ -24,11 +24,13 @@ from networks.layers import images_to_uint8
 from networks.weights import SUMS_FILE
 from preprocessing.done_manifests import file_sha256, program_versions
 from preprocessing.errors import InputError, OptionError, WeightsError, first_few, read_json
-from preprocessing.outputs import finished_folder
+from preprocessing.outputs import FolderKind, finished_folder
 from training.gan_draws import seeded_draws
 from training.gan_grids import as_pictures
 
 TRAINING = "training.json"
+KIND = FolderKind("a pipeline folder", mark=TRAINING,
+                  names=r"(unet|transformer|vae|prompts|scheduler)/|pipeline\.py|model_index\.json|training\.json|SHA256SUMS")
 CHECKED = (".json", ".safetensors", ".bin", ".py")
 PIPELINE_CLASS = {UNET: "StableDiffusionPipeline", PIXART: "PixArtAlphaPipeline", SD3: "StableDiffusion3Pipeline"}
 ABSENT = {UNET: ("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder"),
@@ -50,7 +52,7 @@ def write_pipeline(folder: Path | str, denoiser: nn.Module, vae: nn.Module | Non
         index |= {"vae": ["diffusers", type(vae).__name__], **{absent: [None, None] for absent in ABSENT[name]}}
     if name == UNET and vae is not None:
         index["requires_safety_checker"] = False
-    with finished_folder(folder, validate=verify_sums) as temporary:
+    with finished_folder(folder, validate=verify_sums, kind=KIND) as temporary:
         denoiser.save_pretrained(temporary / part)
         if vae is not None:
             vae.save_pretrained(temporary / "vae")

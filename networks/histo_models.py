@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from networks.weights import load_into, read_state_dict
 from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import InputError, OptionError, WeightsError, first_few
-from preprocessing.outputs import finished_file, finished_folder
+from preprocessing.outputs import FolderKind, finished_file, finished_folder
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
@@ -71,6 +71,7 @@ ENCODERS: dict[str, EncoderSpec] = {
     "random_tiny": EncoderSpec(32, "ours", "nowhere: seeded random weights, for unit tests", gated=False, input_px=32, mean=HALF, std=HALF),
 }
 TRANSFORMERS_FILES = ("config.json", "model.safetensors")
+TRANSFORMERS_KIND = FolderKind("an encoder's folder", r"config\.json|model\.safetensors", mark="model.safetensors")
 WEIGHTS_VARIABLE = {"uni": "UNI_STATE_DICT_PATH"}   # environment variables that may name a weight file
 
 
@@ -225,7 +226,8 @@ def dump_model_to_disk(name: str, out_location: Path | str) -> Path:
         if target.suffix == ".safetensors":
             raise OptionError("out_location", f"a folder ({name} is a folder of {' and '.join(TRANSFORMERS_FILES)})", str(target))
         sources = {file: _from_hub(spec, file) for file in TRANSFORMERS_FILES}
-        with finished_folder(target / name, validate=lambda folder: _validate_safetensors(folder / TRANSFORMERS_FILES[1])) as temporary:
+        with finished_folder(target / name, validate=lambda folder: _validate_safetensors(folder / TRANSFORMERS_FILES[1]),
+                             kind=TRANSFORMERS_KIND) as temporary:
             for file, source in sources.items():
                 shutil.copyfile(source, temporary / file)
         return target / name

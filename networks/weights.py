@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from preprocessing.done_manifests import file_sha256, program_versions
 from preprocessing.errors import InputError, WeightsError, first_few
-from preprocessing.outputs import finished_folder
+from preprocessing.outputs import FolderKind, finished_folder
 
 MODEL_FILE, CONFIG_FILE, SUMS_FILE, CARD_FILE = "model.safetensors", "config.json", "SHA256SUMS", "README.md"
+KIND = FolderKind("a weights folder", r"model\.safetensors|config\.json|SHA256SUMS|README\.md", mark=SUMS_FILE)
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".torch", ".ckpt")
 WRAPPERS = ("state_dict", "model", "teacher")   # keys under which others' files keep their tensors
 
@@ -98,7 +99,7 @@ def require_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path
 def save_weights_folder(folder: Path | str, tensors: Mapping[str, Tensor], config: Mapping, card: str = "") -> Path:
     """Write a weights folder, with a model card if there is one; it appears under its name only when whole. Returns the folder."""
     folder = Path(folder)
-    with finished_folder(folder, validate=load_weights_folder) as temporary:
+    with finished_folder(folder, validate=load_weights_folder, kind=KIND) as temporary:
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary / MODEL_FILE)
         text = json.dumps({**config, "versions": program_versions()}, indent=2)
         (temporary / CONFIG_FILE).write_text(text + "\n")

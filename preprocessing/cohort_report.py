@@ -16,10 +16,11 @@ def report_cohort(samples: Path, out_dir: Path) -> str:
     from preprocessing.cohort import read_cohort_sheet
     from preprocessing.cohort_numbers import gather, write_table
     from preprocessing.cohort_page import summary_line, write_cohort_page
-    from preprocessing.outputs import finished_together, locked
+    from preprocessing.outputs import finished_together, locked, require_outputs
 
-    cohort = gather(out_dir, read_cohort_sheet(samples))
     table, page = out_dir / "cohort.csv", out_dir / "cohort.html"
+    require_outputs({"--out-dir": [table, page]}, {"--samples": samples})
+    cohort = gather(out_dir, read_cohort_sheet(samples))
     with locked(table, covers=[page]), finished_together([table, page]) as staged:
         write_table(staged[table], cohort)
         write_cohort_page(staged[page], cohort)

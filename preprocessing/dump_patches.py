@@ -36,6 +36,7 @@ def dump_patches_to_folder_single(images_path: Path | str, wsi_path: Path | str 
     from preprocessing.stain import find_stain
 
     images_path, out_dir, gex_path = Path(images_path), Path(out_dir), Path(images_path).parent / "gex.h5ad"
+    out_dir = out_dir.resolve() if out_dir.is_symlink() else out_dir      # the folder behind it is replaced, not the link
     named = {"images": images_path, "wsi": wsi_path, "gex": gex_path if gex_path.is_file() else None, "stain_file": stain_file}
     if stain_file is not None:
         require_file(stain_file, "a stain.json")

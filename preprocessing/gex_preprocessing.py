@@ -25,7 +25,7 @@ def filter_expression(raw_file: Path | str, vocab_file: Path | str, out_file: Pa
     Returns the path (default: gex_filt.h5ad beside it), what it holds, and whether it was written now.
     """
     from preprocessing.done_manifests import is_done, read_done
-    from preprocessing.outputs import locked
+    from preprocessing.outputs import locked, require_outputs
     from preprocessing.parts import Parts
 
     if workers < 1:
@@ -33,9 +33,7 @@ def filter_expression(raw_file: Path | str, vocab_file: Path | str, out_file: Pa
 
     out_file = Path(raw_file).parent / "gex_filt.h5ad" if out_file is None else Path(out_file)
     inputs = {"raw_file": Path(raw_file), "vocab_file": Path(vocab_file)} | ({"gene_map": Path(gene_map)} if gene_map is not None else {})
-    overwritten = [name for name, path in inputs.items() if out_file.resolve() == path.resolve()]
-    if overwritten:
-        raise OptionError("--out-file", f"another file than --{overwritten[0].replace('_', '-')}", str(out_file))
+    require_outputs({"--out-file": out_file}, {f"--{name.replace('_', '-')}": path for name, path in inputs.items()})
     for name, path in inputs.items():
         require_file(path, f"the file of --{name.replace('_', '-')}")
     config = {"missing_genes": missing_genes}

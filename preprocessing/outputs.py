@@ -14,14 +14,19 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from filelock import FileLock, Timeout
 
+from preprocessing.errors import InputError, OptionError, first_few
+
 MIB = 1 << 20
+Paths = Path | str | Iterable[Path | str] | None          # what an option names, if it was given
 OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)     # what only the output can be to blame for
 SILENT_WAIT_S = 2                 # a lock that is free within this time is not worth a line
+LITTER = r"\.DS_Store|\._.*|\.nfs.*|\.ipynb_checkpoints"       # what systems and notebooks leave in any folder
 LEFTOVER = re.compile(r"(.+)\.(?:tmp|old)\.\d+")     # what is being written to, or replaced, by the process of that number
 
 
@@ -97,6 +102,7 @@ def finished_together(paths: Sequence[Path]) -> Iterator[dict[Path, Path]]:
     On an error before that none does. A process killed, or refused, between two renames leaves some new and some old: whoever reads
     them together compares their done-manifests, which come after.
     """
+    require_own_places(paths)
     staged = {path: _named(path).with_name(f"{path.name}.tmp.{os.getpid()}") for path in paths}
     for path, temporary in staged.items():
         _require_no_folder(path)
@@ -115,8 +121,10 @@ def finished_together(paths: Sequence[Path]) -> Iterator[dict[Path, Path]]:
 
 
 @contextmanager
-def finished_folder(path: Path | str, validate: Callable[[Path], object] | None = None, sync: bool = True) -> Iterator[Path]:
-    """As `finished_file` for a whole folder. An older folder of that name is replaced only once the new one stands."""
+def finished_folder(path: Path | str, validate: Callable[[Path], object] | None = None, sync: bool = True, *,
+                    kind: FolderKind | None = None) -> Iterator[Path]:
+    """As `finished_file` for a whole folder. An older folder of that name and `kind` is replaced, only once the new one stands."""
+    require_replaceable(path, kind)
     path = _named(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
@@ -129,15 +137,16 @@ def finished_folder(path: Path | str, validate: Callable[[Path], object] | None 
                 flush_to_disk(written)
         if validate is not None:
             validate(temporary)
-        replace_folder(temporary, path)
+        replace_folder(temporary, path, kind)
     except Exception as error:
         raise_named(error, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def replace_folder(new: Path, path: Path | str) -> None:
-    """Give a complete folder on the same disk its final name; an older folder of that name goes once the new one stands."""
+def replace_folder(new: Path, path: Path | str, kind: FolderKind | None = None) -> None:
+    """Give a complete folder on the same disk its final name; an older folder of that name and `kind` goes once the new one stands."""
+    require_replaceable(path, kind)
     path = _named(path)
     working_here = path.is_dir() and path.samefile(Path.cwd())
     old = path.with_name(f"{path.name}.old.{os.getpid()}")
@@ -154,10 +163,85 @@ def replace_folder(new: Path, path: Path | str) -> None:
             os.rename(old, path)
 
 
-def _named(path: Path | str) -> Path:
-    """An absolute path with a last name, which `.`, `..` and `S1/..` lack, so that names can be made beside it."""
+@dataclass(frozen=True)
+class FolderKind:
+    """By what an older output that may be replaced as a whole is told from anybody else's folder."""
+
+    what: str          # "a pipeline folder"
+    names: str         # regular expression of what lies in one, folders with a slash at the end; anything else is somebody else's
+    mark: str = ""     # what lies in every one, also in a damaged one
+
+
+def require_replaceable(path: Path | str, kind: FolderKind | None = None) -> None:
+    """Refuse to put a folder in the place of a file, or of a folder that is neither empty nor an older one of this `kind`."""
     path = Path(path)
-    path = path.resolve() if ".." in path.parts else path.absolute()
+    require_place(path, folder=True)
+    if not path.exists():
+        return
+    what = "a new folder" if kind is None else f"a new folder, or {kind.what} to replace"
+    if not path.is_dir():
+        raise InputError(path, "folder", what, "a file", "Name another folder")
+    present = {entry.name: f"{entry.name}/" if entry.is_dir() else entry.name for entry in sorted(path.iterdir())}
+    own = [] if kind is None else [name for name, shown in present.items() if re.fullmatch(kind.names, shown)]
+    if own and (not kind.mark or kind.mark in own):
+        foreign = [name for name in present if name not in own and not re.fullmatch(LITTER, name)]
+    else:
+        foreign = list(present)                             # litter alone does not make a folder ours
+    if foreign:
+        raise InputError(path, "content", what, f"{first_few(foreign)} other entries", "Name another folder")
+
+
+def require_place(path: Path | str, folder: bool = False) -> None:
+    """Say before the work that no file, or no `folder`, can be written there: a folder has that name, or a file that of its folder."""
+    path = Path(path)
+    if not folder:
+        _require_no_folder(path)
+    above = next((parent for parent in path.absolute().parents if os.path.lexists(parent)), None)
+    for holder in filter(None, (path if folder and os.path.lexists(path) else None, above)):
+        if not holder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{holder} is no folder", str(path))
+
+
+def require_outputs(outputs: Mapping[str, Paths], inputs: Mapping[str, Paths]) -> None:
+    """Say before the work what is wrong with the files that options name for writing: nothing can be written there, or it is also the
+    file of another option. Links are followed."""
+    taken = {os.path.realpath(path): option for option, paths in inputs.items() for path in _each(paths) if os.path.exists(path)}
+    for option, paths in outputs.items():
+        for path in _each(paths):
+            require_place(path)
+            real = os.path.realpath(path)
+            if real in taken:
+                raise OptionError(option, f"another file than {taken[real]}", str(path))
+            taken[real] = option
+
+
+def _each(paths: Paths) -> Iterable[Path | str]:
+    return [] if paths is None else [paths] if isinstance(paths, Path | str) else paths
+
+
+def require_no_patch_folder(option: str, folder: Path) -> None:
+    """Refuse a folder of real patches for generated ones or their list: who reads it later would take these for those."""
+    from preprocessing.patches import METADATA
+
+    require_place(folder, folder=True)
+    if (folder / METADATA).exists():
+        raise OptionError(option, f"a folder of its own, without the {METADATA} of a patch folder", str(folder))
+
+
+def require_own_places(paths: Iterable[Path | str]) -> None:
+    """Refuse to write two files under one name."""
+    seen: set[str] = set()
+    for path in paths:
+        if (real := os.path.realpath(path)) in seen:
+            raise InputError(path, "outputs", "a name of its own for every file", "one name for two")
+        seen.add(real)
+
+
+def _named(path: Path | str) -> Path:
+    """An absolute path with a last name, which `.`, `..` and `S1/..` lack, so that names can be made beside it. Of a link to a folder,
+    the folder: else the link would be replaced."""
+    path = Path(path)
+    path = path.resolve() if ".." in path.parts or path.is_symlink() and path.is_dir() else path.absolute()
     if not path.name:
         raise OSError(errno.EINVAL, "nothing can be written in its place", str(path))
     return path

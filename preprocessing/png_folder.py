@@ -18,12 +18,12 @@ import imagecodecs
 import numpy as np
 
 from preprocessing.done_manifests import file_sha256
-from preprocessing.errors import InputError, first_few
-from preprocessing.outputs import finished_folder, flush_to_disk, raise_named, replace_folder
+from preprocessing.errors import first_few
+from preprocessing.outputs import FolderKind, finished_folder, flush_to_disk, raise_named, replace_folder, require_replaceable
 from preprocessing.patch_file import blocks
 from preprocessing.patches import METADATA, STAIN
 
-LITTER = r"\.DS_Store|\._.*|\.nfs.*|\.ipynb_checkpoints"       # what systems and notebooks leave in any folder
+KIND = FolderKind("a patch folder", rf"patch_\d+\.png|{re.escape(METADATA)}|{re.escape(STAIN)}")
 PNG_SHARE = 0.4                                                 # bytes of a PNG per byte of its pixels; 0.45 to 0.7 on H&E
 FLUSHERS = 8                                                    # files on their way to the disk at a time: waiting, not work
 RUN_LENGTHS, PAETH_FILTER = 3, 0x80                             # of zlib and libpng
@@ -87,7 +87,7 @@ def finish_patch_folder(working: Path, folder: Path | str, *, count: int, digits
         raise_named(error, working)
     if record is not None:
         record(working)
-    replace_folder(working, folder)
+    replace_folder(working, folder, KIND)
 
 
 def _complete(working: Path, names: Sequence[str], barcodes: Sequence[str] | None, sample_id: str, xy: np.ndarray, stain: dict) -> None:
@@ -124,7 +124,7 @@ def write_patch_folder(folder: Path | str, patches: Iterable[np.ndarray], *, bar
     """
     refuse_foreign_content(folder)
     count, digits, written = len(xy), name_digits(len(xy)), 0
-    with finished_folder(folder, sync=False) as working:      # a torn PNG is noticed when it is read
+    with finished_folder(folder, sync=False, kind=KIND) as working:      # a torn PNG is noticed when it is read
         for block in blocks(patches):
             write_pngs(working, written, block, digits, workers)
             written += len(block)
@@ -135,19 +135,7 @@ def write_patch_folder(folder: Path | str, patches: Iterable[np.ndarray], *, bar
 
 def refuse_foreign_content(folder: Path | str) -> None:
     """Writing replaces the whole folder, so nothing in it may be anybody else's."""
-    folder = Path(folder)
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise InputError(folder, "folder", "a folder for the patches", "a file")
-    pattern = re.compile(rf"patch_\d+\.png|{re.escape(METADATA)}|{re.escape(STAIN)}")
-    others = sorted(entry.name for entry in folder.iterdir() if not (pattern.fullmatch(entry.name) and entry.is_file()))
-    foreign = [name for name in others if not re.fullmatch(LITTER, name)]
-    if not foreign and not any(pattern.fullmatch(entry.name) for entry in folder.iterdir()):
-        foreign = others                                        # litter alone does not make a folder ours
-    if foreign:
-        raise InputError(folder, "content", "a new folder, or a patch folder to replace", f"{first_few(foreign)} other entries",
-                         "Name another folder")
+    require_replaceable(folder, KIND)
 
 
 def patch_folder_sha256(folder: Path | str) -> str:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import click
 
 from preprocessing.done_manifests import fingerprint, is_done, write_done
-from preprocessing.errors import Command, InputError
-from preprocessing.outputs import finished_folder, locked, require_free_space
+from preprocessing.errors import Command
+from preprocessing.outputs import FolderKind, finished_folder, locked, require_free_space, require_replaceable
 from preprocessing.simulation.config import BIN_UM, PLATFORMS, SimulateConfig
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from preprocessing.simulation.repeat import RepeatedTissue
     from preprocessing.simulation.slide import Stains
     from preprocessing.simulation.tissue import Cells, Tissue
+
+KIND = FolderKind("a simulated sample", r"outs/|slide\.tif|tissue\.geojson|truth/|sample\.json", mark="sample.json")
+
 
 @dataclass(frozen=True)
 class SimulatedSample:
@@ -60,13 +63,12 @@ def simulate_sample(config: SimulateConfig, progress: bool = False) -> Simulated
     settings = {name: value for name, value in asdict(config).items() if name != "out_dir"}
     if _stands(folder, settings):
         return _kept(config)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "sample.json").is_file():
-        raise InputError(folder, "--out-dir", "a new folder, or a simulated sample to replace", "a folder with other content")
+    require_replaceable(folder, KIND)
     require_free_space(folder, _needed_bytes(config))
     with locked(folder):
         if _stands(folder, settings):              # another process has just made it
             return _kept(config)
-        with finished_folder(folder) as temporary:
+        with finished_folder(folder, kind=KIND) as temporary:
             facts = _write_parts(config, temporary, settings, progress)
         write_done(folder, config=settings, inputs={}, **facts, content=_content(folder))
     return SimulatedSample(folder, config.sample_id, config.mpp, config.platform, facts)

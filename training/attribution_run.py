@@ -20,7 +20,7 @@ from networks.clip import CLIP, clip_weights_sha256
 from networks.sample_scaling import MIN_SPOTS, fit_sample_scaling, require_whole_samples
 from preprocessing.done_manifests import program_versions
 from preprocessing.errors import InputError, OptionError, WeightsError, first_few
-from preprocessing.outputs import finished_together, locked, write_json
+from preprocessing.outputs import finished_together, locked, require_outputs, write_json
 from preprocessing.patches import read_patch, read_patch_folder
 from preprocessing.progress import ProgressBar
 from training.data import ExpressionTable, expression_only
@@ -49,6 +49,9 @@ class AttributionConfig:
             raise OptionError("--images", "pictures or embeddings, together with --target image", str(self.images or "nothing"))
         if self.out_file.suffix == ".json":
             raise OptionError("--out-file", "a .csv; the record goes into the .json of that name", str(self.out_file))
+        require_outputs({"--out-file": [self.out_file, self.out_file.with_suffix(".json")]},
+                        {"--gex": self.gex, "--cluster-labs": self.cluster_labs, "--images": self.images, "--network": self.network,
+                         "--encoder-weights": self.encoder_weights})
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from networks.sample_scaling import patches_for_mean, require_whole_samples
 from preprocessing.done_manifests import file_sha256, program_versions, strings_sha256
 from preprocessing.errors import InputError, OptionError
 from preprocessing.npy_file import RECORD
-from preprocessing.outputs import finished_file, finished_together, locked, write_json
+from preprocessing.outputs import finished_file, finished_together, locked, require_no_patch_folder, write_json
 from preprocessing.patch_file import read_patch_file
 from preprocessing.patches import read_patch, read_patch_folder
 from preprocessing.progress import ProgressBar
@@ -52,6 +52,7 @@ class EmbedConfig:
             raise OptionError("--device", "auto, cpu, cuda or cuda:N", self.device)
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise OptionError("--device", "cpu (no GPU is visible here)", self.device)
+        require_no_patch_folder("--out-dir", Path(self.out_dir))
 
 
 def write_embeddings(config: EmbedConfig) -> tuple[list[Path], str]:

@@ -12,9 +12,11 @@ from lightning_fabric.utilities.rank_zero import rank_zero_only
 from evaluation.retrieval import retrieval_by_sample
 from networks.clip import CLIP
 from networks.histo_models import Encoder, build_encoder
+from networks.weights import KIND as WEIGHTS
 from preprocessing.done_manifests import program_versions
+from preprocessing.errors import OptionError
 from preprocessing.gene_sets import gene_sets_within
-from preprocessing.outputs import only_writer, write_json
+from preprocessing.outputs import only_writer, require_place, require_replaceable, write_json
 from training.clip_checkpoints import newest_checkpoint, require_checkpoint
 from training.clip_config import ClipConfig
 from training.clip_data import ClipData, Pairs, centre_features, fit_inputs, load_clip_data, use_features
@@ -32,6 +34,7 @@ def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
     ranks = find_devices(config.trainer)
     if rank_zero_only.rank:   # known from the environment before ranks are joined
         config = replace(config, trainer=replace(config.trainer, progress_bar=False))
+    _require_run_folder(config, resolve)
     weights = config.model.image_encoder_weights
     tower = build_encoder(config.model.image_encoder, resolve(weights) if weights else None,
                           config.model.image_encoder_px)   # fails early: before data is read
@@ -56,6 +59,20 @@ def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
             clip.training_record["retrieval"] = _write_retrieval(clip, data.val, run_dir)
         clip.save_pretrained(run_dir / "clip")
     return run_dir
+
+
+def _require_run_folder(config: ClipConfig, resolve: Callable[[str], Path]) -> None:
+    """Refuse, before anything is read, a folder whose content this run would replace, or mix with its own."""
+    from training.run_folder import require_own_config
+
+    if not config.run_dir:
+        require_place(resolve(config.out_dir), folder=True)
+        return
+    run_dir = resolve(config.run_dir)
+    require_replaceable(run_dir / "clip", WEIGHTS)
+    require_own_config("run_dir", run_dir, ("data", "model", "trainer"), "a CLIP run")
+    if config.ckpt_path is None and any((run_dir / "checkpoints").glob("*.ckpt")):
+        raise OptionError("run_dir", "a folder without checkpoints, or ckpt_path=auto to go on with them", str(run_dir))
 
 
 def _gene_sets(config: ClipConfig, resolve: Callable[[str], Path], gene_names: list[str]) -> dict[str, list[str]]:

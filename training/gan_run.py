@@ -11,7 +11,7 @@ import click
 from networks.clip import CLIP
 from networks.histo_models import build_encoder
 from preprocessing.errors import InputError, OptionError
-from preprocessing.outputs import only_writer, write_json
+from preprocessing.outputs import only_writer, require_place, write_json
 from preprocessing.progress import ProgressBar
 from training.gan_config import GanConfig
 from training.gan_data import load_gan_data
@@ -30,6 +30,7 @@ def run_gan(config: GanConfig, sources: GanSources, watched: Sequence[Metric], d
             resume: str | None, resume_kimg: float | None, suffix: str | None, dry_run: bool, tensorboard: bool,
             wandb: str | None) -> Path | None:
     """Read data and train, on every rank; returns the run folder (None on a dry run and on silent ranks)."""
+    require_place(outdir, folder=True)
     backbone = build_encoder(config.backbone, config.backbone_weights)
     gan_data = load_gan_data(sources, config.img_resolution, choice=SpotChoice(mask, train_clusters, val_clusters, n_train),
                              seed=config.seed, keep_expression=config.cond_dropout > 0, cache_dir=cache_place(cache_dir))

@@ -18,7 +18,7 @@ from torch import Tensor
 from evaluation.contact_sheet import contact_sheet, save_png
 from networks.snapshot import Snapshot
 from preprocessing.errors import InputError, OptionError
-from preprocessing.outputs import clear_leftovers_in, finished_file, locked
+from preprocessing.outputs import clear_leftovers_in, finished_file, locked, require_outputs
 from preprocessing.progress import ProgressBar
 from training.prompts import Prompts, parse_seeds, read_prompts
 from training.sampling import Batch, newest_snapshot, open_snapshot, sample_batches
@@ -41,6 +41,7 @@ class InterpolateConfig(SamplingOptions):
         super().__post_init__()
         if self.n_steps < 2:
             raise OptionError("--n-steps", "at least 2, the two prompts", str(self.n_steps))
+        require_outputs({"--outdir": [self.outdir / "samples.csv", self.outdir / "strip.png"]}, {})
 
 
 @dataclass(frozen=True)

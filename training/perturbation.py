@@ -24,7 +24,7 @@ from networks.sample_scaling import fit_sample_scaling, require_whole_samples
 from preprocessing.done_manifests import fingerprint, program_versions
 from preprocessing.errors import InputError, OptionError, first_few
 from preprocessing.expression import recorded_scale
-from preprocessing.outputs import clear_leftovers_in, finished_file, locked, nan_to_none, write_json
+from preprocessing.outputs import clear_leftovers_in, finished_file, locked, nan_to_none, require_outputs, write_json
 from preprocessing.progress import ProgressBar
 from training.data import ExpressionTable, expression_only
 from training.gene_changes import GeneChanges, read_gene_changes
@@ -33,6 +33,7 @@ from training.sampling import Batch, newest_snapshot, open_snapshot, sample_batc
 from training.sampling_options import SamplingOptions
 from training.sampling_ranks import Ranks
 
+WRITTEN = ("perturbation.csv", "perturbation.json", "index.html")     # beside the patches
 LEAST_CONTROLS = 19
 PATCH_UM = 55.0            # side of a patch where the expression file does not say
 PICTURE = re.compile(r"spot\d{5,}_seed\d{4,}_(before|after|difference)\.png")
@@ -63,6 +64,8 @@ class PerturbConfig(SamplingOptions):
             raise OptionError("--controls", f"0, or at least {LEAST_CONTROLS}: of fewer none can be one in twenty", str(self.controls))
         if self.patch_um is not None and not self.patch_um > 0:
             raise OptionError("--patch-um", "more than 0", str(self.patch_um))
+        require_outputs({"--outdir": [self.outdir / name for name in WRITTEN]}, {
+            "--gex": self.gex, "--genes": self.genes, "--gene-sets": self.gene_sets, "--cluster-labs": self.cluster_labs})
 
 
 @dataclass(frozen=True)
@@ -226,7 +229,7 @@ def shortened(genes: str, most: int = 80) -> str:
 
 def _write(config: PerturbConfig, found: Perturbed, changes: str, rows: np.ndarray, barcodes: list[str], seeds: list[int],
            settings: dict) -> list[Path]:
-    table, record, page = (config.outdir / name for name in ("perturbation.csv", "perturbation.json", "index.html"))
+    table, record, page = (config.outdir / name for name in WRITTEN)
     with locked(table, covers=[record, page]):
         clear_leftovers_in(config.outdir)
         for old in (table, record, page):            # what describes other patches goes before they do

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +21,14 @@ from torch import Tensor
 
 from networks.weights import write_plain_file
 from preprocessing.done_manifests import file_sha256, strings_sha256
-from preprocessing.errors import InputError, WeightsError, first_few, read_json
-from preprocessing.outputs import LEFTOVER, finished_file, finished_folder, writes_to
+from preprocessing.errors import InputError, OptionError, WeightsError, first_few, read_json
+from preprocessing.outputs import LEFTOVER, FolderKind, finished_file, finished_folder, writes_to
 from preprocessing.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 COMMIT, SUMS_FILE, STATE_FILE = "COMMIT", "SHA256SUMS", "state.json"
 KEEP_CHECKPOINTS = 2
+KIND = FolderKind("a checkpoint", r".+\.(safetensors|pt)|state\.json|SHA256SUMS|COMMIT")
 
 
 def next_run_folder(outdir: Path | str, name: str) -> Path:
@@ -44,6 +45,16 @@ def next_run_folder(outdir: Path | str, name: str) -> Path:
             number += 1
             continue
         return folder
+
+
+def require_own_config(option: str, folder: Path, keys: Collection[str], what: str) -> None:
+    """Refuse to start a run where the config.json of something else lies, which has not the `keys` of `what`."""
+    try:
+        found = read_json(folder / "config.json", "that of a run")
+    except InputError:               # none, or a damaged one
+        return
+    if not (isinstance(found, dict) and set(keys) <= set(found)):
+        raise OptionError(option, f"a new folder, or that of {what}", f"{folder}, whose config.json is another's")
 
 
 class StatsLog:
@@ -147,7 +158,7 @@ def save_checkpoint(folder: Path | str, step: int, *, state: Mapping, tensors: M
     """Write `folder/checkpoint-<step>`; older ones beyond `keep`, and checkpoints and snapshots that killed runs left half-written, go
     once this one was read back. Returns its path."""
     path = Path(folder) / f"checkpoint-{step:08d}"
-    with finished_folder(path, validate=read_checkpoint) as temporary:
+    with finished_folder(path, validate=read_checkpoint, kind=KIND) as temporary:
         for part, values in tensors.items():
             plain = {name: value.detach().cpu().contiguous().clone() for name, value in values.items()}
             save_file(plain, temporary / f"{part}.safetensors")

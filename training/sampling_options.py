@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from preprocessing.errors import OptionError
+from preprocessing.outputs import require_no_patch_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class SamplingOptions:
                 raise OptionError(f"--{name}", "a finite number", str(getattr(self, name)))
         if not all(map(isfinite, self.translate)):
             raise OptionError("--translate", "two finite numbers", ",".join(map(str, self.translate)))
+        require_no_patch_folder("--outdir", self.outdir)
 
 
 def is_pipeline(network: Path) -> bool:

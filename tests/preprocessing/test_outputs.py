@@ -20,7 +20,7 @@ from networks.weights import write_plain_file
 from preprocessing import done_manifests, outputs
 from preprocessing.done_manifests import fingerprint, is_done, read_done, write_done
 from preprocessing.hdf5_output import hdf5_output
-from preprocessing.outputs import done_path, finished_file, finished_folder, locked
+from preprocessing.outputs import FolderKind, done_path, finished_file, finished_folder, locked
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDS_A_LOCK = """
@@ -77,7 +77,7 @@ def test_a_damaged_manifest_means_not_done(tmp_path, manifest):
 def test_the_working_folder_itself_can_be_an_output(tmp_path, monkeypatch, name):
     (tmp_path / "here" / "sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
-    with locked(name), finished_folder(name) as temporary:
+    with locked(name), finished_folder(name, kind=FolderKind("a folder", "sub/")) as temporary:
         (temporary / "new.txt").write_text("new")
     write_done(".", config={}, inputs={})
     assert Path("new.txt").read_text() == "new" and [path.name for path in Path.cwd().iterdir()] == ["new.txt"]

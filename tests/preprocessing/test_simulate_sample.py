@@ -265,7 +265,7 @@ def test_a_damaged_sample_is_made_again_and_a_whole_one_is_said_to_be_kept(tmp_p
 
 def test_a_folder_with_other_content_is_never_replaced(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="--out-dir: expected a new folder.*found a folder with other content"):
+    with pytest.raises(InputError, match="expected a new folder, or a simulated sample to replace; found 1 .* other entries"):
         simulate_sample(SimulateConfig(tmp_path, width_um=300, height_um=300, mpp=1.0, genes=40))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
