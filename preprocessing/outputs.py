@@ -179,8 +179,6 @@ def require_replaceable(path: Path | str, kind: FolderKind | None = None) -> Non
     if not path.exists():
         return
     what = "a new folder" if kind is None else f"a new folder, or {kind.what} to replace"
-    if not path.is_dir():
-        raise InputError(path, "folder", what, "a file", "Name another folder")
     present = {entry.name: f"{entry.name}/" if entry.is_dir() else entry.name for entry in sorted(path.iterdir())}
     own = [] if kind is None else [name for name, shown in present.items() if re.fullmatch(kind.names, shown)]
     if own and (not kind.mark or kind.mark in own):

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from networks.weights import write_plain_file
 from preprocessing import done_manifests, outputs
 from preprocessing.done_manifests import fingerprint, is_done, read_done, write_done
+from preprocessing.errors import InputError
 from preprocessing.hdf5_output import hdf5_output
-from preprocessing.outputs import FolderKind, done_path, finished_file, finished_folder, locked
+from preprocessing.outputs import FolderKind, done_path, finished_file, finished_folder, finished_together, locked
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDS_A_LOCK = """
@@ -82,6 +83,23 @@ def test_the_working_folder_itself_can_be_an_output(tmp_path, monkeypatch, name)
     write_done(".", config={}, inputs={})
     assert Path("new.txt").read_text() == "new" and [path.name for path in Path.cwd().iterdir()] == ["new.txt"]
     assert done_path(Path(".")) == tmp_path / "here.done.json" and is_done(".", config={}, inputs={})
+
+
+def test_two_files_finished_together_have_two_names(tmp_path):
+    paths = [tmp_path / "a.csv", tmp_path / "b" / ".." / "a.csv"]
+    with pytest.raises(InputError, match="expected a name of its own for every file"), finished_together(paths):
+        pytest.fail("the work has begun")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [None, FolderKind("a sheet's folder", r"sheet\.csv|.*/", mark="sheet.csv")], ids=["any", "of a kind"])
+@pytest.mark.parametrize("name", ["thesis.txt", "sheets/thesis.txt"])
+def test_a_folder_of_anything_else_is_not_replaced(tmp_path, kind, name):
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("precious")
+    with pytest.raises(InputError, match="expected a new folder.*other entries"), finished_folder(tmp_path / "out", kind=kind):
+        pytest.fail("the work has begun")
+    assert (tmp_path / "out" / name).read_text() == "precious" and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_file_cannot_replace_the_working_folder(tmp_path, monkeypatch):
