@@ -18,7 +18,7 @@ import torch
 from diffusion_utils.adapters import add_adapters, merged
 from diffusion_utils.denoisers import Base, compile_blocks
 from diffusion_utils.ema import Ema
-from diffusion_utils.finetune_checkpoint import Standing, find_checkpoint, load_run, save_run
+from diffusion_utils.finetune_checkpoint import Standing, find_checkpoint, kept_tensors, load_run, save_run
 from diffusion_utils.finetune_config import FinetuneConfig
 from diffusion_utils.finetune_data import FinetuneData, open_source, read_data
 from diffusion_utils.finetune_processes import make_accelerator, stop_requests
@@ -31,11 +31,13 @@ from diffusion_utils.sampling import make_scheduler
 from preprocessing.errors import DivergedError, InputError
 from preprocessing.interrupts import Stopped
 from preprocessing.outputs import require_replaceable, write_json
+from training.finite import ends_badly, moments, require_finite
 from training.loading import in_order
 from training.ranks import any_rank, sum_values
 from training.run_folder import Checkpoint, NoStats, StatsLog, require_own_config
 
 log = logging.getLogger(__name__)
+LOWER_RATE = "Lower --learning-rate, then --resume-from-checkpoint latest"
 MOST_LINES = 500          # about so many lines of a run; steps between two are averaged
 
 
@@ -103,7 +105,7 @@ class FinetuneRun:
         clock = time.monotonic() - standing.elapsed_s
         keys = itertools.product(range(standing.step, self.n_steps), range(config.gradient_accumulation_steps))
         ready = in_order(keys, self.batches.read, config.dataloader_num_workers)
-        n_moved, tick, losses = 0, max(1, self.n_steps // MOST_LINES), []
+        n_moved, tick, losses, save_is_due = 0, max(1, self.n_steps // MOST_LINES), [], False
         with stop_requests() as stopped:
             while standing.step < self.n_steps:
                 loss = self._one_step(ready)
@@ -113,17 +115,23 @@ class FinetuneRun:
                     losses.append(loss)
                     yield loss
                 last = standing.step == self.n_steps
-                if last and not n_moved:
-                    raise self._diverged("in every step; nothing was learned")
+                if last and ends_badly(standing.bad_in_a_row, n_moved):
+                    raise self._diverged("in every step; nothing was learned" if not n_moved else
+                                         f"in the last {standing.bad_in_a_row} steps of the run")
                 if losses and (last or standing.step % tick == 0):
                     self._say(stats, sum(losses) / len(losses))
                     losses = []
                 if last or standing.step % config.validation_steps == 0:
                     self.validate(stats)
-                if last or standing.step % config.checkpointing_steps == 0:
+                save_is_due = save_is_due or standing.step % config.checkpointing_steps == 0
+                if last or (save_is_due and not standing.bad_in_a_row):     # while steps are skipped the checkpoint before them stays
                     self.save()
+                    save_is_due = False
                 if number := any_rank(stopped[0] if stopped else 0, self.device):
-                    self.save()
+                    if standing.bad_in_a_row:
+                        log.warning("no checkpoint of step %d, which was skipped: the one before stays", standing.step)
+                    else:
+                        self.save()
                     stats.close()
                     if not main:
                         raise SystemExit(128 + number)
@@ -172,12 +180,11 @@ class FinetuneRun:
         standing.bad_steps, standing.bad_in_a_row = standing.bad_steps + 1, standing.bad_in_a_row + 1
         log.warning("step %d skipped: the gradient's norm is %s", standing.step, norm)
         if standing.bad_in_a_row >= self.config.max_bad_steps:
-            raise self._diverged(f"in {standing.bad_in_a_row} steps in a row; stopped at step {standing.step}, "
-                                 "the last checkpoint is as it was")
+            raise self._diverged(f"in {standing.bad_in_a_row} steps in a row; stopped at step {standing.step}")
 
     def _diverged(self, found: str) -> DivergedError:
-        return DivergedError(self.config.output_dir, "gradients", "finite numbers", f"NaN or infinite ones {found}",
-                             "Lower --learning-rate, then --resume-from-checkpoint latest")
+        return DivergedError(self.config.output_dir, "gradients", "finite numbers", f"NaN or infinite ones {found}, "
+                             "no checkpoint was written since the first of them", LOWER_RATE)
 
     def _say(self, stats: StatsLog, loss: float) -> None:
         """The line of a tick; `loss` is the mean of its steps."""
@@ -196,15 +203,23 @@ class FinetuneRun:
 
     def validate(self, stats: StatsLog) -> None:
         """Measure and say how the run stands; every process must call it."""
+        self._require_finite()
         values, line = self.validation.measure()
         if values:
             stats.write(self.standing.step, values, line)
 
     def save(self) -> Path | None:
         """Write a checkpoint of this moment, and keep its averages of chosen length, on the first process."""
+        self._require_finite()
         if self.power_ema is not None and self.power_ema.n_updates:
             self.power_ema.keep(self.config.output_dir)
         return save_run(self) if self.accelerator.is_main_process else None
+
+    def _require_finite(self) -> None:
+        """Refuse to keep what is NaN or infinite; all processes hold the same and say the same."""
+        parts = kept_tensors(self)
+        require_finite(self.config.output_dir, {**{f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in
+                                                   tensors.items()}, **moments("optimiser", self.optimiser)}, LOWER_RATE)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint; refused (exit 5) if it belongs to other options, data or base."""
@@ -218,6 +233,7 @@ class FinetuneRun:
                   "images": self.standing.step * self.batches.global_batch, "base": self.base.source, "n_patches": len(self.data),
                   "data_sha256": self.data.sha256, "config": self.config.record}
         plain = merged(self.shown_model())
+        require_finite(self.config.output_dir, plain.state_dict(), LOWER_RATE)
         return write_pipeline(self.config.output_dir / "pipeline", plain, self.base.vae, self.base.scheduler, self.prompts, record)
 
 

@@ -59,7 +59,7 @@ def find_checkpoint(config: FinetuneConfig) -> Checkpoint | None:
 
 def save_run(run: FinetuneRun) -> Path:
     """Write a checkpoint into the run's folder; returns its path."""
-    return save_checkpoint(run.config.output_dir, run.standing.step, keep=run.config.checkpoints_total_limit, tensors=_parts(run),
+    return save_checkpoint(run.config.output_dir, run.standing.step, keep=run.config.checkpoints_total_limit, tensors=kept_tensors(run),
                            state={**asdict(run.standing), "config": run.config.record, "data_sha256": run.data.sha256,
                                   "base": run.base.source, "base_sha256": _base_sha256(run)},
                            optimisers={"optimiser": run.optimiser.state_dict()})
@@ -69,7 +69,7 @@ def save_run(run: FinetuneRun) -> Path:
 def load_run(run: FinetuneRun, checkpoint: Checkpoint) -> None:
     """Bring a new run to where a checkpoint was written; refused (exit 5) if that belongs to other options, data or base."""
     _same_run(run, checkpoint)
-    parts = _parts(run)
+    parts = kept_tensors(run)
     for part, own in parts.items():
         tensors = checkpoint.tensors.get(part, {})
         if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in own.items()}:
@@ -108,7 +108,7 @@ def _same_run(run: FinetuneRun, checkpoint: Checkpoint) -> None:
             raise WeightsError(checkpoint.folder, what, expected, found)
 
 
-def _parts(run: FinetuneRun) -> dict[str, dict[str, Tensor]]:
+def kept_tensors(run: FinetuneRun) -> dict[str, dict[str, Tensor]]:
     """Tensors that a checkpoint holds, by the names of its files."""
     trained = {name: parameter for name, parameter in run.live.named_parameters() if parameter.requires_grad}
     parts = {"denoiser": trained, "prompts": run.prompts.state_dict(), "ema": None if run.ema is None else run.ema.state(),

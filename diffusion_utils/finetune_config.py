@@ -11,6 +11,7 @@ from diffusion_utils.noising import Prediction
 from diffusion_utils.prompts import PromptTokens
 from diffusion_utils.sampling import Solver
 from preprocessing.errors import OptionError
+from training.finite import MAX_DECAY, MAX_RATE
 from training.image_metrics import CLIP_SCORE, parse_metrics
 from training.ranks import LONGEST_MINUTES
 
@@ -108,6 +109,8 @@ class FinetuneConfig:
             self._require(name, value is None or (isfinite(value) and value > 0), "a number above 0")
         for name in ("noise_offset", "input_perturbation", "adam_weight_decay", "lr_warmup_steps", "dataloader_num_workers", "seed"):
             self._require(name, isfinite(getattr(self, name)) and getattr(self, name) >= 0, "at least 0")
+        self._require("learning_rate", self.learning_rate is None or self.learning_rate <= MAX_RATE, f"at most {MAX_RATE:g}")
+        self._require("adam_weight_decay", self.adam_weight_decay <= MAX_DECAY, f"at most {MAX_DECAY:g}")
         self._require("max_train_steps", self.max_train_steps is None or self.max_train_steps <= MOST_STEPS,
                       f"at most {MOST_STEPS:,}")
         self._require("seed", self.seed < 2 ** 62, "less than 2^62")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from networks.weights import load_weights_folder, save_weights_folder
 from preprocessing.errors import InputError, WeightsError
+from training.finite import require_finite
 
 LENGTHS = (0.05, 0.10)          # sigma_rel of the two that are averaged, as published
 SHORTEST, LONGEST = 0.01, 0.28  # sigma_rel that can be asked for; at 0.289 every step weighs the same
@@ -51,6 +52,7 @@ class PowerEma:
     def keep(self, run_folder: Path) -> Path:
         """Write both, in half precision, into the run's `averages/`; returns their folder."""
         tensors = {name: tensor.half() for name, tensor in self.state().items()}
+        require_finite(run_folder / FOLDER, tensors, "Lower --learning-rate")      # half precision ends at 65,504
         return save_weights_folder(run_folder / FOLDER / f"update-{self.n_updates:08d}", tensors,
                                    {"class": "PowerEma", "lengths": list(self.averages), "n_updates": self.n_updates})
 

@@ -1,6 +1,7 @@
 """What a GAN run keeps of itself to go on as if it had not stopped: networks, averages, optimisers, counters, and whose they are."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from math import isfinite
@@ -20,7 +21,9 @@ from training.run_folder import STATE_FILE, Checkpoint, save_checkpoint
 if TYPE_CHECKING:
     from training.gan_loop import GanRun
 
-MAY_CHANGE = ("kimg", "budget_minutes", "tick", "snap", "max_bad_steps", "precision", "compile", "workers")   # when a run goes on
+log = logging.getLogger(__name__)
+RATES = ("g_lr", "d_lr")      # lowered where a run diverged
+MAY_CHANGE = (*RATES, "kimg", "budget_minutes", "tick", "snap", "max_bad_steps", "precision", "compile", "workers")   # when a run goes on
 OPTIMISER_SETTINGS = ("betas", "eps", "weight_decay", "amsgrad", "maximize")     # fixed in a run; the learning rate moves
 OPTION_DEFAULTS = {option.name: option.default for option in fields(GanConfig)}   # of options younger than a checkpoint
 
@@ -30,9 +33,14 @@ def save_run(run: GanRun) -> Path:
     gan, options = run.gan, asdict(run.config)
     state = {**asdict(run.progress), "config": options, "data_sha256": run.data.sha256, "backbone": run.encoder.source,
              "genes_sha256": None if run.mlp is None else strings_sha256(run.mlp.gene_names)}
-    return save_checkpoint(run.folder, run.progress.step, state=state, tensors={
-        "discriminator": gan.discriminator.trainable_state(), **{name: part.state_dict() for name, part in _networks(run).items()},
-    }, optimisers={"g_optimiser": gan.g_optimiser.state_dict(), "d_optimiser": gan.d_optimiser.state_dict()})
+    return save_checkpoint(run.folder, run.progress.step, state=state, tensors=kept_tensors(run), optimisers={
+        "g_optimiser": gan.g_optimiser.state_dict(), "d_optimiser": gan.d_optimiser.state_dict(),
+    })
+
+
+def kept_tensors(run: GanRun) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of a checkpoint, by the names of its files."""
+    return {"discriminator": run.gan.discriminator.trainable_state(), **{name: part.state_dict() for name, part in _networks(run).items()}}
 
 
 def _networks(run: GanRun) -> dict[str, nn.Module]:
@@ -135,3 +143,6 @@ def _same_run(run: GanRun, checkpoint: Checkpoint, theirs: dict) -> None:
             ("backbone", state["backbone"], "" if state["backbone"] == run.encoder.source else run.encoder.source)):
         if found:
             raise WeightsError(checkpoint.folder, what, expected, found, "--resume-kimg 0 starts a new run from these weights")
+    for name in RATES:           # the loop sets them at every step
+        if ours[name] != theirs.get(name):
+            log.warning("from here on --%s is %s; it was %s", name.replace("_", "-"), ours[name], theirs.get(name))

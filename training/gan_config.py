@@ -12,6 +12,7 @@ from networks.discriminator import GROUP
 from networks.generator import GeneratorConfig
 from networks.layers import CondNormKind
 from preprocessing.errors import OptionError
+from training.finite import MAX_RATE
 from training.gan_losses import GuidanceKind, Schedule
 from training.gan_speed import Compile, Precision
 from training.train_modes import TRAIN_MODES, first_trained_px
@@ -138,6 +139,9 @@ class GanConfig:
             holds = isfinite(value) and (value > 0 if name in POSITIVE else value >= 0 or name in ANY_SIGN)
             if not holds or (name == "cond_dropout" and value >= 1) or (name == "seed" and value > MAX_SEED):
                 raise OptionError(f"--{name.replace('_', '-')}", expected, str(value))
+        for name in ("g_lr", "d_lr"):
+            if getattr(self, name) > MAX_RATE:
+                raise OptionError(f"--{name.replace('_', '-')}", f"at most {MAX_RATE:g}", str(getattr(self, name)))
 
     def _require_prompts(self) -> None:
         """Refuse what needs prompts, or other prompts than there are."""

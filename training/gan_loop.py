@@ -25,7 +25,8 @@ from preprocessing.errors import DivergedError, InputError
 from preprocessing.interrupts import Stopped, stop_signals
 from training.diff_augment import adapted_p
 from training.ema import Averages, ema_beta, frozen_copy, half_life_kimg, update_average
-from training.gan_checkpoint import load_run, save_run
+from training.finite import ends_badly, moments, require_finite
+from training.gan_checkpoint import kept_tensors, load_run, save_run
 from training.gan_config import GanConfig
 from training.gan_data import GanData, mean_colour
 from training.gan_grids import Showcase
@@ -41,6 +42,7 @@ from training.run_folder import Checkpoint, NoStats, StatsLog
 
 log = logging.getLogger(__name__)
 MIN_TICKS, MIN_SNAPSHOTS = 20, 5
+LOWER_RATES = "Lower --g-lr and --d-lr, then --resume auto"
 
 
 @dataclass
@@ -126,13 +128,14 @@ class GanRun:
                     totals, n_steps = {name: totals.get(name, 0.0) + value for name, value in losses.items()}, n_steps + 1
                     n_moved += 1
                     yield losses
-                if self.share >= 1 and not n_moved:
-                    raise DivergedError(self.folder, "losses and gradients", "finite numbers in some step",
-                                        "NaN or infinite ones in every step; nothing was learned", "Lower --g-lr and --d-lr")
+                if self.share >= 1 and ends_badly(self.progress.bad_in_a_row, n_moved):
+                    raise self._diverged("in every step; nothing was learned" if not n_moved else
+                                         f"in the last {self.progress.bad_in_a_row} steps of the run")
                 if self._due("last_tick", self.config.tick, MIN_TICKS) or self.share >= 1:
                     self._tick(stats, {name: value / max(n_steps, 1) for name, value in totals.items()}, tick_start)
                     totals, n_steps, tick_start = {}, 0, self.progress.elapsed_s
-                if self._due("last_snap", self.config.tick * self.config.snap, MIN_SNAPSHOTS) or self.share >= 1:
+                snap_is_due = not self.progress.bad_in_a_row and self._due("last_snap", self.config.tick * self.config.snap, MIN_SNAPSHOTS)
+                if snap_is_due or self.share >= 1:      # while steps are skipped it stays due: what there is, is from before them
                     began = time.monotonic()
                     self._snapshot(stats)
                     self.save()
@@ -176,9 +179,11 @@ class GanRun:
         progress.bad_steps, progress.bad_in_a_row = progress.bad_steps + 1, progress.bad_in_a_row + 1
         log.warning("step %d skipped: NaN or infinite numbers (%s)", progress.step, json.dumps(losses))
         if progress.bad_in_a_row >= self.config.max_bad_steps:
-            raise DivergedError(self.folder, "losses and gradients", "finite numbers",
-                                f"NaN or infinite ones in {progress.bad_in_a_row} steps in a row; stopped at step {progress.step}, "
-                                "the last checkpoint is as it was", "Lower --g-lr and --d-lr, then --resume auto")
+            raise self._diverged(f"in {progress.bad_in_a_row} steps in a row; stopped at step {progress.step}")
+
+    def _diverged(self, found: str) -> DivergedError:
+        return DivergedError(self.folder, "losses and gradients", "finite numbers",
+                             f"NaN or infinite ones {found}, no checkpoint was written since the first of them", LOWER_RATES)
 
     def _due(self, last: str, every_kimg: float, at_least: int) -> bool:
         """True every `every_kimg`, and at least `at_least` times in a run."""
@@ -200,7 +205,10 @@ class GanRun:
         stats.write(self.progress.step, values, status_line(values))
 
     def _stop(self, number: int, stats: StatsLog) -> None:
-        self.save()
+        if self.progress.bad_in_a_row:
+            log.warning("no checkpoint of step %d, which was skipped: the one before stays", self.progress.step)
+        else:
+            self.save()
         stats.close()
         if not is_first():
             raise SystemExit(128 + number)
@@ -210,6 +218,7 @@ class GanRun:
 
     def _snapshot(self, stats: StatsLog) -> None:
         """Averaged generator for use, picture, metrics, and how much patches of one prompt differ."""
+        self._require_finite()
         measured = self.metrics.measure(self.average)
         if not is_first():
             return
@@ -235,7 +244,14 @@ class GanRun:
 
     def save(self) -> Path | None:
         """Write a checkpoint of this moment, on the first rank."""
+        self._require_finite()
         return save_run(self) if is_first() else None
+
+    def _require_finite(self) -> None:
+        """Refuse to keep what is NaN or infinite; all ranks hold the same and say the same."""
+        gan, parts = self.gan, kept_tensors(self)
+        require_finite(self.folder, {**{f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()},
+                                     **moments("g_optimiser", gan.g_optimiser), **moments("d_optimiser", gan.d_optimiser)}, LOWER_RATES)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint; refused (exit 5) if it belongs to another config, data set or backbone."""

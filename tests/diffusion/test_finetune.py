@@ -1,6 +1,8 @@
 """A fine-tune: exact resume, live weights that nothing but the optimiser touches, and what a run refuses."""
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -237,7 +239,80 @@ def test_a_step_with_nan_is_skipped_and_a_run_of_them_stops(world, tmp_path, mon
         list(made.train())
     assert made.standing.bad_steps == 4
     assert all(torch.isfinite(tensor).all() for tensor in made.live.state_dict().values())
-    assert latest_checkpoint(tmp_path / "run").state["step"] == 6
+    kept = latest_checkpoint(tmp_path / "run")
+    assert kept.state["step"] == 4 and kept.state["bad_in_a_row"] == 0, "no checkpoint of a skipped step"
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-00000003", "checkpoint-00000004"]
+
+
+def break_steps(monkeypatch, made, bad):
+    """Make the loss of chosen steps, counted from 0, not a number."""
+    real = finetune.losses_of
+    monkeypatch.setattr(finetune, "losses_of",
+                        lambda *arguments: real(*arguments) * (float("nan") if made.standing.step in bad else 1.0))
+
+
+def test_a_checkpoint_due_while_steps_are_skipped_is_written_after_the_next_good_one(world, tmp_path, monkeypatch):
+    made = open_run(config(world, tmp_path / "run", max_train_steps=5, checkpointing_steps=2, checkpoints_total_limit=9))
+    break_steps(monkeypatch, made, {1, 2})
+    list(made.train())
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [
+        f"checkpoint-{step:08d}" for step in (4, 5)]
+
+
+@pytest.mark.parametrize("every, kept", [(1, 2), (2, 2), (3, None)])
+def test_a_run_that_ends_while_steps_are_skipped_diverged_and_has_no_pipeline(world, tmp_path, monkeypatch, every, kept):
+    made = open_run(config(world, tmp_path / "run", checkpointing_steps=every))
+    break_steps(monkeypatch, made, {2, 3})
+    with pytest.raises(DivergedError, match="in the last 2 steps of the run") as error:
+        list(made.train())
+    found = latest_checkpoint(tmp_path / "run")
+    assert error.value.exit_code == 1 and (found and found.state["step"]) == kept and not (tmp_path / "run" / "pipeline").exists()
+
+
+def test_one_skipped_step_at_the_end_is_no_divergence(world, tmp_path, monkeypatch):
+    made = open_run(config(world, tmp_path / "run"))
+    break_steps(monkeypatch, made, {3})
+    list(made.train())
+    assert latest_checkpoint(tmp_path / "run").state["step"] == 4 and (tmp_path / "run" / "pipeline").is_dir()
+
+
+@pytest.mark.parametrize("part", ["weights", "optimiser", "average", "half precision"])
+def test_weights_that_are_not_finite_are_never_saved(world, tmp_path, part):
+    made = open_run(config(world, tmp_path / "run", checkpointing_steps=1, power_ema=True))
+    training = made.train()
+    next(training), next(training)                 # a checkpoint of step 1
+    with torch.no_grad():
+        broken = {"weights": made.trained[0], "average": next(iter(made.ema.state().values())), "half precision": made.trained[0],
+                  "optimiser": next(iter(made.optimiser.state.values()))["exp_avg"]}[part]
+        broken.view(-1)[0] = 1e30 if part == "half precision" else float("inf")
+        made.power_ema.update(made.live)
+    with pytest.raises(DivergedError, match="weights: expected finite numbers.*not saved") as error:
+        list(training)
+    assert error.value.exit_code == 1 and latest_checkpoint(tmp_path / "run").state["step"] == 1
+    assert not (tmp_path / "run" / "pipeline").exists()
+    assert [path.name for path in (tmp_path / "run" / "averages").iterdir()] == ["update-00000001"]
+    with pytest.raises(DivergedError):
+        made.save()
+
+
+def test_a_signal_while_steps_are_skipped_leaves_the_checkpoint_before_them(world, tmp_path, monkeypatch):
+    made = open_run(config(world, tmp_path / "run", max_train_steps=9, checkpointing_steps=1))
+    real = finetune.losses_of
+
+    def broken(*arguments):
+        if made.standing.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments) * (float("nan") if made.standing.step in (2, 3) else 1.0)
+    monkeypatch.setattr(finetune, "losses_of", broken)
+    with pytest.raises(SystemExit, match="143"):
+        list(made.train())
+    assert latest_checkpoint(tmp_path / "run").state["step"] == 2
+
+
+@pytest.mark.parametrize("options", [{"learning_rate": 1e30}, {"adam_weight_decay": 1e300}])
+def test_rates_without_sense_are_refused(world, tmp_path, options):
+    with pytest.raises(OptionError, match="at most"):
+        config(world, tmp_path / "run", **options)
 
 
 def test_a_pickle_in_place_of_weights_is_refused_and_does_not_run(world, tmp_path):

@@ -268,17 +268,90 @@ def test_one_bad_step_is_skipped_and_counted(tmp_path, monkeypatch, caplog):
 
 
 def test_bad_steps_without_end_stop_the_run_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
-    run = make_run(tmp_path / "a", max_bad_steps=3)
-    run.one_step()
+    run = make_run(tmp_path / "a", max_bad_steps=3, tick=0.008, snap=1)     # every step is due
+    break_steps(monkeypatch, run, {2, 3, 4})
+    steps = next_steps(run, 2)
     good = [tensor.clone() for tensor in run.gan.generator.parameters()]
-    run.save()
-    monkeypatch.setattr(run.gan, "gradients", lambda step, **_: {"loss/D": float("inf")})
     with pytest.raises(DivergedError, match="3 steps in a row") as stopped:
-        list(run.train())
-    assert stopped.value.exit_code == 1
+        list(steps)
+    assert stopped.value.exit_code == 1 and len(list(run.folder.glob("snapshot-*"))) == 3, "that of the start, and two"
+    assert sorted(path.name for path in run.folder.glob("checkpoint-*")) == ["checkpoint-00000001", "checkpoint-00000002"]
     kept = latest_checkpoint(run.folder).tensors["generator"]
     names = [name for name, _ in run.gan.generator.named_parameters()]
     assert all(torch.equal(kept[name], tensor) for name, tensor in zip(names, good, strict=True))
+
+
+def test_a_snapshot_due_while_steps_are_skipped_is_written_after_the_next_good_one(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "a", kimg=0.048, tick=0.016, snap=1)          # due after steps 2 and 4, and every fifth of the run
+    break_steps(monkeypatch, run, {1, 2})
+    list(run.train())
+    assert [path.name for path in sorted(run.folder.glob("snapshot-*"))] == [
+        f"snapshot-{images:06d}" for images in (0, 32, 40, 48)]
+
+
+def test_a_gan_run_that_ends_while_steps_are_skipped_diverged(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "a", kimg=0.048)
+    break_steps(monkeypatch, run, {4, 5})
+    with pytest.raises(DivergedError, match="in the last 2 steps of the run") as stopped:
+        list(run.train())
+    assert stopped.value.exit_code == 1 and latest_checkpoint(run.folder).state["step"] == 4
+    assert not (run.folder / "snapshot-000048").exists()
+
+
+def test_one_skipped_step_at_the_end_is_no_divergence(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "a", kimg=0.048)
+    break_steps(monkeypatch, run, {5})
+    list(run.train())
+    assert latest_checkpoint(run.folder).state["step"] == 6 and (run.folder / "snapshot-000048").is_dir()
+
+
+@pytest.mark.parametrize("part", ["generator", "average", "optimiser"])
+def test_gan_weights_that_are_not_finite_are_never_saved(tmp_path, part):
+    run = make_run(tmp_path / "a", tick=0.008, snap=1)
+    steps = next_steps(run, 2)
+    with torch.no_grad():
+        broken = {"generator": next(run.gan.generator.parameters()), "average": next(run.average.parameters()),
+                  "optimiser": next(iter(run.gan.d_optimiser.state.values()))["exp_avg"]}[part]
+        broken.view(-1)[0] = float("nan")
+    run.gan.finite = lambda losses: True            # as where the last step alone ruins the weights
+    with pytest.raises(DivergedError, match="weights: expected finite numbers.*not saved") as stopped:
+        list(steps)
+    assert stopped.value.exit_code == 1 and latest_checkpoint(run.folder).state["step"] == 1
+    assert len(list(run.folder.glob("snapshot-*"))) == 2
+
+
+def test_a_gan_run_that_diverged_goes_on_with_lower_rates_as_its_message_says(tmp_path, monkeypatch, caplog):
+    run = make_run(tmp_path / "a", max_bad_steps=1, tick=0.008, snap=1)
+    break_steps(monkeypatch, run, {2})
+    with pytest.raises(DivergedError, match="Lower --g-lr and --d-lr, then --resume auto"):
+        list(run.train())
+    resumed = make_run(tmp_path / "a", g_lr=1e-4, d_lr=2e-4)
+    resumed.load(latest_checkpoint(run.folder))
+    assert "from here on --g-lr is 0.0001; it was 0.002" in caplog.text and "--d-lr is 0.0002" in caplog.text
+    list(resumed.train())
+    used = [optimiser.param_groups[0]["lr"] for optimiser in (resumed.gan.g_optimiser, resumed.gan.d_optimiser)]
+    assert used == [1e-4, 2e-4] and resumed.progress.step == 10
+
+
+@pytest.mark.parametrize("name", ["g_lr", "d_lr"])
+def test_a_rate_without_sense_is_refused(tmp_path, name):
+    with pytest.raises(OptionError, match=f"--{name[0]}-lr: expected at most 10"):
+        make_run(tmp_path / "a", **{name: 1e30})
+
+
+def next_steps(run, n):
+    """A run that has begun: the generator of its further steps, after `n` of them."""
+    steps = run.train()
+    for _ in range(n):
+        next(steps)
+    return steps
+
+
+def break_steps(monkeypatch, run, bad):
+    """Make the loss of chosen steps, counted from 0, infinite."""
+    real = run.gan.gradients
+    monkeypatch.setattr(run.gan, "gradients", lambda step, **told: {
+        **real(step, **told), **({"loss/D": float("inf")} if step in bad else {})})
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
