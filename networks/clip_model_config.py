@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import inf
 
 from preprocessing.errors import OptionError
 
@@ -62,8 +63,8 @@ class ClipModelConfig:
         for name in ("gene_hidden", "gene_width", "gene_tokens", "gene_token_width", "gene_token_layers", "gene_token_heads", "projection"):
             if getattr(self, name) < 1:
                 raise OptionError(f"model.{name}", "at least 1", str(getattr(self, name)))
-        if not self.temperature > 0:
-            raise OptionError("model.temperature", "above 0", str(self.temperature))
+        if not 0 < self.temperature < inf:
+            raise OptionError("model.temperature", "above 0, finite", str(self.temperature))
         self._check_gene_encoder()
 
     @property

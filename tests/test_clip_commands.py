@@ -19,9 +19,10 @@ from networks.clip import CLIP
 from networks.layers import images_to_float
 from networks.sample_scaling import patches_for_mean
 from networks.weights import read_plain_file
-from preprocessing.errors import InputError, OptionError, WeightsError
+from preprocessing.errors import DivergedError, InputError, OptionError, WeightsError
 from preprocessing.patches import read_patch, read_patch_folder
 from train_clip import quote_paths, train
+from training.clip_checkpoints import SummedCheckpoints
 from training.clip_module import ClipModule
 
 
@@ -157,16 +158,22 @@ def state_at(run, step):
     return read_plain_file(next((run / "checkpoints").glob(f"step{step:06d}*.ckpt")))
 
 
-def test_a_step_without_a_finite_loss_changes_nothing_and_is_counted(samples, tmp_path, broken_loss, capsys):
+def test_a_step_without_a_finite_loss_changes_nothing_and_is_counted(samples, tmp_path, broken_loss, capsys, monkeypatch):
     broken_loss({2: math.nan, 5: math.inf})
+    stood = {}
+
+    def look(module, batch, place):
+        weights = [parameter.detach().clone() for parameter in module.clip.parameters() if parameter.requires_grad]
+        averages = [state["exp_avg"].clone() for state in module.trainer.optimizers[0].state.values()]
+        stood[module.global_step] = weights, averages
+        torch.manual_seed(module.seed * 1_000_003 + module.global_step * 1009)
+    monkeypatch.setattr(ClipModule, "on_train_batch_start", look)
     trainer = {"val_every_steps": 1, "save_top": 20, "log_every_steps": 1}
     run = train(config(run_dir=str(tmp_path / "run"), logger="csv", trainer=trainer), samples)
-    steps = {step: state_at(run, step) for step in (1, 2, 3, 4, 5, 6)}
-    same = {step: all(torch.equal(steps[step]["state_dict"][name], tensor) for name, tensor in steps[step + 1]["state_dict"].items())
-            for step in range(1, 6)}
-    assert same == {1: False, 2: True, 3: False, 4: False, 5: True}   # checkpoint n holds the weights before step n
-    moments = [steps[step]["optimizer_states"][0]["state"] for step in (2, 3)]
-    assert all(torch.equal(moments[0][key]["exp_avg"], moments[1][key]["exp_avg"]) for key in moments[0])
+    same = {step: [all(map(torch.equal, *pair)) for pair in zip(stood[step], stood[step + 1], strict=True)] for step in range(1, 7)}
+    assert same == {1: [False] * 2, 2: [True] * 2, 3: [False] * 2, 4: [False] * 2, 5: [True] * 2, 6: [False] * 2}
+    kept = sorted(path.name for path in (run / "checkpoints").glob("step*.ckpt"))
+    assert kept == [f"step{step:06d}.ckpt" for step in (1, 2, 4, 5, 7, 8)], "none after a skipped step"
     assert pd.read_csv(run / "csv" / "metrics.csv")["train/skipped_steps"].max() == 2
     said = capsys.readouterr().out
     assert "step      2   gradient not finite: step skipped, 1 in all" in said and "step skipped, 2 in all" in said
@@ -181,6 +188,94 @@ def test_a_loss_that_stays_broken_ends_the_run_and_the_last_good_checkpoint_stay
     kept = read_plain_file(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())
     assert all(torch.equal(kept[name], tensor) for name, tensor in state_at(tmp_path / "run", 4)["state_dict"].items())
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step*.ckpt"))) == 4, "none since the first skipped step"
+
+
+@pytest.mark.parametrize("val", ["C", None])
+def test_a_checkpoint_due_while_steps_are_skipped_is_written_after_the_next_good_one(samples, tmp_path, broken_loss, monkeypatch, val):
+    broken_loss({2: math.nan, 3: math.nan})                   # the last two of the first epoch, where one is due
+    written, sound = [], SummedCheckpoints.save_checkpoint
+
+    def look(self, checkpoint, path, **more):
+        written.append((checkpoint["global_step"], os.path.basename(path)))
+        return sound(self, checkpoint, path, **more)
+    monkeypatch.setattr(SummedCheckpoints, "save_checkpoint", look)
+    train(config(val=val, run_dir=str(tmp_path / "run"), trainer={"val_every_steps": 4}, data={"val_fraction": 0.0}), samples)
+    assert written == [(5, "last.ckpt"), (8, "step000008.ckpt"), (8, "last.ckpt")]
+
+
+def test_a_clip_run_that_ends_while_steps_are_skipped_diverged_and_has_no_weights(samples, tmp_path, broken_loss):
+    broken_loss({6: math.nan, 7: math.nan})                   # of eight
+    with pytest.raises(DivergedError, match="found none for 2 steps, no checkpoint was written since") as error:
+        train(config(run_dir=str(tmp_path / "run"), trainer={"val_every_steps": 1}), samples)
+    assert error.value.exit_code == 1 and not (tmp_path / "run" / "clip").exists()
+    assert read_plain_file(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 6
+
+
+@pytest.mark.parametrize("val", ["C", None])
+def test_one_skipped_step_at_the_end_is_no_divergence(samples, tmp_path, broken_loss, val):
+    broken_loss({7: math.nan})
+    run = train(config(val=val, run_dir=str(tmp_path / "run"), data={"val_fraction": 0.0}), samples)
+    assert (run / "clip").is_dir() and read_plain_file(run / "checkpoints" / "last.ckpt")["global_step"] == 8
+
+
+@pytest.mark.parametrize("step, kept", [(5, 5), (7, 7)], ids=["at a checkpoint", "at the end"])
+def test_clip_weights_that_are_not_finite_are_never_saved(samples, tmp_path, monkeypatch, step, kept):
+    sound = ClipModule.on_before_optimizer_step
+
+    def ruined(self, optimizer):
+        sound(self, optimizer)
+        if self.global_step == step:
+            next(parameter for parameter in self.clip.parameters() if parameter.grad is not None).data.view(-1)[0] = math.inf
+    monkeypatch.setattr(ClipModule, "on_before_optimizer_step", ruined)
+    monkeypatch.setattr(ClipModule, "on_validation_epoch_end",          # as if every checkpoint were better than those before
+                        lambda self: self._val_embeds.clear() or self.log("val/loss", -float(self.global_step)))
+    with pytest.raises(DivergedError, match="weights: expected finite numbers; found NaN or infinite ones, not saved") as error:
+        train(config(run_dir=str(tmp_path / "run"), trainer={"val_every_steps": 1}), samples)
+    assert error.value.exit_code == 1 and not (tmp_path / "run" / "clip").exists()
+    assert read_plain_file(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == kept
+
+
+def test_a_last_step_that_ruins_the_weights_leaves_no_weights_folder(samples, tmp_path, monkeypatch):
+    def ruined(self):
+        next(self.clip.gene_encoder.parameters()).data.view(-1)[0] = math.nan
+    monkeypatch.setattr(ClipModule, "on_train_end", ruined)   # after the last checkpoint
+    with pytest.raises(DivergedError, match="not saved"):
+        train(config(run_dir=str(tmp_path / "run"), trainer={"select": "last"}), samples)
+    assert not (tmp_path / "run" / "clip").exists()
+
+
+@pytest.mark.parametrize("optimizer", [{"lr": math.inf}, {"lr": math.nan}, {"lr": 1e30}, {"weight_decay": math.nan},
+                                       {"weight_decay": -1.0}, {"weight_decay": 1e300}], ids=str)
+def test_rates_without_sense_are_refused(samples, tmp_path, optimizer):
+    with pytest.raises(OptionError, match=f"optimizer.{next(iter(optimizer))}: expected"):
+        train(config(run_dir=str(tmp_path / "run"), optimizer=optimizer), samples)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("schedule", ["constant", "one_cycle"])
+def test_rates_given_anew_hold_from_where_a_run_goes_on(samples, tmp_path, monkeypatch, capsys, schedule):
+    used = []
+    sound = ClipModule.on_before_optimizer_step
+
+    def look(self, optimizer):
+        sound(self, optimizer)
+        used.append((self.global_step, [group["lr"] for group in optimizer.param_groups], optimizer.param_groups[0]["weight_decay"]))
+    monkeypatch.setattr(ClipModule, "on_before_optimizer_step", look)
+    options = {"optimizer": {"schedule": schedule, "lr": 1e-2}, "model": {"learn_temperature": True}, "trainer": {"select": "last"}}
+    run = train(config(run_dir=str(tmp_path / "run"), **options), samples)
+    middle, whole = next((run / "checkpoints").glob("step000003*.ckpt")), used.copy()
+    used.clear()
+    lower = {**options, "optimizer": {"schedule": schedule, "lr": 1e-4, "weight_decay": 0.5}}
+    again = train(config(run_dir=str(tmp_path / "again"), ckpt_path=str(middle), **lower), samples)
+    assert [step for step, _, _ in used] == [3, 4, 5, 6, 7] and {decay for _, _, decay in used} == {0.5}
+    for (_, rates, _), (_, before, _) in zip(used, whole[3:], strict=True):
+        assert rates == pytest.approx([rate / 100 for rate in before], rel=1e-9)
+    said = capsys.readouterr().out
+    assert said.count("from here on optimizer.lr is 0.0001; it was 0.01") == 1
+    assert said.count("from here on optimizer.weight_decay is 0.5; it was 0.01") == 1
+    train(config(run_dir=str(again), ckpt_path="last", **{**lower, "trainer": {"select": "last"}}), samples)
+    assert "from here on" not in capsys.readouterr().out, "the checkpoint holds them now"
 
 
 def test_without_a_validation_sample_a_spatial_block_is_held_out_and_saved(samples, tmp_path):

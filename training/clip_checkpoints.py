@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins.io import TorchCheckpointIO
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from networks.weights import read_plain_file, write_plain_file
 from preprocessing.done_manifests import file_sha256
@@ -16,6 +17,7 @@ from preprocessing.errors import InputError, WeightsError
 from preprocessing.interrupts import Stopped, StopSignals
 from preprocessing.outputs import finished_file
 
+WHOLE = {"weights_only": False}   # of saving: Lightning's word for "with the optimiser"; nothing is ever read that way
 PARTS = ("clip", "state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")   # of a checkpoint to resume from
 
 
@@ -39,6 +41,44 @@ class SummedCheckpoints(TorchCheckpointIO):
         sums_path(Path(path)).unlink(missing_ok=True)
 
 
+class GoodCheckpoints(ModelCheckpoint):
+    """Lightning's, but none is written while steps are skipped: what there is, is from before the first of them. One that was due
+    then is made up for, as `last.ckpt`, after the next step that moves the weights."""
+
+    is_due = False
+
+    @property
+    def state_key(self) -> str:
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__)   # as in checkpoints older than this class
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *step: object) -> None:
+        super().on_train_batch_end(trainer, pl_module, *step)
+        if self.is_due and not pl_module.skipped_in_a_row:
+            self._make_up(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.skipped_in_a_row:
+            self.is_due = True
+        else:
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.skipped_in_a_row:
+            self.is_due = self.is_due or self.monitor is None      # with one, it is written after a validation
+        else:
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not pl_module.skipped_in_a_row:
+            super().on_train_end(trainer, pl_module)
+        elif not pl_module.ends_badly:           # a single one at the end: there will be no next step
+            self._make_up(trainer)
+
+    def _make_up(self, trainer: pl.Trainer) -> None:
+        self.is_due = False
+        trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt", **WHOLE)
+
+
 class StopOnSignal(pl.Callback):
     """Note SIGTERM and Ctrl-C while training; the step in hand is finished and saved as `last.ckpt`, then `Stopped` is raised.
 
@@ -58,9 +98,11 @@ class StopOnSignal(pl.Callback):
         batches = trainer.fit_loop.epoch_loop.batch_progress
         batches.total.ready, batches.is_last_batch = batches.total.completed, False   # the batch in hand is not begun: counted, it
         # would shift every later validation by a step
-        whole = {"weights_only": False}   # of saving: Lightning's word for "with the optimiser"; nothing is ever read that way
-        trainer.save_checkpoint(self.run_dir / "checkpoints" / "last.ckpt", **whole)
         number = received[0] if received else signal.SIGTERM   # another rank's
+        if pl_module.skipped_in_a_row:
+            raise Stopped(number, f"after step {trainer.global_step}, which was skipped: the checkpoint before stays; go on with "
+                                  f"ckpt_path=auto run_dir={self.run_dir}")
+        trainer.save_checkpoint(self.run_dir / "checkpoints" / "last.ckpt", **WHOLE)
         raise Stopped(number, f"after step {trainer.global_step}; go on with ckpt_path=last run_dir={self.run_dir}")
 
 

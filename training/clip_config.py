@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from networks.clip import ClipModelConfig
 from preprocessing.errors import OptionError
 from training.augment import AugmentConfig
 from training.data import SampleFiles, read_sample_sheet, sample_files
+from training.finite import MAX_DECAY, MAX_RATE
 from training.patch_cache import AUTO_CACHE, cache_place
 
 LOGGERS = ("csv", "tensorboard", "wandb")
@@ -102,8 +104,10 @@ class OptimizerConfig:
         for name, choices in (("name", ("adamw", "adam", "sgd", "rmsprop")), ("schedule", ("constant", "one_cycle"))):
             if getattr(self, name) not in choices:
                 raise OptionError(f"optimizer.{name}", f"one of {', '.join(choices)}", str(getattr(self, name)))
-        if not self.lr > 0:
-            raise OptionError("optimizer.lr", "above 0", str(self.lr))
+        if not 0 < self.lr <= MAX_RATE:
+            raise OptionError("optimizer.lr", f"above 0, at most {MAX_RATE:g}", str(self.lr))
+        if not 0 <= self.weight_decay <= MAX_DECAY:      # false for NaN, too
+            raise OptionError("optimizer.weight_decay", f"0 up to {MAX_DECAY:g}", str(self.weight_decay))
 
 
 @dataclass
@@ -137,8 +141,8 @@ class TrainerConfig:
         for name, choices in (("select", ("best", "last")), ("contrast", ("all", "within_sample"))):
             if getattr(self, name) not in choices:
                 raise OptionError(f"trainer.{name}", f"one of {', '.join(choices)}", getattr(self, name))
-        if not self.batch_mmd >= 0:
-            raise OptionError("trainer.batch_mmd", "0 (off) or more", str(self.batch_mmd))
+        if not (self.batch_mmd >= 0 and isfinite(self.batch_mmd)):
+            raise OptionError("trainer.batch_mmd", "0 (off) or more, finite", str(self.batch_mmd))
 
 
 @dataclass

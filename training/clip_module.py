@@ -14,7 +14,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -26,15 +26,17 @@ from networks.weights import read_plain_file
 from preprocessing.errors import DivergedError, OptionError, WeightsError
 from preprocessing.interrupts import StopSignals
 from preprocessing.outputs import writes_to
-from training.clip_checkpoints import StopOnSignal, SummedCheckpoints
+from training.clip_checkpoints import GoodCheckpoints, StopOnSignal, SummedCheckpoints
 from training.clip_config import ClipConfig
 from training.clip_data import Batch, ClipData, StepBatches, whole_batch
 from training.clip_losses import clip_loss, sample_mmd
+from training.finite import ends_badly, require_finite
 from training.loading import BatchesAhead
 from training.ranks import gather_rows, own_rows
 
 MONITOR = "val/loss"
 MAX_SKIPPED_IN_A_ROW = 20   # steps without a finite gradient; more than a float16 gradient scaler needs to find its scale
+LOWER_RATE = "Lower optimizer.lr, then go on with ckpt_path=auto run_dir=<the run folder>"
 SHOWN = ("val/loss", "val/gene_to_image_r10", "val/image_to_gene_r10")
 
 
@@ -48,7 +50,7 @@ class ClipModule(pl.LightningModule):
         self.clip, self.total_steps, self.seed = clip, total_steps, config.seed
         self.optimizer_config, self.options = config.optimizer, config.trainer
         self.val_sizes = val_sizes   # spots of each validation batch, over all ranks
-        self.skipped_steps = self.skipped_in_a_row = 0
+        self.skipped_steps = self.skipped_in_a_row = self.moved_steps = 0
         self.val_metrics: dict[str, float] = {}
         self._val_embeds: list[tuple[Tensor, Tensor, Tensor]] = []   # images (n, D), genes (n, D), samples (n,) of each batch
 
@@ -77,14 +79,26 @@ class ClipModule(pl.LightningModule):
         """A step without a finite gradient changes nothing. Gradients are the same on every rank, and so is what is decided here."""
         gradients = [parameter.grad for parameter in self.clip.parameters() if parameter.grad is not None]
         if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            self.skipped_in_a_row = 0
+            self.skipped_in_a_row, self.moved_steps = 0, self.moved_steps + 1
             return
         self.skipped_steps, self.skipped_in_a_row = self.skipped_steps + 1, self.skipped_in_a_row + 1
         self.print(f"step {self.global_step:>6}   gradient not finite: step skipped, {self.skipped_steps} in all")
         optimizer.zero_grad(set_to_none=True)   # without gradients neither weights nor moments move
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise DivergedError("training", f"gradient at step {self.global_step}", "finite numbers",
-                             f"none for {self.skipped_in_a_row} steps", "Lower optimizer.lr; the last checkpoint is good")
+            raise self._diverged()
+
+    def on_train_end(self) -> None:
+        if self.ends_badly:
+            raise self._diverged()
+
+    @property
+    def ends_badly(self) -> bool:
+        """Whether a run that ends now did not reach its end."""
+        return ends_badly(self.skipped_in_a_row, self.moved_steps)
+
+    def _diverged(self) -> DivergedError:
+        return DivergedError("training", f"gradient at step {self.global_step}", "finite numbers",
+                             f"none for {self.skipped_in_a_row} steps, no checkpoint was written since the first of them", LOWER_RATE)
 
     def _embed_images(self, seen: Tensor, centre: Tensor | None) -> Tensor:
         """Images (N, 3, H, W), cached features (N, F), or features of several views (N, V, F) -> (N, D)."""
@@ -120,9 +134,29 @@ class ClipModule(pl.LightningModule):
                                                     cycle_momentum=False)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """A checkpoint brings the rates it was trained with; from here on those of the configuration hold, said where they differ."""
+        config, groups = self.optimizer_config, self.trainer.optimizers[0].param_groups
+        schedules = [entry.scheduler for entry in self.trainer.lr_scheduler_configs]
+        highest = "max_lr" if schedules else "lr"
+        lr, weight_decay = groups[0][highest], groups[0]["weight_decay"]
+        if lr != config.lr:
+            for group in groups:
+                for name in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():     # one_cycle's are all shares of the highest
+                    group[name] *= config.lr / lr
+                group[highest] = config.lr                                               # as given, to the last bit
+            for schedule in schedules:
+                schedule.base_lrs = [group["initial_lr"] for group in groups]
+                schedule._last_lr = [group["lr"] for group in groups]                     # what get_last_lr and logs tell
+            self.print(f"from here on optimizer.lr is {config.lr:g}; it was {lr:g}")
+        if weight_decay != config.weight_decay:
+            groups[0]["weight_decay"] = config.weight_decay                              # the second, of the temperature, has none
+            self.print(f"from here on optimizer.weight_decay is {config.weight_decay:g}; it was {weight_decay:g}")
+
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         weights = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: tensor for name, tensor in weights.items() if not name.startswith("clip.image_encoder.")}
+        require_finite("training", checkpoint["state_dict"], LOWER_RATE)
         checkpoint["clip"] = json.dumps(self.clip.description())
         checkpoint["optimizer"] = self.optimizer_config.name
 
@@ -182,6 +216,7 @@ def fit_clip(clip: CLIP, data: ClipData, config: ClipConfig, run_dir: Path, ckpt
         clip.training_record["chosen"] = f"best {MONITOR} at step {trained['global_step']}"
     else:
         clip.training_record["chosen"] = f"last, at step {trainer.global_step}"
+    require_finite("training", clip.state_dict(), LOWER_RATE)
     return clip.cpu().eval()
 
 
@@ -233,10 +268,10 @@ def _loggers(config: ClipConfig, run_dir: Path) -> list:
 def _callbacks(config: ClipConfig, run_dir: Path, validates: bool, stops: StopSignals) -> list:
     options = config.trainer
     if validates and options.save_top:
-        keep = ModelCheckpoint(run_dir / "checkpoints", filename="step{step:06d}", monitor=MONITOR, save_top_k=options.save_top,
+        keep = GoodCheckpoints(run_dir / "checkpoints", filename="step{step:06d}", monitor=MONITOR, save_top_k=options.save_top,
                                save_last=True, auto_insert_metric_name=False, enable_version_counter=False)
     else:
         every = max(options.max_epochs // 10, 1) if options.save_top else options.max_epochs
-        keep = ModelCheckpoint(run_dir / "checkpoints", filename="step{step:06d}", every_n_epochs=every,
+        keep = GoodCheckpoints(run_dir / "checkpoints", filename="step{step:06d}", every_n_epochs=every,
                                save_last=True, auto_insert_metric_name=False, enable_version_counter=False, save_on_train_epoch_end=True)
     return [keep, StopOnSignal(run_dir, stops), *([_Bar(refresh_rate=20)] if options.progress_bar else [])]
