@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 
@@ -22,7 +23,7 @@ from networks.weights import read_plain_file
 from preprocessing.errors import DivergedError, InputError, OptionError, WeightsError
 from preprocessing.patches import read_patch, read_patch_folder
 from train_clip import quote_paths, train
-from training.clip_checkpoints import SummedCheckpoints
+from training.clip_checkpoints import Stopped, SummedCheckpoints
 from training.clip_module import ClipModule
 
 
@@ -202,6 +203,17 @@ def test_a_checkpoint_due_while_steps_are_skipped_is_written_after_the_next_good
     monkeypatch.setattr(SummedCheckpoints, "save_checkpoint", look)
     train(config(val=val, run_dir=str(tmp_path / "run"), trainer={"val_every_steps": 4}, data={"val_fraction": 0.0}), samples)
     assert written == [(5, "last.ckpt"), (8, "step000008.ckpt"), (8, "last.ckpt")]
+
+
+def test_a_signal_while_steps_are_skipped_leaves_the_checkpoint_before_them(samples, tmp_path, broken_loss, monkeypatch):
+    broken_loss({4: math.nan, 5: math.nan})
+    sound = ClipModule.training_step
+    monkeypatch.setattr(ClipModule, "training_step", lambda self, batch, place:
+                        (self.global_step == 5 and os.kill(os.getpid(), signal.SIGTERM)) or sound(self, batch, place))
+    with pytest.raises(Stopped, match="143") as error:
+        train(config(run_dir=str(tmp_path / "run"), trainer={"val_every_steps": 1}), samples)
+    assert "after step 6, which was skipped: the checkpoint before stays; go on with ckpt_path=auto" in error.value.message
+    assert read_plain_file(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 4
 
 
 def test_a_clip_run_that_ends_while_steps_are_skipped_diverged_and_has_no_weights(samples, tmp_path, broken_loss):

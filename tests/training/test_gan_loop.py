@@ -423,8 +423,8 @@ def test_a_checkpoint_of_other_options_or_data_is_refused(tmp_path):
     run.save()
     checkpoint = latest_checkpoint(tmp_path / "a")
     make_run(tmp_path / "a", kimg=5.0).load(checkpoint)      # a longer run is the same run
-    with pytest.raises(WeightsError, match="g_lr 0.0"):
-        make_run(tmp_path / "a", g_lr=0.123).load(checkpoint)
+    with pytest.raises(WeightsError, match="r1_weight 0.0 -> 0.5"):
+        make_run(tmp_path / "a", r1_weight=0.5).load(checkpoint)
     with pytest.raises(WeightsError, match="patches and prompts"):
         make_run(tmp_path / "a", data=tiny_data(n=26)).load(checkpoint)
 
