@@ -131,7 +131,7 @@ class FinetuneRun:
                     if standing.bad_in_a_row:
                         log.warning("no checkpoint of step %d, which was skipped: the one before stays", standing.step)
                     else:
-                        self.save()
+                        self.save(keeps_averages=False)     # no more than a run that was never stopped keeps
                     stats.close()
                     if not main:
                         raise SystemExit(128 + number)
@@ -208,10 +208,10 @@ class FinetuneRun:
         if values:
             stats.write(self.standing.step, values, line)
 
-    def save(self) -> Path | None:
+    def save(self, keeps_averages: bool = True) -> Path | None:
         """Write a checkpoint of this moment, and keep its averages of chosen length, on the first process."""
         self._require_finite()
-        if self.power_ema is not None and self.power_ema.n_updates:
+        if keeps_averages and self.power_ema is not None and self.power_ema.n_updates:
             self.power_ema.keep(self.config.output_dir)
         return save_run(self) if self.accelerator.is_main_process else None
 
