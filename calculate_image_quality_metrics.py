@@ -88,12 +88,12 @@ def folders(_context, parameter: click.Parameter, value: str) -> tuple[Path, ...
                    "=WEIGHT_FILE where needed, e.g. timm:mobilenetv2_100=mobilenet.safetensors.")
 @click.option("--weights", type=click.Path(path_type=Path), help="Inception weight file; default: torch hub cache, then the hub.")
 @click.option("--num", type=int, help="Random number of images a side; default all.")
-@click.option("--seed", default=0, help="Seed of the choice of images, the KID subsets and the splits.")
+@click.option("--seed", type=click.IntRange(max=2**32 - 1), default=0, help="Seed of the choice of images, the KID subsets and the splits.")
 @click.option("--batch-size", default=64, help="Images encoded at once.")
 @click.option("--device", default="auto", help="auto, cpu or cuda.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Keep the reference's features here, by content.")
-@click.option("--splits", "n_splits", default=20, help="Random halves behind floors and intervals.")
-@click.option("--match-px", type=int, help="Bring both sides to this side by area first. Default: as they are.")
+@click.option("--splits", "n_splits", type=click.IntRange(max=10_000), default=20, help="Random halves behind floors and intervals.")
+@click.option("--match-px", type=click.IntRange(max=4096), help="Bring both sides to this side by area first. Default: as they are.")
 @click.option("--report", type=click.Path(path_type=Path), help="Also write this HTML page, and the same as JSON beside it.")
 @click.option("--gex", type=click.Path(path_type=Path), help="Report: expression of the reference's spots (.h5ad); with samples.csv in the "
               "generated folder: do patches follow their genes?")
@@ -103,7 +103,7 @@ def folders(_context, parameter: click.Parameter, value: str) -> tuple[Path, ...
 @click.option("--null-img-path", "null", type=click.Path(path_type=Path), help="Report: patches of the null prompt, a second floor.")
 @click.option("--train-img-path", "training", default="", callback=folders, help="Report: the generator's training patches: are generated "
               "ones copies? The reference must be held out.")
-@click.option("--patch-um", type=float, help="Report: side of a patch, µm.  [default: as the .h5ad says, else 55]")
+@click.option("--patch-um", type=click.FloatRange(max=10_000), help="Report: side of a patch, µm.  [default: as the .h5ad says, else 55]")
 def main(**options):
     """Append one row a feature set to image_quality_metrics.csv: FID and KID of generated patches against real ones. Given twice in a
     row, a command writes its rows once.

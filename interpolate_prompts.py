@@ -14,7 +14,7 @@ PIPELINE_ALONE = ("steps", "sampler", "guidance_scale")
 @click.option("--prompt1", required=True, help="Where the walk begins: FILE.npy:ROW, FILE.h5ad:BARCODE or FILE.h5ad:ROW; rows count from "
               "0. The files are as gen_images.py takes them; for a diffusion pipeline FILE.npy:ROW of embeddings.")
 @click.option("--prompt2", required=True, help="Where it ends.")
-@click.option("--n-steps", "--n_steps", default=9, help="Patches a seed, both ends included.")
+@click.option("--n-steps", "--n_steps", type=click.IntRange(max=10_000), default=9, help="Patches a seed, both ends included.")
 @solver_options
 @sampling_options
 def main(**options):

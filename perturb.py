@@ -23,8 +23,9 @@ PIPELINE_ALONE = ("steps", "sampler", "guidance_scale")
 @click.option("--cluster-labs", default="cluster", help="Where clusters are: .npy, CSV (last column; by barcode if "
               "another column has them), or an obs column.")
 @click.option("--n-spots", default=8, help="At most so many spots, drawn with the first seed; --spots are all taken.")
-@click.option("--controls", default=20, help="Random sets of as many genes of like expression to compare with; 0 is none.")
-@click.option("--patch-um", type=float, help="Side of a patch, µm.  [default: as the .h5ad says, else 55]")
+@click.option("--controls", type=click.IntRange(max=10_000), default=20,
+              help="Random sets of as many genes of like expression to compare with; 0 is none.")
+@click.option("--patch-um", type=click.FloatRange(max=10_000), help="Side of a patch, µm.  [default: as the .h5ad says, else 55]")
 @solver_options
 @partial(sampling_options, seeds="0-7", encoded=False)
 def main(**options):

@@ -50,8 +50,9 @@ def train_as_said(device: str, *, preset: str, cfg: str, fp32: bool | None, nobe
     sources = gan_sources(**{name: said.pop(name) for name in SOURCES}, guided=bool(said["clip_weight"]),
                           scored=any(metric.kind == "clip_score" for metric in watched))
     run_options = {name: said.pop(name) for name in RUN_OPTIONS}
-    if "/" in (run_options["suffix"] or "") or len(run_options["suffix"] or "") > MAX_SUFFIX:
-        raise OptionError("--suffix", f"up to {MAX_SUFFIX} letters without a slash", run_options["suffix"])
+    suffix = run_options["suffix"] or ""
+    if "/" in suffix or not suffix.isprintable() or len(suffix) > MAX_SUFFIX:
+        raise OptionError("--suffix", f"up to {MAX_SUFFIX} printable letters without a slash", suffix)
     if run_options["wandb"] and find_spec("wandb") is None:
         raise OptionError("--wandb", "the package wandb (pip install wandb)", "it is not installed")
     precision = default_precision(device, fp32)
@@ -81,17 +82,18 @@ def train_as_said(device: str, *, preset: str, cfg: str, fp32: bool | None, nobe
         "booleans.")
 @option("train-clusters", help="Train on these clusters of obs['cluster'] alone, comma-separated.")
 @option("val-clusters", help="Show held-out patches of these clusters alone.")
-@option("img-resolution", type=int, required=True, help="Side of a generated patch, px; a power of two.")
-@option("batch", type=int, required=True, help="Images a step.")
-@option("batch-gpu", type=int, default=8, help="Images of a micro-batch; a multiple of 8.")
+@option("img-resolution", type=click.IntRange(max=4096), required=True, help="Side of a generated patch, px; a power of two.")
+@option("batch", type=click.IntRange(max=2**20), required=True, help="Images a step.")
+@option("batch-gpu", type=click.IntRange(max=2**20), default=8, help="Images of a micro-batch; a multiple of 8.")
 @option("preset", type=click.Choice(PRESETS), default="best", help="reference: the published method. best: ours.")
 @option("cfg", type=click.Choice(SIZES), default="lite", help="Size of the generator; custom: --cbase, --cmax, --res-blocks.")
-@option("cbase", type=int, help="Channels at resolution r are min(cbase // r, cmax).")
-@option("cmax", type=int, help="Most channels of a layer.")
-@option("res-blocks", type=int, help="Residual pairs a resolution.")
+@option("cbase", type=click.IntRange(max=2**20), help="Channels at resolution r are min(cbase // r, cmax).")
+@option("cmax", type=click.IntRange(max=2**14), help="Most channels of a layer.")
+@option("res-blocks", type=click.IntRange(max=64), help="Residual pairs a resolution.")
 @option("backbone", help="Encoder in front of the discriminator: a name of networks/histo_models.py or timm:<model>." + PRESET)
 @option("backbone-weights", type=click.Path(), help="Its local weight file.")
-@option("backbone-px", type=int, help="Side at which it sees patches; default: its own (ViT), the patch's (convolutional).")
+@option("backbone-px", type=click.IntRange(max=4096),
+        help="Side at which it sees patches; default: its own (ViT), the patch's (convolutional).")
 @option("statistics", type=click.Choice(["own", "imagenet"]), help="Mean and deviation in front of the backbone." + PRESET)
 @option("cond-norm", type=click.Choice(["l2", "scaled", "standardize"]), help="Scaling of prompt embeddings." + PRESET)
 @option("cond-dropout", type=float, help="Dropout of the gene encoder where it embeds prompts for the generator in training; "
@@ -141,8 +143,8 @@ def train_as_said(device: str, *, preset: str, cfg: str, fp32: bool | None, nobe
 @option("compile", type=click.Choice(COMPILE), default="off", help="blocks: compile every resolution of the generator, the heads and the "
         "backbone, minutes at the start; max: also search for the fastest kernels.")
 @option("nobench", is_flag=True, help="Do not let a GPU try several convolution kernels for the fastest one.")
-@option("workers", type=int, default=3, help="Threads that draw random numbers and read patches ahead of a step.")
-@option("seed", type=int, default=0, help="Of everything random.")
+@option("workers", type=click.IntRange(max=1024), default=3, help="Threads that draw random numbers and read patches ahead of a step.")
+@option("seed", type=click.IntRange(max=2**63 - 1), default=0, help="Of everything random.")
 @option("max-bad-steps", type=int, default=10, help="Steps with NaN or infinite losses in a row that end the run.")
 @option("resume", help="auto: the newest run of this name under OUTDIR, if any; or a run or checkpoint folder: goes on exactly. A snapshot "
         "folder, a checkpoint of a lower --img-resolution, or any with --resume-kimg: a new run starts from what fits of its weights.")

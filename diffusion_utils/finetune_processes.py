@@ -12,7 +12,7 @@ import torch
 from diffusion_utils.finetune_config import FinetuneConfig
 from preprocessing.errors import InputError, OptionError
 from preprocessing.interrupts import stop_signals
-from training.ranks import LOST
+from training.ranks import LOST, named_place
 
 GRACE_S = 3.0   # a process that fails with another, or by its end, waits so long for that one's message, and to be ended by the launcher
 
@@ -34,7 +34,8 @@ def make_accelerator(config: FinetuneConfig):
 @contextmanager
 def ending_together() -> Iterator[None]:
     """Around a whole run: of several processes the first that fails speaks, and its end ends the others within the timeout."""
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    place = named_place()                    # refuses one that contradicts itself before a folder is locked, or not
+    rank, size = place.rank, place.size
     try:
         yield
     except (InputError, OptionError, OSError):

@@ -1,7 +1,6 @@
 """Fine-tune Stable Diffusion, or train a denoiser from scratch, on patches and ready-made prompt embeddings."""
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +21,10 @@ def train_diffusion(**options) -> Path | None:
     with ending_together():
         from diffusion_utils.finetune_config import FinetuneConfig
         from preprocessing.outputs import only_writer
+        from training.ranks import named_place
 
         config = FinetuneConfig(**options)
-        first = os.environ.get("RANK", "0") == "0"
-        with only_writer(config.output_dir, parts=["samples"]) if first else nullcontext():
+        with only_writer(config.output_dir, parts=["samples"]) if named_place().is_first else nullcontext():
             return _train(config)
 
 
@@ -63,15 +62,15 @@ def _train(config: FinetuneConfig) -> Path | None:
 @option("from-scratch", type=click.Choice(["small", "base"]), help="Instead: a new UNet of this size.")
 @option("pretrained-vae-path", help="Folder of another autoencoder (AutoencoderKL or AutoencoderTiny).")
 @option("pixel-space", is_flag=True, help="No autoencoder: learn on pixels; for small patches.")
-@option("resolution", default=256, help="Side at which patches are learned, px.")
+@option("resolution", type=click.IntRange(max=4096), default=256, help="Side at which patches are learned, px.")
 @option("prompt-tokens", type=click.Choice(["learned", "published"]), default="learned", help="learned: distinct tokens, each a "
         "learned map of the embedding. published: the embedding padded with ones.")
-@option("n-tokens", default=8, help="Number of learned tokens.")
+@option("n-tokens", type=click.IntRange(max=4096), default=8, help="Number of learned tokens.")
 @option("fresh-prompts", is_flag=True, help="A base of ours goes on with what it learned of prompts of this width and number of tokens. "
         "This forgets it: for embeddings of another encoder.")
 @option("prediction-type", type=click.Choice(["epsilon", "v_prediction", "flow"]), help="What is predicted. Default: as the base; "
         "v_prediction (zero terminal SNR) from scratch.")
-@option("train-batch-size", default=16, help="Images of a micro-batch, on each process.")
+@option("train-batch-size", type=click.IntRange(max=2**16), default=16, help="Images of a micro-batch, on each process.")
 @option("gradient-accumulation-steps", default=1, help="Micro-batches a step.")
 @option("num-train-epochs", default=15, help="Length of the run.")
 @option("max-train-steps", type=int, help="Length in steps instead.")
@@ -90,7 +89,8 @@ def _train(config: FinetuneConfig) -> Path | None:
 @option("noise-offset", default=0.0, help="Noise shared by a whole channel.")
 @option("input-perturbation", default=0.0, help="Extra noise on what the denoiser sees.")
 @option("mixed-precision", type=click.Choice(["no", "bf16"]), help="Weights stay float32. Default: bf16 on a GPU.")
-@option("lora-rank", type=int, help="Train low-rank adapters of cross-attention and projections alone: for small GPUs.")
+@option("lora-rank", type=click.IntRange(max=4096),
+        help="Train low-rank adapters of cross-attention and projections alone: for small GPUs.")
 @switch("classifier-free-guidance", True, help="Learn the null prompt too.")
 @option("p-uncond", default=0.1, help="Share of samples, each on its own, that show it.")
 @option("uncond-embedding", default="mean", help="The null prompt: mean, zeros, or an .npy of shape (D,) or (1, D).")
@@ -99,7 +99,7 @@ def _train(config: FinetuneConfig) -> Path | None:
 @switch("latent-cache", True, help="Encode all patches once, before training.")
 @option("cache-dir", type=click.Path(path_type=Path), help="Where latents are kept. Default: in the run folder.")
 @option("compile", is_flag=True, help="Compile the denoiser's repeated blocks.")
-@option("seed", default=0, help="Of everything random.")
+@option("seed", type=click.IntRange(max=2**62 - 1), default=0, help="Of everything random.")
 @option("dataloader-num-workers", default=2, help="Threads that read and draw ahead.")
 @option("checkpointing-steps", default=500, help="Steps between checkpoints.")
 @option("checkpoints-total-limit", default=2, help="Checkpoints kept.")

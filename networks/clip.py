@@ -45,7 +45,7 @@ class CLIP(ClipModel):
 
     @classmethod
     def from_pretrained(cls, path: Path | str, *, image_encoder: bool = True, image_encoder_weights: Path | str | None = None) -> CLIP:
-        """A model in evaluation mode from a weights folder, a single `.pt` of `convert_ckpt_to_dict`, or `owner/name` on the hub.
+        """A model in evaluation mode from a weights folder, a single `.pt` of `convert_ckpt_to_dict`, or `hf:owner/name` on the hub.
 
         `image_encoder=False` leaves the frozen tower out (genes only); `image_encoder_weights` says where its file lies on
         this machine, if not where it was in training.
@@ -60,7 +60,7 @@ class CLIP(ClipModel):
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
         """Upload the weights folder to a model repository of the hub, made if it is not there; returns the address of the upload.
 
-        `from_pretrained(repo_id)` opens it. The frozen tower is not uploaded.
+        `from_pretrained(f"hf:{repo_id}")` opens it. The frozen tower is not uploaded.
         """
         from tempfile import TemporaryDirectory
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from networks.condition_mlp import ConditionMlp
 from networks.generator import Generator, GeneratorConfig
-from networks.weights import load_into, load_weights_folder, local_or_hub, require_tensors, save_weights_folder, weights_sha256
+from networks.weights import HUB, load_into, load_weights_folder, local_or_hub, require_tensors, save_weights_folder, weights_sha256
 from preprocessing.errors import InputError, OptionError, WeightsError
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -122,7 +122,7 @@ def _load_clip(folder: Path, reference: Mapping, moved_to: Path | str | None) ->
     from networks.clip import CLIP, clip_weights_sha256
 
     if moved_to or "repo_id" in reference:
-        path = local_or_hub(moved_to or reference["repo_id"])
+        path = local_or_hub(moved_to or f"{HUB}{reference['repo_id']}")
     else:
         path = Path(os.path.normpath(folder.absolute() / str(reference["path"])))
     if not path.exists():

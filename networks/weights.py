@@ -20,6 +20,7 @@ from preprocessing.outputs import FolderKind, finished_folder
 MODEL_FILE, CONFIG_FILE, SUMS_FILE, CARD_FILE = "model.safetensors", "config.json", "SHA256SUMS", "README.md"
 KIND = FolderKind("a weights folder", r"model\.safetensors|config\.json|SHA256SUMS|README\.md", mark=SUMS_FILE)
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".torch", ".ckpt")
+HUB = "hf:"      # in front of the name of a repository
 WRAPPERS = ("state_dict", "model", "teacher")   # keys under which others' files keep their tensors
 
 
@@ -125,39 +126,44 @@ def load_weights_folder(folder: Path | str) -> tuple[dict[str, Tensor], dict]:
 
 def weights_sha256(folder: Path | str) -> str:
     """SHA-256 of the tensors' file in a weights folder: names the weights in other files."""
+    _require_files(Path(folder))
     return file_sha256(Path(folder) / MODEL_FILE)
 
 
 def local_or_hub(path: Path | str) -> Path:
-    """A path of this machine as it is; `owner/name`, where there is no folder `owner` here: what the hub or its cache holds, of the
-    branch, tag or commit asked for by `owner/name@revision`."""
+    """A path of this machine as it is; `hf:owner/name`: what the hub or its cache holds, of the branch, tag or commit asked for by
+    `hf:owner/name@revision`. Without `hf:` the hub is never asked: a mistyped path may be the name of a stranger's repository."""
     path = Path(path)
-    if path.is_absolute() or len(path.parts) != 2 or Path(path.parts[0]).exists():   # a misspelt name in a folder is not looked for there
+    if not path.as_posix().startswith(HUB):
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
-    repository, _, revision = path.as_posix().partition("@")
+    repository, _, revision = path.as_posix().removeprefix(HUB).partition("@")
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=[MODEL_FILE, CONFIG_FILE, SUMS_FILE]))
     except (OSError, HFValidationError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise InputError(path, "weights", f"a weights folder ({MODEL_FILE}, {CONFIG_FILE}, {SUMS_FILE}) here, or a repository of the hub",
-                         f"nothing there, and the hub says: {reason}") from error
+        raise InputError(path, "weights", f"a repository of the hub with {MODEL_FILE}, {CONFIG_FILE}, {SUMS_FILE}",
+                         f"the hub says: {reason}") from error
 
 
 def pinned(repository: Path | str) -> str:
-    """`owner/name` -> `owner/name@commit`, of the commit that the hub or its cache gives for it now."""
-    repository = Path(repository).as_posix()
+    """`hf:owner/name` -> `owner/name@commit`, of the commit that the hub or its cache gives for it now."""
     folder = local_or_hub(repository)      # the hub's cache keeps each commit in snapshots/<commit>
+    repository = Path(repository).as_posix().removeprefix(HUB)
     return repository if "@" in repository or folder.parent.name != "snapshots" else f"{repository}@{folder.name}"
 
 
-def _verify_sums(folder: Path) -> None:
+def _require_files(folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(folder, "folder", f"a weights folder ({MODEL_FILE}, {CONFIG_FILE}, {SUMS_FILE})", "nothing there")
     missing = [name for name in (MODEL_FILE, CONFIG_FILE, SUMS_FILE) if not (folder / name).is_file()]
     if missing:
         raise WeightsError(folder, "files", f"{MODEL_FILE}, {CONFIG_FILE} and {SUMS_FILE}", f"missing {', '.join(missing)}")
+
+
+def _verify_sums(folder: Path) -> None:
+    _require_files(folder)
     expected = dict(line.split(maxsplit=1)[::-1] for line in (folder / SUMS_FILE).read_text(errors="replace").splitlines()
                     if len(line.split()) == 2)
     for name in (MODEL_FILE, CONFIG_FILE):

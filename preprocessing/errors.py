@@ -6,6 +6,7 @@ Every command is declared with `cls=Command`, which gives it `--debug` (show the
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import warnings
@@ -22,6 +23,7 @@ NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|C
 LOWER = ("Lower the batch size of this command (--batch-gpu where there is one) or the size of what it handles (--cfg); on a GPU, see "
          "whether other programs use it")
 MOST_SHOWN, MOST_OF_AN_ITEM = 800, 120          # letters of what was found, or expected, that a message repeats
+LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 1e9     # of an option that has no range of its own: what indices, sizes and sums can bear
 EXIT_DIVERGED, EXIT_USAGE, EXIT_INPUT, EXIT_IO, EXIT_WEIGHTS, EXIT_INTERRUPTED = 1, 2, 3, 4, 5, 130
 
 
@@ -169,6 +171,15 @@ def _said(error: Exception) -> str:
     return str(error)
 
 
+def require_bearable(option: str, number: float, bounded: bool = False) -> None:
+    """Refuse NaN, infinite numbers and, of an option without a range of its own, those that overflow what is computed of them."""
+    if isinstance(number, float) and not math.isfinite(number):
+        raise OptionError(option, "a finite number", str(number))
+    most = LARGEST_FLOAT if isinstance(number, float) else LARGEST_INT
+    if not bounded and abs(number) > most:
+        raise OptionError(option, f"{-most:,} to {most:,}", f"{number:g}" if isinstance(number, float) else str(number))
+
+
 class Command(click.Command):
     """A click command that ends user errors in one line, and has `--debug` for the traceback."""
 
@@ -179,7 +190,13 @@ class Command(click.Command):
 
     def make_context(self, *args, **kwargs) -> click.Context:
         with one_line_errors(debug="--debug" in sys.argv):      # options are not read yet; click's own exit code for Ctrl-C is 1
-            return super().make_context(*args, **kwargs)
+            context = super().make_context(*args, **kwargs)
+            for parameter in self.params:
+                value = context.params.get(parameter.name)
+                for number in value if isinstance(value, tuple) else (value,):
+                    if isinstance(parameter.type, (click.types.IntParamType, click.types.FloatParamType)) and number is not None:
+                        require_bearable(parameter.opts[0], number, getattr(parameter.type, "max", None) is not None)
+            return context
 
     def invoke(self, ctx: click.Context):
         with one_line_errors(debug=ctx.params.pop("debug", False)):

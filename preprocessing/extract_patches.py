@@ -246,7 +246,7 @@ def _warnings(made: MadeBlocks, barcodes: Sequence[str] | None = None) -> tuple[
 @click.option("--sample-id", help="Name of the sample.  [default: from the folder]")
 @click.option("--edge", type=click.Choice(["drop", "pad"]), default="drop", help="Patches over the slide's edge: drop, or pad with white.")
 @click.option("--min-tissue", default=0.0, help="Least share of a patch that is tissue, by Otsu's threshold on saturation.")
-@click.option("--seed", default=0, help="Seed of the random places.")
+@click.option("--seed", type=click.IntRange(max=2**63 - 1), default=0, help="Seed of the random places.")
 @click.option("--dump-dir", type=click.Path(path_type=Path), help="Write the patch folder (PNG files, metadata.jsonl) in the same pass.")
 @click.option("--h5/--no-h5", "writes_hdf5", default=True, help="With --dump-dir: whether patches go into an HDF5 file as well.")
 @click.option("--normalize/--no-normalize", default=True, help="Of --dump-dir: Macenko stain normalisation, or colours as they are.")
@@ -254,7 +254,8 @@ def _warnings(made: MadeBlocks, barcodes: Sequence[str] | None = None) -> tuple[
 @click.option("--on-stain-failure", type=click.Choice(["error", "skip"]), default="error",
               help="Of --dump-dir: a slide without two stains: stop, or keep its colours.")
 @click.option("--max-bad", default=0.01, help="Largest share of patches that may lie on tiles that cannot be decoded; they are left out.")
-@click.option("--workers", type=int, default=usable_cores, show_default="all cores", help="Threads that cut, sum and compress.")
+@click.option("--workers", type=click.IntRange(max=1024), default=usable_cores, show_default="all cores",
+              help="Threads that cut, sum and compress.")
 @click.option("--memory-gb", default=2.0, help="Memory for counts in flight; what exceeds it waits on disk.")
 @click.option("--resume/--no-resume", default=True, help="Leave finished files of the same inputs and settings as they are.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")

@@ -11,6 +11,7 @@ import numpy as np
 
 from preprocessing.done_manifests import fingerprints
 from preprocessing.errors import InputError, OptionError
+from preprocessing.mpp import require_mpp
 
 if TYPE_CHECKING:
     from preprocessing.sample import Sample, Spots
@@ -55,8 +56,8 @@ class ExtractConfig:
             raise OptionError("--mpp", "either a number of µm per pixel or --use-wsi-res", "both")
         if not (np.isfinite(self.patch_um) and self.patch_um > 0):
             raise OptionError("--patch-sz-um", "a positive number of µm", f"{self.patch_um:g}")
-        if self.mpp is not None and not (np.isfinite(self.mpp) and self.mpp > 0):
-            raise OptionError("--mpp", "a positive number of µm per pixel", f"{self.mpp:g}")
+        if self.mpp is not None:
+            require_mpp(self.mpp)
         if not 0 <= self.min_tissue <= 1:
             raise OptionError("--min-tissue", "a share between 0 and 1", f"{self.min_tissue:g}")
         if self.seed < 0:

@@ -97,7 +97,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--missing-genes", type=click.Choice(["error", "zero"]), default="error",
               help="Genes the data lack: stop, or fill with zeros.")
 @click.option("--gene-map", type=PATH, default=None, help="TSV: symbol in the data, symbol in the vocabulary (human to mouse orthologs).")
-@click.option("--workers", type=int, default=usable_cores, show_default="all cores", help="Threads that compress.")
+@click.option("--workers", type=click.IntRange(max=1024), default=usable_cores, show_default="all cores", help="Threads that compress.")
 def main(**options):
     """Keep exactly the genes of a vocabulary, in its order.
 

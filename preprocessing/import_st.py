@@ -15,6 +15,7 @@ import numpy as np
 from preprocessing.done_manifests import fingerprint, is_done, strings_sha256, write_done
 from preprocessing.dropped_spots import write_dropped
 from preprocessing.errors import Command, InputError, OptionError
+from preprocessing.mpp import require_mpp
 from preprocessing.outputs import finished_together, locked, require_outputs
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class ImportConfig:
 
         if not self.sample_id or "/" in self.sample_id:
             raise OptionError("--sample-id", "a name without a slash", repr(self.sample_id))
+        if self.mpp is not None:
+            require_mpp(self.mpp)
         if not 0 < self.patch_um < float("inf"):
             raise OptionError("--patch-sz-um", "a positive number of µm", f"{self.patch_um:g}")
         if self.patch_px < 1:

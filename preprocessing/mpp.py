@@ -19,6 +19,7 @@ VISIUM_ROW_UM = 50.0 * math.sqrt(3.0)      # one array row of the hexagonal latt
 ST_PITCH_UM = 200.0                        # legacy Spatial Transcriptomics, rows and columns
 SPOT_DIAMETER_UM = 65.0                    # what `spot_diameter_fullres` spans; not the 55 µm of the capture area
 PLAUSIBLE_MPP = (0.05, 2.0)                # a TIFF's 72 dpi reads as 352.8 µm/px
+ASKABLE_MPP = (0.05, 100.0)                # of --mpp: also of a downsampled picture of a section
 TOLERANCE = 0.02                           # two sources of one mpp may differ by this much
 MAX_FITTED = 50_000                        # positions; a Visium HD array has 11 M, and a fit does not need them
 FARTHEST_PX = 2.0 ** 31                    # no position lies there; squares of such numbers do not fit a float
@@ -102,6 +103,12 @@ def plausible_mpp(value: float | None) -> bool:
     return value is not None and PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1]
 
 
+def require_mpp(value: float) -> None:
+    """Refuse a `--mpp` that no picture of a section has."""
+    if not ASKABLE_MPP[0] <= value <= ASKABLE_MPP[1]:        # false for NaN, too
+        raise OptionError("--mpp", f"a positive number of µm per pixel, {ASKABLE_MPP[0]:g} to {ASKABLE_MPP[1]:g}", f"{value:g}")
+
+
 def decide_mpp(path: Path | str, *, override: float | None = None, declared: float | None = None, grid: GridFit | None = None,
                spot_diameter_px: float | None = None, slide_mpp: float | None = None, slide_path: Path | str | None = None,
                use_wsi_res: bool = False, factors_path: Path | None = None) -> MppDecision:
@@ -112,8 +119,7 @@ def decide_mpp(path: Path | str, *, override: float | None = None, declared: flo
     factors, where they come from one.
     """
     if override is not None:
-        if not (math.isfinite(override) and override > 0):
-            raise OptionError("--mpp", "a positive number of micrometres per pixel", f"{override:g}")
+        require_mpp(override)
         return MppDecision(float(override), "--mpp")
     notices = []
     if slide_mpp is not None and not plausible_mpp(slide_mpp):

@@ -199,9 +199,10 @@ def describe(sample: SimulatedSample) -> str:
 @click.option("--height-um", default=2000.0, help="Height of the array, µm.")
 @click.option("--mpp", default=0.5, help="µm per level-0 pixel.")
 @click.option("--genes", default=500, help="Number of genes.")
-@click.option("--seed", default=0, help="Tissue, counts and slide effect of this sample.")
-@click.option("--biology-seed", default=0, help="Which genes carry which morphology; the same for all samples of a cohort.")
-@click.option("--stain-seed", type=int, help="The slide's stain vectors.  [default: as --seed]")
+@click.option("--seed", type=click.IntRange(max=2**32 - 1), default=0, help="Tissue, counts and slide effect of this sample.")
+@click.option("--biology-seed", type=click.IntRange(max=2**32 - 1), default=0,
+              help="Which genes carry which morphology; the same for all samples of a cohort.")
+@click.option("--stain-seed", type=click.IntRange(max=2**32 - 1), help="The slide's stain vectors.  [default: as --seed]")
 @click.option("--slide-effect", default=0.15, help="Deviation of every gene's log batch effect on this slide; 0 is none.")
 @click.option("--umis", type=float, help="Mean UMIs of a spot or bin.  [default: 6000 a spot, 12 a bin]")
 @click.option("--zero-read-fraction", default=0.004, help="Share of spots in tissue that caught nothing; at least two unless 0.")

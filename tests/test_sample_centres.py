@@ -189,7 +189,7 @@ def test_a_snapshot_names_a_gene_encoder_of_the_hub_by_its_repository_and_commit
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     files = tuple(SampleFiles(name, samples / name / "patches", samples / name / "gex_filt.h5ad") for name in "AB")
-    data = load_gan_data(GanSources("clip", "somebody/clip", files), 16, progress=False)
+    data = load_gan_data(GanSources("clip", "hf:somebody/clip", files), 16, progress=False)
     generator = Generator(GeneratorConfig(c_dim=6, img_resolution=16, cbase=128, cmax=8, res_blocks=1, norm_groups=4))
     folder = save_snapshot(tmp_path / "snapshot", generator, gene_encoder=data.gene_encoder)
     assert json.loads((folder / "config.json").read_text())["gene_encoder"]["repo_id"] == "somebody/clip@0123"

@@ -5,7 +5,7 @@ The defaults are the published values. Relative paths mean the folder the comman
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
@@ -15,12 +15,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from networks.clip import ClipModelConfig
-from preprocessing.errors import OptionError
+from preprocessing.errors import OptionError, require_bearable
 from training.augment import AugmentConfig
 from training.data import SampleFiles, read_sample_sheet, sample_files
 from training.finite import MAX_DECAY, MAX_RATE
 from training.patch_cache import AUTO_CACHE, cache_place
 
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
+LONGEST_MINUTES = 7 * 24 * 60.0
+MOST_THREADS, MOST_SEED = 1024, 2**32 - 1        # of a seed what NumPy takes
 LOGGERS = ("csv", "tensorboard", "wandb")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "bf16", "64")
 
@@ -52,6 +55,10 @@ class DataConfig:
                 self.target_sum = float(self.target_sum)
             except (TypeError, ValueError) as error:
                 raise OptionError("data.target_sum", "median or a number", str(self.target_sum)) from error
+            if not 0 < self.target_sum < float("inf"):       # false for NaN, too
+                raise OptionError("data.target_sum", "median or a number above 0", str(self.target_sum))
+        if self.val_buffer_px is not None and not self.val_buffer_px >= 0:
+            raise OptionError("data.val_buffer_px", "0 or more, or null", str(self.val_buffer_px))
         if self.loader_threads is not None and self.loader_threads < 0:
             raise OptionError("data.loader_threads", "0 or more, or null", str(self.loader_threads))
         if self.patch_px < 8:
@@ -136,9 +143,11 @@ class TrainerConfig:
                 raise OptionError(f"trainer.{name}", f"at least {least}", str(getattr(self, name)))
         if self.precision is not None and self.precision not in PRECISIONS:
             raise OptionError("trainer.precision", f"one of {', '.join(PRECISIONS)}", self.precision)
-        if not self.timeout_minutes > 0:
-            raise OptionError("trainer.timeout_minutes", "above 0", str(self.timeout_minutes))
-        for name, choices in (("select", ("best", "last")), ("contrast", ("all", "within_sample"))):
+        if not 0 < self.timeout_minutes <= LONGEST_MINUTES:
+            raise OptionError("trainer.timeout_minutes", f"above 0, up to {LONGEST_MINUTES:g} (a week)", str(self.timeout_minutes))
+        if self.num_threads is not None and not 1 <= self.num_threads <= MOST_THREADS:
+            raise OptionError("trainer.num_threads", f"1 to {MOST_THREADS}, or null", str(self.num_threads))
+        for name, choices in (("accelerator", ACCELERATORS), ("select", ("best", "last")), ("contrast", ("all", "within_sample"))):
             if getattr(self, name) not in choices:
                 raise OptionError(f"trainer.{name}", f"one of {', '.join(choices)}", getattr(self, name))
         if not (self.batch_mmd >= 0 and isfinite(self.batch_mmd)):
@@ -159,6 +168,8 @@ class ClipConfig:
     ckpt_path: str | None = None     # resume: a checkpoint file, last (of run_dir), or auto: last if there is one, else a new run
 
     def __post_init__(self):
+        if not 0 <= self.seed <= MOST_SEED:
+            raise OptionError("seed", f"0 to {MOST_SEED}", str(self.seed))
         if isinstance(self.logger, str):
             self.logger = [name.strip() for name in self.logger.split(",") if name.strip() not in ("", "none")]
         strangers = [name for name in self.logger or [] if name not in LOGGERS]
@@ -174,13 +185,24 @@ def clip_config(loaded: DictConfig | Mapping) -> ClipConfig:
     """Hydra's or a plain mapping -> `ClipConfig`; whatever does not fit is one line (exit 2)."""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(ClipConfig), loaded)
-        return OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, OptionError):
             raise error.__cause__ from error
         reason = str(error.msg if hasattr(error, "msg") and error.msg else error).strip().splitlines()[0]
         key = getattr(error, "full_key", None) or "config"
         raise OptionError(str(key), "a key and a value of train_clip.py's configuration", reason) from error
+    _require_bearable(config)
+    return config
+
+
+def _require_bearable(part: Any, prefix: str = "") -> None:
+    """As every command's options, every number here is finite and none so large that it overflows."""
+    for name, value in vars(part).items():
+        if is_dataclass(value):
+            _require_bearable(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)):
+            require_bearable(prefix + name, value, bounded=name == "seed")
 
 
 def from_launch_folder(path: str | Path, launch_folder: Path) -> Path:

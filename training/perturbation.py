@@ -56,8 +56,10 @@ class PerturbConfig(SamplingOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.spots and self.cluster:
+        if self.spots is not None and self.cluster:
             raise OptionError("--spots", "these, or --cluster, not both", f"{self.spots} and {self.cluster}")
+        if self.spots is not None and not self.spots.strip(", "):
+            raise OptionError("--spots", "barcodes or row numbers, separated by commas", f"none ({self.spots!r})")
         if self.n_spots < 1:
             raise OptionError("--n-spots", "at least 1", str(self.n_spots))
         if self.controls and self.controls < LEAST_CONTROLS:
@@ -145,7 +147,7 @@ def snapshot_source(config: PerturbConfig, device: str, workers: int, progress: 
 
 def choose_spots(config: PerturbConfig, table: ExpressionTable, seed: int) -> np.ndarray:
     """Ascending rows, or those of --spots in their order."""
-    if config.spots:
+    if config.spots is not None:
         place = {barcode.split("__", 1)[-1]: row for row, barcode in enumerate(table.barcodes)}
         asked = [part.strip() for part in config.spots.split(",") if part.strip()]
         rows = [place.get(name, int(name) if name.isascii() and name.isdigit() else -1) for name in asked]

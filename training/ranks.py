@@ -71,9 +71,8 @@ def named_place() -> Place:
     """The place that torchrun's environment names; a process that nobody joined is rank 0 of 1."""
     try:
         size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
-            return Place()
-        place = Place(int(os.environ["RANK"]), size, *(int(os.environ.get(name, missing)) for name, missing in
+        rank = int(os.environ.get("RANK", "0") if size == 1 else os.environ["RANK"])
+        place = Place(rank, size, *(int(os.environ.get(name, missing)) for name, missing in
                                                        (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))))
         if not (0 <= place.rank < size and 0 <= place.local_rank < place.local_size):
             raise ValueError(f"rank {place.rank} of {size}, of which {place.local_rank} of {place.local_size} on this machine")

@@ -57,7 +57,7 @@ def refuse_given(names: Iterable[str], expected: str, found: str) -> None:
 def solver_options(command: Callable) -> Callable:
     """Add the options of `diffusion_utils.sampling.Solver` that a command has beside those of a GAN; None where they are not given."""
     for option in reversed((
-        click.option("--steps", type=int, help="Diffusion pipeline: steps from noise to patch. Default: 20."),
+        click.option("--steps", type=click.IntRange(max=10_000), help="Diffusion pipeline: steps from noise to patch. Default: 20."),
         click.option("--sampler", type=click.Choice(["dpm++", "unipc", "ddim", "ddpm", "euler"]),
                      help="Diffusion pipeline: solver. Default: dpm++."),
         click.option("--guidance-scale", "--guidance_scale", type=float, help="Diffusion pipeline: weight of the prompt. Default: 3."),
@@ -73,15 +73,18 @@ def sampling_options(command: Callable, *, seeds: str = "0", encoded: bool = Tru
                      help="Snapshot folder, or a run folder (its newest snapshot). Never a pickle."),
         click.option("--outdir", type=click.Path(path_type=Path), required=True, help="Folder for the patches."),
         click.option("--seeds", default=seeds, help="Seeds, as 0,1,4-6; every prompt is drawn once per seed."),
-        click.option("--truncation", default=1.0, help="psi: pulls z's part of the style to its mean; 1 is none."),
+        click.option("--truncation", type=click.FloatRange(-100, 100), default=1.0,
+                     help="psi: pulls z's part of the style to its mean; 1 is none."),
         click.option("--noise-mode", "--noise_mode", type=click.Choice(["const", "random", "none"]), default="random",
                      help="Per-pixel noise."),
         click.option("--translate", default="0,0", callback=_pair_of_numbers, help="Move what is drawn: x,y in shares of the side."),
         click.option("--rotate", default=0.0, help="Turn what is drawn, degrees."),
         click.option("--device", help="cpu, cuda, ... Default: a GPU if there is one."),
         *([click.option("--encoded", is_flag=True, help="The .npy holds embeddings, not expression.")] if encoded else []),
-        click.option("--batch-sz", "--batch_sz", default=16, help="Patches at a time; does not change them."),
-        click.option("--workers", type=int, help="Threads that draw random numbers, encode and write. Default: one a core."),
+        click.option("--batch-sz", "--batch_sz", type=click.IntRange(max=2**16), default=16,
+                     help="Patches at a time; does not change them."),
+        click.option("--workers", type=click.IntRange(max=1024),
+                     help="Threads that draw random numbers, encode and write. Default: one a core."),
         click.option("--clip", type=click.Path(path_type=Path), help="Where the gene encoder of the snapshot lies now, if it was moved."),
     )):
         command = option(command)

@@ -46,8 +46,8 @@ class SimulateConfig:
         if self.platform not in PLATFORMS:
             raise OptionError("--platform", f"one of {', '.join(PLATFORMS)}", self.platform)
         for name in ("seed", "biology_seed", "stain_seed"):
-            if (getattr(self, name) or 0) < 0:
-                raise OptionError(f"--{name.replace('_', '-')}", "0 or more", str(getattr(self, name)))
+            if not 0 <= (getattr(self, name) or 0) < 2**32:          # no more fits the noise of the tissue
+                raise OptionError(f"--{name.replace('_', '-')}", "0 to 4294967295", str(getattr(self, name)))
         if self.umis is not None and not 0 < self.umis <= MOST_UMIS:
             raise OptionError("--umis", f"a number above 0, up to {MOST_UMIS:,}", str(self.umis))
         widest = min(self.width_um, self.height_um) / 4

@@ -187,8 +187,8 @@ def test_what_is_pushed_to_the_hub_is_a_weights_folder_that_comes_back(tmp_path,
     assert asked == [("token", "secret"), ("me/clip", True, True)]
     downloaded = tmp_path / "me" / "clip"
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo_id, revision, allow_patterns: tmp_path / repo_id)
-    assert torch.equal(CLIP.from_pretrained("me/clip").encode_genes(expression), clip.encode_genes(expression))
-    assert clip_weights_sha256("me/clip") == clip_weights_sha256(downloaded)
+    assert torch.equal(CLIP.from_pretrained("hf:me/clip").encode_genes(expression), clip.encode_genes(expression))
+    assert clip_weights_sha256("hf:me/clip") == clip_weights_sha256(downloaded)
     assert torch.equal(CLIP.from_pretrained(downloaded).encode_genes(expression), clip.encode_genes(expression))
     assert sorted(path.name for path in downloaded.iterdir()) == ["README.md", "SHA256SUMS", "config.json", "model.safetensors"]
     assert not any("image_encoder" in name or "secret" in name for name in load_weights_folder(downloaded)[0])
@@ -201,11 +201,15 @@ def test_weights_that_are_neither_here_nor_on_the_hub_are_named(tmp_path, monkey
     def offline(repo_id, revision, allow_patterns):
         raise OSError("no connection")
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(InputError, match=r"nobody/clip: .*nothing there, and the hub says: no connection"):
-        CLIP.from_pretrained("nobody/clip")
-    (tmp_path / "runs").mkdir()
-    with pytest.raises(InputError, match=r"runs/clpi: folder: .*nothing there$"):   # a folder of ours: the hub is not asked
+    with pytest.raises(InputError, match=r"hf:nobody/clip: .*the hub says: no connection"):
+        CLIP.from_pretrained("hf:nobody/clip")
+    with pytest.raises(InputError, match=r"runs/clpi: folder: .*nothing there$"):   # the hub is asked where its name is given alone
         CLIP.from_pretrained("runs/clpi")
+
+
+def test_the_hash_of_a_folder_without_weights_says_which_files_it_lacks(tmp_path):
+    with pytest.raises(WeightsError, match=r"files: expected model.safetensors.*missing model.safetensors, config.json, SHA256SUMS"):
+        clip_weights_sha256(tmp_path)
 
 
 def test_the_model_card_says_what_the_weights_are_and_names_no_path(tmp_path):
