@@ -25,7 +25,7 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 LONGEST_MINUTES = 7 * 24 * 60.0
 MOST_THREADS, MOST_SEED = 1024, 2**32 - 1        # of a seed what NumPy takes
 LOGGERS = ("csv", "tensorboard", "wandb")
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "bf16", "64")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "32", "16", "bf16")     # weights and expression stay float32
 
 
 @dataclass

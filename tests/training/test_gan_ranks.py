@@ -113,7 +113,8 @@ def test_a_rank_that_nobody_joins_gives_up_after_timeout_minutes(tmp_path):
 @pytest.mark.parametrize(("environment", "says"), [
     ({"WORLD_SIZE": "abc"}, "'abc'"), ({"WORLD_SIZE": "2"}, "no RANK"), ({"WORLD_SIZE": "2", "RANK": "2"}, "rank 2 of 2"),
     ({"WORLD_SIZE": "0", "RANK": "0"}, "rank 0 of 0"), ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR"),
-    ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "1"}, "1 of 1 on this machine")], ids=str)
+    ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "1"}, "1 of 1 on this machine"), ({"RANK": "foo"}, "'foo'"),
+    ({"RANK": "1"}, "rank 1 of 1"), ({"LOCAL_RANK": "1"}, "1 of 1 on this machine")], ids=str)
 def test_an_environment_that_torchrun_did_not_set_is_refused(monkeypatch, environment, says):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
