@@ -321,6 +321,21 @@ def test_what_cannot_be_trained_on_is_refused_before_training(samples, tmp_path,
     assert not (tmp_path / "run" / "clip").exists()
 
 
+@pytest.mark.parametrize(("options", "said"), [
+    *(({"data": {"target_sum": value}}, "data.target_sum: expected median or a number above 0") for value in ("nan", "inf", 0, -1)),
+    ({"data": {"val_buffer_px": -5}}, "data.val_buffer_px: expected 0 or more"),
+    ({"seed": -1}, "seed: expected 0 to 4294967295"), ({"seed": 99999999999}, "seed: expected 0 to 4294967295"),
+    ({"trainer": {"num_threads": -1}}, "trainer.num_threads: expected 1 to"),
+    ({"trainer": {"accelerator": "tpu"}}, "trainer.accelerator: expected one of auto, cpu, gpu, cuda"),
+    ({"trainer": {"precision": "64"}}, "trainer.precision: expected one of"),
+    ({"trainer": {"timeout_minutes": float("inf")}}, "trainer.timeout_minutes: expected above 0"),
+    ({"trainer": {"max_epochs": 10 ** 20}}, "trainer.max_epochs: expected -2,147,483,647 to 2,147,483,647"),
+], ids=str)
+def test_a_number_without_sense_in_the_configuration_is_refused_by_its_key(options, said):
+    with pytest.raises(OptionError, match=said):
+        clip_config(options)
+
+
 @pytest.mark.parametrize("n_spots", [1])
 def test_one_spot_is_not_enough(tmp_path, n_spots):
     write_sample(tmp_path, "A", n_spots, 0)

@@ -159,6 +159,7 @@ def test_a_dry_run_reads_and_checks_but_writes_nothing(world):
     for options, code, told in (({"batch": 64}, 3, "at least one batch of 64; found 16"), ({"resume": "nowhere"}, 3, "nowhere: --resume"),
                                 ({"resume": "auto"}, 0, "nothing was trained"), ({"resume_kimg": 0.0}, 2, "--resume-kimg"),
                                 ({"metrics": "fd_nosuch"}, 2, "found nosuch"), ({"suffix": "a/b"}, 2, "--suffix"),
+                                ({"suffix": "a\n\x1b[2J"}, 2, "--suffix"),
                                 ({"n_train": 0}, 2, "--n-train")):
         result = call(train_gan, **{**train_options(world, outdir=world / "dry"), **options}, dry_run=True)
         assert result.exit_code == code and told in result.output and not (world / "dry").exists(), result.output
@@ -192,7 +193,8 @@ def test_a_sample_sheet_splits_training_from_validation(world):
     ({"backbone_px": 4}, 2, "--backbone"),
     ({"seed": -1}, 2, "--seed: expected 0 up to"),
     ({"blur_init": -5}, 2, "--blur-init: expected 0 or more"),
-    ({"clip_weight": "nan"}, 2, "--clip-weight: expected 0 or more; found nan"),
+    ({"clip_weight": "nan"}, 2, "--clip-weight: expected a finite number; found nan"),
+    ({"g_lr": 1e300}, 2, "--g-lr: expected "), ({"res_blocks": 2 ** 32}, 2, "--res-blocks"),
     ({"device": "foo"}, 2, "--device"),
     ({"emas": "0.5,2"}, 2, "--emas: expected numbers above 0 with commas between, 1 among them"),
     ({"clip_loss": "infonce"}, 2, "--clip-loss: expected a --clip-weight above 0"),

@@ -233,7 +233,8 @@ def test_auto_segments_the_slide_and_writes_its_outlines(tissue_slide, tmp_path)
     (["--n-pts", 0], 2, "--n-pts: expected at least 1"),
     (["--patch-sz-px", 0], 2, "--patch-sz-px: expected at least 1"),
     (["--min-tissue", 2], 2, "--min-tissue: expected a share between 0 and 1"),
-    (["--mpp", "nan"], 2, "--mpp: expected a positive number"),
+    (["--mpp", "nan"], 2, "--mpp: expected a finite number"),
+    (["--mpp", "200"], 2, "--mpp: expected a positive number of µm per pixel, 0.05 to 100"),
 ], ids=lambda value: str(value)[:24])
 def test_random_patches_that_cannot_be_leave_nothing_behind(arguments, code, message, tissue_slide, tmp_path):
     out_file = tmp_path / "out" / "random.h5"
