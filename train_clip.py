@@ -72,9 +72,12 @@ def one_line_stops() -> Iterator[None]:
 
     once = AnsweredOnce(stop)
     before = {number: signal.signal(number, once) for number in STOPS}
-    yield
-    for number, handler in before.items():      # all is done, and nothing is left that a signal could stop
-        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is once:      # else one came, and the next ends the process at once
+                signal.signal(number, handler)
 
 
 def main() -> None:

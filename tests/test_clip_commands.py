@@ -24,6 +24,7 @@ from preprocessing.errors import DivergedError, InputError, OptionError, Weights
 from preprocessing.patches import read_patch, read_patch_folder
 from train_clip import quote_paths, train
 from training.clip_checkpoints import Stopped, SummedCheckpoints
+from training.clip_config import clip_config
 from training.clip_module import ClipModule
 
 

@@ -30,9 +30,9 @@ class AugmentConfig:
     def __post_init__(self):
         for name in ("brightness", "contrast", "saturation"):
             if not 0 <= getattr(self, name) < 1:
-                raise OptionError(f"augment.{name}", "0 up to 1", str(getattr(self, name)))
+                raise OptionError(f"image.augment.{name}", "0 up to 1", str(getattr(self, name)))
         if not 0 <= self.hue <= 0.5:
-            raise OptionError("augment.hue", "0 to 0.5", str(self.hue))
+            raise OptionError("image.augment.hue", "0 to 0.5", str(self.hue))
 
     @property
     def recolours(self) -> bool:
