@@ -52,7 +52,7 @@ class Sections:
         if not (folder / "clip").is_dir():
             run("train_clip.py", "--config-name", "clip_small", f"data.train_gex={self.files(self.train, 'gex_filt.h5ad')}",
                 f"data.train_image_dir={self.files(self.train, 'patches')}", f"run_dir={folder.resolve()}", f"seed={seed}",
-                "trainer.progress_bar=false", *differences)
+                "ckpt_path=auto", "trainer.progress_bar=false", *differences)
         return folder / "clip"
 
     def judge(self, spec) -> Path:
