@@ -2,7 +2,7 @@
 
 Every numeric option of every command of the walk, and every numeric key of the configuration of CLIP, is in turn below zero, zero, not a
 number, infinite, and larger than what can be computed with. Where a value is legal the command ends well, and in time. `make test` tries
-one of these an option, FAULT_ROUNDS=full all.
+one of these for every third option, FAULT_ROUNDS=full all.
 """
 import os
 import shutil
@@ -99,7 +99,7 @@ def test_a_number_without_sense_is_one_line_and_nothing_is_written(commands, und
     copied(fresh, folder)
     before = stamps(folder)
     for number, option in enumerate(numeric_options(name)):
-        for value in VALUES if FULL else (VALUES[(number + len(name)) % len(VALUES)],):
+        for value in VALUES if FULL else (VALUES[(number + len(name)) % len(VALUES)],) * (number % 3 == 0):
             run = start(commands, name, folder, *with_value(name, option, value))
             tried()
             wrong = breach(run, (option.strip("-"), value))
