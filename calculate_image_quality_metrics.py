@@ -16,7 +16,7 @@ def calculate_image_quality(out_dir: Path, report: Path | None = None, progress:
                             **settings) -> tuple[list[dict[str, object]], list[str]]:
     """Measure, append to the CSV in `out_dir`, write the page if one is asked for; returns the rows, and what else was found, in lines."""
     from evaluation import cluster_quality, features, image_quality, image_quality_page
-    from preprocessing.outputs import require_outputs
+    from preprocessing.output_places import require_outputs
     if report is not None and report.suffix.lower() == ".json":
         raise OptionError("--report", "the .html page; its numbers go into the .json of that name", str(report))
     require_outputs({"--out-dir": out_dir / image_quality.CSV_NAME,

@@ -23,7 +23,8 @@ def evaluate_sections(*, train: str, val: str, network: Path, judge: Path | None
     from networks.clip import CLIP, clip_weights_sha256
     from networks.histo_models import build_encoder
     from preprocessing.done_manifests import program_versions
-    from preprocessing.outputs import finished_together, locked, require_outputs, write_json
+    from preprocessing.output_places import require_outputs
+    from preprocessing.outputs import finished_together, locked, write_json
     started, steps_before = time.monotonic(), read_steps(steps)
     for option, value in (("--judge", judge), ("--untrained", untrained), ("--noise-held", noise_held)):
         if value is not None and generated is None:

@@ -16,7 +16,8 @@ def choose_ema(run_dir: Path, sigma_rel: float, out_dir: Path | None = None) -> 
     from diffusion_utils.power_ema import LONGEST, SHORTEST, average_of_length
     from networks.weights import load_into
     from preprocessing.errors import read_json
-    from preprocessing.outputs import locked, require_replaceable
+    from preprocessing.output_places import require_replaceable
+    from preprocessing.outputs import locked
 
     if not SHORTEST <= sigma_rel <= LONGEST:
         raise OptionError("--sigma-rel", f"{SHORTEST:g} to {LONGEST:g}", f"{sigma_rel:g}")

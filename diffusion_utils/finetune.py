@@ -30,7 +30,8 @@ from diffusion_utils.power_ema import PowerEma
 from diffusion_utils.sampling import make_scheduler
 from preprocessing.errors import DivergedError, InputError
 from preprocessing.interrupts import Stopped
-from preprocessing.outputs import require_replaceable, write_json
+from preprocessing.output_places import require_replaceable
+from preprocessing.outputs import write_json
 from training.finite import ends_badly, moments, require_finite
 from training.loading import in_order
 from training.ranks import any_rank, sum_values

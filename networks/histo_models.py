@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from networks.weights import load_into, read_state_dict
 from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import InputError, OptionError, WeightsError, first_few
-from preprocessing.outputs import FolderKind, finished_file, finished_folder
+from preprocessing.output_places import FolderKind
+from preprocessing.outputs import finished_file, finished_folder
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)

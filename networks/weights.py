@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from preprocessing.done_manifests import file_sha256, program_versions
 from preprocessing.errors import InputError, WeightsError, first_few
-from preprocessing.outputs import FolderKind, finished_folder
+from preprocessing.output_places import FolderKind
+from preprocessing.outputs import finished_folder
 
 MODEL_FILE, CONFIG_FILE, SUMS_FILE, CARD_FILE = "model.safetensors", "config.json", "SHA256SUMS", "README.md"
 KIND = FolderKind("a weights folder", r"model\.safetensors|config\.json|SHA256SUMS|README\.md", mark=SUMS_FILE)

@@ -16,7 +16,8 @@ def report_cohort(samples: Path, out_dir: Path) -> str:
     from preprocessing.cohort import read_cohort_sheet
     from preprocessing.cohort_numbers import gather, write_table
     from preprocessing.cohort_page import summary_line, write_cohort_page
-    from preprocessing.outputs import finished_together, locked, require_outputs
+    from preprocessing.output_places import require_outputs
+    from preprocessing.outputs import finished_together, locked
 
     table, page = out_dir / "cohort.csv", out_dir / "cohort.html"
     require_outputs({"--out-dir": [table, page]}, {"--samples": samples})

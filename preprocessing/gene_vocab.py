@@ -45,7 +45,8 @@ def gene_totals(path: Path | str, gene_map: Mapping[str, str]) -> dict[str, int]
 def write_sample_vocabulary(gex: str, out: Path, min_counts: int, gene_map: Path | None) -> int:
     """Write the vocabulary of a comma-separated list of files; returns its length."""
     from preprocessing.expression import write_vocabulary
-    from preprocessing.outputs import locked, require_outputs
+    from preprocessing.output_places import require_outputs
+    from preprocessing.outputs import locked
 
     files = [Path(part.strip()) for part in gex.split(",") if part.strip()]
     if not files:

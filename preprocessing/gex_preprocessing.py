@@ -25,7 +25,8 @@ def filter_expression(raw_file: Path | str, vocab_file: Path | str, out_file: Pa
     Returns the path (default: gex_filt.h5ad beside it), what it holds, and whether it was written now.
     """
     from preprocessing.done_manifests import is_done, read_done
-    from preprocessing.outputs import locked, require_outputs
+    from preprocessing.output_places import require_outputs
+    from preprocessing.outputs import locked
     from preprocessing.parts import Parts
 
     if workers < 1:

@@ -16,7 +16,8 @@ from preprocessing.done_manifests import fingerprint, is_done, strings_sha256, w
 from preprocessing.dropped_spots import write_dropped
 from preprocessing.errors import Command, InputError, OptionError
 from preprocessing.mpp import require_mpp
-from preprocessing.outputs import finished_together, locked, require_outputs
+from preprocessing.output_places import require_outputs
+from preprocessing.outputs import finished_together, locked
 
 if TYPE_CHECKING:
     from preprocessing.sample import Sample, Spots

@@ -1,4 +1,5 @@
 """The one home of "a file is finished or it is not there": temporary name, validated, renamed; and of the locks beside it.
+Where outputs may go: `output_places.py`.
 
 A reader never sees a half-written file under its final name. What it was made from says its done-manifest (`done_manifests.py`).
 """
@@ -14,19 +15,16 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from filelock import FileLock, Timeout
 
-from preprocessing.errors import InputError, OptionError, first_few
+from preprocessing.output_places import FolderKind, require_no_folder, require_own_places, require_replaceable
 
 MIB = 1 << 20
-Paths = Path | str | Iterable[Path | str] | None          # what an option names, if it was given
 OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)     # what only the output can be to blame for
 SILENT_WAIT_S = 2                 # a lock that is free within this time is not worth a line
-LITTER = r"\.DS_Store|\._.*|\.nfs.*|\.ipynb_checkpoints"       # what systems and notebooks leave in any folder
 LEFTOVER = re.compile(r"(.+)\.(?:tmp|old)\.\d+")     # what is being written to, or replaced, by the process of that number
 
 
@@ -38,7 +36,7 @@ def finished_file(path: Path | str, validate: Callable[[Path], object] | None = 
     leave a torn file under the final name: for what the reader checks and can make again.
     """
     path = _named(path)
-    _require_no_folder(path)
+    require_no_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
@@ -105,7 +103,7 @@ def finished_together(paths: Sequence[Path]) -> Iterator[dict[Path, Path]]:
     require_own_places(paths)
     staged = {path: _named(path).with_name(f"{path.name}.tmp.{os.getpid()}") for path in paths}
     for path, temporary in staged.items():
-        _require_no_folder(path)
+        require_no_folder(path)
         temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield staged
@@ -163,78 +161,6 @@ def replace_folder(new: Path, path: Path | str, kind: FolderKind | None = None) 
             os.rename(old, path)
 
 
-@dataclass(frozen=True)
-class FolderKind:
-    """By what an older output that may be replaced as a whole is told from anybody else's folder."""
-
-    what: str          # "a pipeline folder"
-    names: str         # regular expression of what lies in one, folders with a slash at the end; anything else is somebody else's
-    mark: str = ""     # what lies in every one, also in a damaged one
-
-
-def require_replaceable(path: Path | str, kind: FolderKind | None = None) -> None:
-    """Refuse to put a folder in the place of a file, or of a folder that is neither empty nor an older one of this `kind`."""
-    path = Path(path)
-    require_place(path, folder=True)
-    if not path.exists():
-        return
-    what = "a new folder" if kind is None else f"a new folder, or {kind.what} to replace"
-    present = {entry.name: f"{entry.name}/" if entry.is_dir() else entry.name for entry in sorted(path.iterdir())}
-    own = [] if kind is None else [name for name, shown in present.items() if re.fullmatch(kind.names, shown)]
-    if own and (not kind.mark or kind.mark in own):
-        foreign = [name for name in present if name not in own and not re.fullmatch(LITTER, name)]
-    else:
-        foreign = list(present)                             # litter alone does not make a folder ours
-    if foreign:
-        raise InputError(path, "content", what, f"{first_few(foreign)} other entries", "Name another folder")
-
-
-def require_place(path: Path | str, folder: bool = False) -> None:
-    """Say before the work that no file, or no `folder`, can be written there: a folder has that name, or a file that of its folder."""
-    path = Path(path)
-    if not folder:
-        _require_no_folder(path)
-    above = next((parent for parent in path.absolute().parents if os.path.lexists(parent)), None)
-    for holder in filter(None, (path if folder and os.path.lexists(path) else None, above)):
-        if not holder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f"{holder} is no folder", str(path))
-
-
-def require_outputs(outputs: Mapping[str, Paths], inputs: Mapping[str, Paths]) -> None:
-    """Say before the work what is wrong with the files that options name for writing: nothing can be written there, or it is also the
-    file of another option. Links are followed."""
-    taken = {os.path.realpath(path): option for option, paths in inputs.items() for path in _each(paths) if os.path.exists(path)}
-    for option, paths in outputs.items():
-        for path in _each(paths):
-            require_place(path)
-            real = os.path.realpath(path)
-            if real in taken:
-                raise OptionError(option, f"another file than {taken[real]}", str(path))
-            taken[real] = option
-
-
-def _each(paths: Paths) -> Iterable[Path | str]:
-    return [] if paths is None else [paths] if isinstance(paths, Path | str) else paths
-
-
-def require_no_patch_folder(option: str, folder: Path) -> None:
-    """Refuse a folder of real patches for generated ones or their list: who reads it later would take these for those."""
-    from preprocessing.patches import METADATA
-
-    require_place(folder, folder=True)
-    if (folder / METADATA).exists():
-        raise OptionError(option, f"a folder of its own, without the {METADATA} of a patch folder", str(folder))
-
-
-def require_own_places(paths: Iterable[Path | str]) -> None:
-    """Refuse to write two files under one name."""
-    seen: set[str] = set()
-    for path in paths:
-        if (real := os.path.realpath(path)) in seen:
-            raise InputError(path, "outputs", "a name of its own for every file", "one name for two")
-        seen.add(real)
-
-
 def _named(path: Path | str) -> Path:
     """An absolute path with a last name, which `.`, `..` and `S1/..` lack, so that names can be made beside it. Of a link to a folder,
     the folder: else the link would be replaced."""
@@ -243,12 +169,6 @@ def _named(path: Path | str) -> Path:
     if not path.name:
         raise OSError(errno.EINVAL, "nothing can be written in its place", str(path))
     return path
-
-
-def _require_no_folder(path: Path) -> None:
-    """Said before the work, not after it."""
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
 def flush_to_disk(path: Path) -> None:

@@ -19,7 +19,8 @@ import numpy as np
 
 from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import first_few
-from preprocessing.outputs import FolderKind, finished_folder, flush_to_disk, raise_named, replace_folder, require_replaceable
+from preprocessing.output_places import FolderKind, require_replaceable
+from preprocessing.outputs import finished_folder, flush_to_disk, raise_named, replace_folder
 from preprocessing.patch_file import blocks
 from preprocessing.patches import METADATA, STAIN
 

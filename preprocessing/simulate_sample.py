@@ -15,7 +15,8 @@ import click
 
 from preprocessing.done_manifests import fingerprint, is_done, write_done
 from preprocessing.errors import Command
-from preprocessing.outputs import FolderKind, finished_folder, locked, require_free_space, require_replaceable
+from preprocessing.output_places import FolderKind, require_replaceable
+from preprocessing.outputs import finished_folder, locked, require_free_space
 from preprocessing.simulation.config import BIN_UM, PLATFORMS, SimulateConfig
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from networks.clip import CLIP, clip_weights_sha256
 from networks.sample_scaling import MIN_SPOTS, fit_sample_scaling, require_whole_samples
 from preprocessing.done_manifests import program_versions
 from preprocessing.errors import InputError, OptionError, WeightsError, first_few
-from preprocessing.outputs import finished_together, locked, require_outputs, write_json
+from preprocessing.output_places import require_outputs
+from preprocessing.outputs import finished_together, locked, write_json
 from preprocessing.patches import read_patch, read_patch_folder
 from preprocessing.progress import ProgressBar
 from training.data import ExpressionTable, expression_only

@@ -16,7 +16,8 @@ from networks.weights import KIND as WEIGHTS
 from preprocessing.done_manifests import program_versions
 from preprocessing.errors import OptionError
 from preprocessing.gene_sets import gene_sets_within
-from preprocessing.outputs import only_writer, require_place, require_replaceable, write_json
+from preprocessing.output_places import require_place, require_replaceable
+from preprocessing.outputs import only_writer, write_json
 from training.clip_checkpoints import newest_checkpoint, require_checkpoint
 from training.clip_config import ClipConfig
 from training.clip_data import ClipData, Pairs, centre_features, fit_inputs, load_clip_data, use_features

@@ -11,7 +11,8 @@ import click
 from networks.clip import CLIP
 from networks.histo_models import build_encoder
 from preprocessing.errors import InputError, OptionError
-from preprocessing.outputs import only_writer, require_place, write_json
+from preprocessing.output_places import require_place
+from preprocessing.outputs import only_writer, write_json
 from preprocessing.progress import ProgressBar
 from training.gan_config import GanConfig
 from training.gan_data import load_gan_data

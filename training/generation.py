@@ -15,7 +15,8 @@ from evaluation.contact_sheet import contact_sheet, save_png
 from networks.snapshot import Snapshot
 from preprocessing.done_manifests import fingerprint
 from preprocessing.errors import OptionError
-from preprocessing.outputs import locked, require_outputs
+from preprocessing.output_places import require_outputs
+from preprocessing.outputs import locked
 from preprocessing.progress import ProgressBar
 from training.data import ImageGeneDataset, sample_files
 from training.generated_h5 import GeneratedH5

@@ -18,7 +18,8 @@ from torch import Tensor
 from evaluation.contact_sheet import contact_sheet, save_png
 from networks.snapshot import Snapshot
 from preprocessing.errors import InputError, OptionError
-from preprocessing.outputs import clear_leftovers_in, finished_file, locked, require_outputs
+from preprocessing.output_places import require_outputs
+from preprocessing.outputs import clear_leftovers_in, finished_file, locked
 from preprocessing.progress import ProgressBar
 from training.prompts import Prompts, parse_seeds, read_prompts
 from training.sampling import Batch, newest_snapshot, open_snapshot, sample_batches

@@ -24,7 +24,8 @@ from networks.sample_scaling import fit_sample_scaling, require_whole_samples
 from preprocessing.done_manifests import fingerprint, program_versions
 from preprocessing.errors import InputError, OptionError, first_few
 from preprocessing.expression import recorded_scale
-from preprocessing.outputs import clear_leftovers_in, finished_file, locked, nan_to_none, require_outputs, write_json
+from preprocessing.output_places import require_outputs
+from preprocessing.outputs import clear_leftovers_in, finished_file, locked, nan_to_none, write_json
 from preprocessing.progress import ProgressBar
 from training.data import ExpressionTable, expression_only
 from training.gene_changes import GeneChanges, read_gene_changes

@@ -21,7 +21,8 @@ from preprocessing import done_manifests, outputs
 from preprocessing.done_manifests import fingerprint, is_done, read_done, write_done
 from preprocessing.errors import InputError
 from preprocessing.hdf5_output import hdf5_output
-from preprocessing.outputs import FolderKind, done_path, finished_file, finished_folder, finished_together, locked
+from preprocessing.output_places import FolderKind
+from preprocessing.outputs import done_path, finished_file, finished_folder, finished_together, locked
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDS_A_LOCK = """
