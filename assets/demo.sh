@@ -25,7 +25,7 @@ step "prepare B" bash preprocessing/preprocessing.sh "$OUT/SIM_B" "$OUT/SIM_B/sl
 
 # 3. CLIP, and the embeddings of the held-out section
 step_once clip "$OUT/clip" python train_clip.py --config-name clip_demo "data.train_gex=$data/SIM_A/gex_filt.h5ad" \
-    "data.train_image_dir=$data/SIM_A/patches" "run_dir=$OUT/clip"
+    "data.train_image_dir=$data/SIM_A/patches" "run_dir=$OUT/clip" ckpt_path=auto
 step_once embeddings "$OUT/embeddings" python clip_embeddings.py --network "$OUT/clip/clip" --gex "$data/SIM_B/gex_filt.h5ad" \
     --images "$data/SIM_B/patches" --out-dir "$OUT/embeddings"
 

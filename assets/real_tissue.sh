@@ -110,9 +110,9 @@ done
 
 # 2. CLIP for conditioning, and another one - other seed, other image tower - that judges
 trained_on=("data.train_gex=$(joined "$TRAIN" gex_filt.h5ad)" "data.train_image_dir=$(joined "$TRAIN" patches)")
-step_once clip "$OUT/clip" python train_clip.py --config-name clip_small "${trained_on[@]}" "run_dir=$OUT/clip" "seed=$SEED" \
+step_once clip "$OUT/clip" python train_clip.py --config-name clip_small "${trained_on[@]}" "run_dir=$OUT/clip" ckpt_path=auto "seed=$SEED" \
     "${tower[@]}"
-step_once judge "$OUT/judge" python train_clip.py --config-name clip_small "${trained_on[@]}" "run_dir=$OUT/judge" "seed=$((SEED + 1000))" \
+step_once judge "$OUT/judge" python train_clip.py --config-name clip_small "${trained_on[@]}" "run_dir=$OUT/judge" ckpt_path=auto "seed=$((SEED + 1000))" \
     model.image_views=1 "${judge_tower[@]}"
 
 # 3. The generator; then patches for every held-out spot, from it and from its untrained start
