@@ -42,7 +42,8 @@ def flops(run: Callable[[], object]) -> float:
 def forwards(steps: int, guidance: float, interval: tuple[float, float]) -> int:
     """Pictures that the denoiser looks at for one picture."""
     from diffusion_utils.noising import scheduler_config
-    from diffusion_utils.sampling import Solver, make_scheduler
+    from diffusion_utils.sampling import Solver
+    from diffusion_utils.schedulers import make_scheduler
 
     solver = Solver(steps=steps, guidance_scale=guidance, interval=interval)
     scheduler = make_scheduler(scheduler_config("epsilon"), "dpm++", steps)
@@ -120,7 +121,8 @@ def time_both(device: str, side: int, size: str, batch: int, rounds: int) -> Non
     from diffusion_utils.noising import noising_of, scheduler_config
     from diffusion_utils.pipeline import GenePipeline
     from diffusion_utils.prompts import PromptEncoder
-    from diffusion_utils.sampling import Solver, make_scheduler
+    from diffusion_utils.sampling import Solver
+    from diffusion_utils.schedulers import make_scheduler
 
     torch.manual_seed(0)
     vae = AutoencoderKL(**(SD_VAE if size == "sd" else SMALL_VAE)).eval().requires_grad_(False).to(device)

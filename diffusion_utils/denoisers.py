@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from diffusion_utils.noising import own_prediction, require_scheduler, scheduler_config
 from diffusion_utils.prompts import PromptEncoder
+from diffusion_utils.schedulers import make_scheduler
 from networks.weights import load_into, read_state_dict
 from preprocessing.errors import InputError, OptionError, WeightsError, first_few, read_json
 
@@ -139,8 +140,6 @@ def load_base(folder: Path, vae_folder: Path | str | None, prompts: PromptEncode
 
 def read_scheduler(folder: Path) -> dict:
     """The config of a base's scheduler; refused now if a run could not train with it, or write it into its pipeline."""
-    from diffusion_utils.sampling import make_scheduler
-
     path = folder / "scheduler" / "scheduler_config.json"
     config = read_json(path, "the config of a scheduler")
     sampler = "dpm++" if own_prediction(config, path) == "flow" else "ddim"

@@ -27,7 +27,7 @@ from diffusion_utils.finetune_validation import Validation
 from diffusion_utils.noising import noising_of, own_prediction
 from diffusion_utils.pipeline import KIND, write_pipeline
 from diffusion_utils.power_ema import PowerEma
-from diffusion_utils.sampling import make_scheduler
+from diffusion_utils.schedulers import make_scheduler
 from preprocessing.errors import DivergedError, InputError
 from preprocessing.interrupts import Stopped
 from preprocessing.output_places import require_replaceable

@@ -24,8 +24,9 @@ from diffusion_utils.sampling import Solver, parse_interval
 from evaluation.contact_sheet import contact_sheet, save_png
 from evaluation.features import pick_device
 from preprocessing.errors import InputError, OptionError
-from preprocessing.output_places import require_no_patch_folder, require_outputs
+from preprocessing.output_places import require_outputs
 from preprocessing.outputs import clear_leftovers_in, finished_file, locked
+from preprocessing.patches import require_no_patch_folder
 from preprocessing.progress import ProgressBar
 from training.prompts import parse_seeds
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from diffusion_utils.denoisers import PIXART, SD3, UNET, denoiser_folder, load_denoiser, load_vae
 from diffusion_utils.latents import unscaled
 from diffusion_utils.prompts import PromptEncoder
-from diffusion_utils.sampling import Solver, make_scheduler, sample
+from diffusion_utils.sampling import Solver, sample
+from diffusion_utils.schedulers import make_scheduler
 from evaluation.contact_sheet import as_cell
 from networks.layers import images_to_uint8
 from networks.weights import SUMS_FILE

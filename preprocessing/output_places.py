@@ -68,15 +68,6 @@ def _each(paths: Paths) -> Iterable[Path | str]:
     return [] if paths is None else [paths] if isinstance(paths, Path | str) else paths
 
 
-def require_no_patch_folder(option: str, folder: Path) -> None:
-    """Refuse a folder of real patches for generated ones or their list: who reads it later would take these for those."""
-    from preprocessing.patches import METADATA
-
-    require_place(folder, folder=True)
-    if (folder / METADATA).exists():
-        raise OptionError(option, f"a folder of its own, without the {METADATA} of a patch folder", str(folder))
-
-
 def require_own_places(paths: Iterable[Path | str]) -> None:
     """Refuse to write two files under one name."""
     seen: set[str] = set()

@@ -21,7 +21,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from preprocessing.done_manifests import strings_sha256
-from preprocessing.errors import InputError, first_few, read_json, read_text, require_unique
+from preprocessing.errors import InputError, OptionError, first_few, read_json, read_text, require_unique
+from preprocessing.output_places import require_place
 
 METADATA, STAIN = "metadata.jsonl", "stain.json"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -48,6 +49,13 @@ class PatchFolder:
     rows: list[int] | None = None              # `gex_emb`: row of gex.h5ad when the folder was written
     centre_xy_px: np.ndarray | None = None     # (N, 2) float64
     barcode_sha256: str | None = None          # over the barcodes of the extraction in its order, as `stain.json` keeps it
+
+
+def require_no_patch_folder(option: str, folder: Path) -> None:
+    """Refuse a folder of real patches for generated ones or their list: who reads it later would take these for those."""
+    require_place(folder, folder=True)
+    if (folder / METADATA).exists():
+        raise OptionError(option, f"a folder of its own, without the {METADATA} of a patch folder", str(folder))
 
 
 def read_patch_folder(folder: Path | str) -> PatchFolder:

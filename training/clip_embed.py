@@ -20,10 +20,9 @@ from networks.sample_scaling import patches_for_mean, require_whole_samples
 from preprocessing.done_manifests import file_sha256, program_versions, strings_sha256
 from preprocessing.errors import InputError, OptionError
 from preprocessing.npy_file import RECORD
-from preprocessing.output_places import require_no_patch_folder
 from preprocessing.outputs import finished_file, finished_together, locked, write_json
 from preprocessing.patch_file import read_patch_file
-from preprocessing.patches import read_patch, read_patch_folder
+from preprocessing.patches import read_patch, read_patch_folder, require_no_patch_folder
 from preprocessing.progress import ProgressBar
 from training.data import ImageGeneDataset, expression_only, sample_files
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from preprocessing.errors import OptionError
-from preprocessing.output_places import require_no_patch_folder
+from preprocessing.patches import require_no_patch_folder
 
 
 @dataclass(frozen=True, kw_only=True)

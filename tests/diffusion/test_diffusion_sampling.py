@@ -159,7 +159,8 @@ def test_stock_diffusers_loads_the_folder_and_draws_the_same_picture(latent_fold
                                                                                                   tokenizer=None)
     stock.set_progress_bar_config(disable=True)
     prompt, noise = torch.randn(2, WIDTH), torch.randn(2, *ours.noise_shape())
-    from diffusion_utils.sampling import make_scheduler, sample
+    from diffusion_utils.sampling import sample
+    from diffusion_utils.schedulers import make_scheduler
     tokens, nulls = ours.prompts(prompt), ours.prompts.null_tokens()
     x0 = sample(ours.denoiser, make_scheduler(ours.scheduler, "ddim", 4), tokens, nulls, noise, Solver(sampler="ddim", steps=4))
     theirs = stock(prompt_embeds=tokens, negative_prompt_embeds=nulls.expand(2, -1, -1), num_inference_steps=4, guidance_scale=3.0,
@@ -175,7 +176,8 @@ def test_a_pixel_space_folder_brings_its_own_pipeline_class(world):
     stock = diffusers.DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder / "pipeline.py"), trust_remote_code=True)
     stock.set_progress_bar_config(disable=True)
     prompt, noise = torch.randn(2, WIDTH), torch.randn(2, 3, PX, PX)
-    from diffusion_utils.sampling import make_scheduler, sample
+    from diffusion_utils.sampling import sample
+    from diffusion_utils.schedulers import make_scheduler
     tokens, nulls = ours.prompts(prompt), ours.prompts.null_tokens()
     x0 = sample(ours.denoiser, make_scheduler(ours.scheduler, "ddim", 4), tokens, nulls, noise, Solver(sampler="ddim", steps=4))
     theirs = stock(prompt_embeds=tokens, negative_prompt_embeds=nulls, num_inference_steps=4, latents=noise, output_type="np").images
@@ -214,7 +216,8 @@ def test_a_transformer_base_learns_and_draws(world, tmp_path, name):
                                                  ("v_prediction", "dpm++")])
 def test_every_solver_finds_the_one_picture_there_is(prediction, sampler):
     from diffusion_utils.noising import noising_of
-    from diffusion_utils.sampling import make_scheduler, sample
+    from diffusion_utils.sampling import sample
+    from diffusion_utils.schedulers import make_scheduler
 
     prompts = PromptEncoder(WIDTH, "published", cross_width=9)
     base = from_scratch("small", PX, None, prompts, seed=0, prediction=prediction)
@@ -263,7 +266,7 @@ def test_a_damaged_pipeline_is_refused(world, tmp_path):
 
 
 def test_a_sampler_that_cannot_solve_flow_matching_is_refused(world, tmp_path):
-    from diffusion_utils.sampling import make_scheduler
+    from diffusion_utils.schedulers import make_scheduler
     with pytest.raises(OptionError, match="flow matching"):
         make_scheduler(scheduler_config("flow"), "ddim", 5)
     with pytest.raises(InputError, match="prediction_type"):

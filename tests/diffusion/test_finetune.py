@@ -15,7 +15,7 @@ from diffusion_utils.ema import Ema
 from diffusion_utils.finetune import open_run
 from diffusion_utils.latents import OnlineLatents, cached_latents
 from diffusion_utils.noising import noising_of, scheduler_config
-from diffusion_utils.sampling import make_scheduler
+from diffusion_utils.schedulers import make_scheduler
 from preprocessing.errors import DivergedError, InputError, OptionError, WeightsError
 from training.patch_cache import PatchRows
 from training.run_folder import latest_checkpoint
