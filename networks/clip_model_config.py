@@ -60,9 +60,11 @@ class ClipModelConfig:
         for name in ("gene_dropout", "dropout", "image_dropout", "feature_dropout", "gene_min_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise OptionError(f"model.{name}", "0 up to 1", str(getattr(self, name)))
-        for name in ("gene_hidden", "gene_width", "gene_tokens", "gene_token_width", "gene_token_layers", "gene_token_heads", "projection"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"model.{name}", "at least 1", str(getattr(self, name)))
+        for name in ("gene_hidden", "gene_width", "gene_tokens", "gene_token_width", "gene_token_layers", "gene_token_heads", "projection",
+                     "gene_components", "feature_components"):
+            least = 0 if name.endswith("_components") else 1
+            if getattr(self, name) < least:
+                raise OptionError(f"model.{name}", f"at least {least}", str(getattr(self, name)))
         if not 0 < self.temperature < inf:
             raise OptionError("model.temperature", "above 0, finite", str(self.temperature))
         self._check_gene_encoder()
