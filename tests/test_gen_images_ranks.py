@@ -104,7 +104,7 @@ def test_a_stuck_rank_ends_the_job_within_the_timeout_while_the_other_has_work_l
 @pytest.mark.parametrize("minutes", ["nan", 0, 1e9])
 def test_a_timeout_that_is_none_is_refused_before_anything_is_made(world, tmp_path, minutes):
     result = call(gen_images, network=world / "snapshot", gex=world / "gex.h5ad", outdir=tmp_path / "out", timeout_minutes=minutes)
-    assert result.exit_code == 2 and "--timeout-minutes: expected more than 0" in result.output and not (tmp_path / "out").exists()
+    assert result.exit_code == 2 and "--timeout-minutes: expected" in result.output and not (tmp_path / "out").exists()
 
 
 def test_the_help_says_how_often_processes_meet():

@@ -272,7 +272,7 @@ def test_a_folder_with_other_content_is_never_replaced(tmp_path):
 
 @pytest.mark.parametrize(("field", "value", "message"), [
     ("width_um", 10, "--width-um: expected 300 to 50000; found 10"), ("mpp", 5.0, "--mpp: expected 0.1 to 2; found 5.0"),
-    ("platform", "xenium", "--platform: expected one of visium-v1"), ("seed", -1, "--seed: expected 0 or more; found -1"),
+    ("platform", "xenium", "--platform: expected one of visium-v1"), ("seed", -1, "--seed: expected 0 to 4294967295; found -1"),
     ("umis", 0.0, "--umis: expected a number above 0"), ("umis", 1e19, "--umis: .* up to 1,000,000; found 1e.19"),
     ("umis", float("nan"), "--umis: .*found nan"), ("umis", float("inf"), "found inf"),
     ("sample_id", "a/b", "--sample-id: expected a name without a slash; found 'a/b'"), ("genes", 3, "--genes: expected 30"),
