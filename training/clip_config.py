@@ -20,9 +20,9 @@ from training.augment import AugmentConfig
 from training.data import SampleFiles, read_sample_sheet, sample_files
 from training.finite import MAX_DECAY, MAX_RATE
 from training.patch_cache import AUTO_CACHE, cache_place
+from training.ranks import LONGEST_MINUTES
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
-LONGEST_MINUTES = 7 * 24 * 60.0
 MOST_THREADS, MOST_SEED = 1024, 2**32 - 1        # of a seed what NumPy takes
 LOGGERS = ("csv", "tensorboard", "wandb")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "32", "16", "bf16")     # weights and expression stay float32
