@@ -52,6 +52,7 @@ class FinetuneRun:
     accelerator: object
     standing: Standing = field(default_factory=Standing)
     base_sha256: str | None = None               # of what no checkpoint holds; made when a checkpoint needs it
+    saved_at: int | None = None                  # the step of its last checkpoint
 
     def __post_init__(self):
         config, accelerator, denoiser = self.config, self.accelerator, self.base.denoiser
@@ -131,8 +132,8 @@ class FinetuneRun:
                 if number := any_rank(stopped[0] if stopped else 0, self.device):
                     if standing.bad_in_a_row:
                         log.warning("no checkpoint of step %d, which was skipped: the one before stays", standing.step)
-                    else:
-                        self.save(keeps_averages=False)     # no more than a run that was never stopped keeps
+                    elif self.saved_at != standing.step:
+                        self.save(on_signal=True)
                     stats.close()
                     if not main:
                         raise SystemExit(128 + number)
@@ -209,12 +210,13 @@ class FinetuneRun:
         if values:
             stats.write(self.standing.step, values, line)
 
-    def save(self, keeps_averages: bool = True) -> Path | None:
-        """Write a checkpoint of this moment, and keep its averages of chosen length, on the first process."""
+    def save(self, on_signal: bool = False) -> Path | None:
+        """Write a checkpoint of this moment, on the first process; in turn, not on a signal, its averages of chosen length are kept too."""
         self._require_finite()
-        if keeps_averages and self.power_ema is not None and self.power_ema.n_updates:
+        self.saved_at = self.standing.step
+        if not on_signal and self.power_ema is not None and self.power_ema.n_updates:
             self.power_ema.keep(self.config.output_dir)
-        return save_run(self) if self.accelerator.is_main_process else None
+        return save_run(self, on_signal) if self.accelerator.is_main_process else None
 
     def _require_finite(self) -> None:
         """Refuse to keep what is NaN or infinite; all processes hold the same and say the same."""

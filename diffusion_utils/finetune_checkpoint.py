@@ -57,12 +57,12 @@ def find_checkpoint(config: FinetuneConfig) -> Checkpoint | None:
     return None
 
 
-def save_run(run: FinetuneRun) -> Path:
+def save_run(run: FinetuneRun, on_signal: bool = False) -> Path:
     """Write a checkpoint into the run's folder; returns its path."""
+    state = {**asdict(run.standing), "config": run.config.record, "data_sha256": run.data.sha256, "base": run.base.source,
+             "base_sha256": _base_sha256(run)}
     return save_checkpoint(run.config.output_dir, run.standing.step, keep=run.config.checkpoints_total_limit, tensors=kept_tensors(run),
-                           state={**asdict(run.standing), "config": run.config.record, "data_sha256": run.data.sha256,
-                                  "base": run.base.source, "base_sha256": _base_sha256(run)},
-                           optimisers={"optimiser": run.optimiser.state_dict()})
+                           state=state, optimisers={"optimiser": run.optimiser.state_dict()}, on_signal=on_signal)
 
 
 @torch.no_grad()

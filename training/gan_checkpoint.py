@@ -28,14 +28,14 @@ OPTIMISER_SETTINGS = ("betas", "eps", "weight_decay", "amsgrad", "maximize")    
 OPTION_DEFAULTS = {option.name: option.default for option in fields(GanConfig)}   # of options younger than a checkpoint
 
 
-def save_run(run: GanRun) -> Path:
+def save_run(run: GanRun, on_signal: bool = False) -> Path:
     """Write a checkpoint into the run's folder; returns its path."""
     gan, options = run.gan, asdict(run.config)
     state = {**asdict(run.progress), "config": options, "data_sha256": run.data.sha256, "backbone": run.encoder.source,
              "genes_sha256": None if run.mlp is None else strings_sha256(run.mlp.gene_names)}
-    return save_checkpoint(run.folder, run.progress.step, state=state, tensors=kept_tensors(run), optimisers={
-        "g_optimiser": gan.g_optimiser.state_dict(), "d_optimiser": gan.d_optimiser.state_dict(),
-    })
+    optimisers = {"g_optimiser": gan.g_optimiser.state_dict(), "d_optimiser": gan.d_optimiser.state_dict()}
+    return save_checkpoint(run.folder, run.progress.step, state=state, tensors=kept_tensors(run), optimisers=optimisers,
+                           on_signal=on_signal)
 
 
 def kept_tensors(run: GanRun) -> dict[str, dict[str, torch.Tensor]]:

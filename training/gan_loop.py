@@ -59,6 +59,7 @@ class GanRun:
     device: str = "cpu"
     watched: Sequence[Metric] = ()    # measured at every snapshot
     progress: Progress = field(default_factory=Progress)
+    saved_at: int | None = field(default=None, init=False)       # the step of its last checkpoint
 
     def __post_init__(self):
         config = self.config
@@ -207,8 +208,8 @@ class GanRun:
     def _stop(self, number: int, stats: StatsLog) -> None:
         if self.progress.bad_in_a_row:
             log.warning("no checkpoint of step %d, which was skipped: the one before stays", self.progress.step)
-        else:
-            self.save()
+        elif self.saved_at != self.progress.step:
+            self.save(on_signal=True)
         stats.close()
         if not is_first():
             raise SystemExit(128 + number)
@@ -242,10 +243,11 @@ class GanRun:
             line += f"   {ema}: {found['generated']:.1f}, by z alone {found['generated_z']:.1f}"
         stats.write(self.progress.step, {"kimg": self.kimg, **measured}, line)
 
-    def save(self) -> Path | None:
-        """Write a checkpoint of this moment, on the first rank."""
+    def save(self, on_signal: bool = False) -> Path | None:
+        """Write a checkpoint of this moment, on the first rank; out of turn on a signal."""
         self._require_finite()
-        return save_run(self) if is_first() else None
+        self.saved_at = self.progress.step
+        return save_run(self, on_signal) if is_first() else None
 
     def _require_finite(self) -> None:
         """Refuse to keep what is NaN or infinite; all ranks hold the same and say the same."""

@@ -155,9 +155,10 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path | str, step: int, *, state: Mapping, tensors: Mapping[str, Mapping[str, Tensor]],
-                    optimisers: Mapping[str, Mapping], keep: int = KEEP_CHECKPOINTS) -> Path:
+                    optimisers: Mapping[str, Mapping], keep: int = KEEP_CHECKPOINTS, on_signal: bool = False) -> Path:
     """Write `folder/checkpoint-<step>`; older ones beyond `keep`, and checkpoints and snapshots that killed runs left half-written, go
-    once this one was read back. Returns its path."""
+    once this one was read back. One written `on_signal`, out of turn, goes with the next: it never takes the place of a regular one.
+    Returns its path."""
     path = Path(folder) / f"checkpoint-{step:08d}"
     with finished_folder(path, validate=read_checkpoint, kind=KIND) as temporary:
         for part, values in tensors.items():
@@ -165,14 +166,22 @@ def save_checkpoint(folder: Path | str, step: int, *, state: Mapping, tensors: M
             save_file(plain, temporary / f"{part}.safetensors")
         for part, values in optimisers.items():
             write_plain_file(values, temporary / f"{part}.pt")
-        (temporary / STATE_FILE).write_text(json.dumps({**state, "step": step}, indent=2) + "\n")
+        (temporary / STATE_FILE).write_text(json.dumps({**state, "step": step, "on_signal": on_signal}, indent=2) + "\n")
         files = sorted(path.name for path in temporary.iterdir())
         (temporary / SUMS_FILE).write_text("".join(f"{file_sha256(temporary / name)}  {name}\n" for name in files))
         _write_and_sync(temporary / COMMIT, f"{step}\n")
     older = [other for other in _checkpoint_folders(folder) if other.name <= path.name]     # a later one is damaged, and does not count
-    for old in (*older[keep:], *Path(folder).glob("checkpoint-*.tmp.*"), *Path(folder).glob("snapshot-*.tmp.*")):
+    in_turn = [other for other in older if other == path or not _was_on_signal(other)]
+    for old in ({*older} - {*in_turn[:keep]}) | {*Path(folder).glob("checkpoint-*.tmp.*"), *Path(folder).glob("snapshot-*.tmp.*")}:
         shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def _was_on_signal(checkpoint: Path) -> bool:
+    try:
+        return json.loads((checkpoint / STATE_FILE).read_text())["on_signal"] is True
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):      # damaged, or older than this record
+        return False
 
 
 def _write_and_sync(path: Path, text: str) -> None:

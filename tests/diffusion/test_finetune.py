@@ -295,6 +295,23 @@ def test_weights_that_are_not_finite_are_never_saved(world, tmp_path, part):
         made.save()
 
 
+@pytest.mark.parametrize("stops", [(1,), (3, 5), (4,), (5,)], ids=str)
+def test_a_run_stopped_by_signals_ends_with_the_checkpoints_of_one_never_stopped(world, tmp_path, stops):
+    options = {"max_train_steps": 6, "checkpointing_steps": 2, "power_ema": True, "resume_from_checkpoint": "latest"}
+    list(open_run(config(world, tmp_path / "whole", **options)).train())
+    for step in stops:
+        made = open_run(config(world, tmp_path / "run", **options))
+        with pytest.raises(SystemExit, match="130"):
+            for _ in made.train():
+                if made.standing.step == step:
+                    os.kill(os.getpid(), signal.SIGINT)
+        assert latest_checkpoint(tmp_path / "run").state["step"] == step
+    list(open_run(config(world, tmp_path / "run", **options)).train())
+    whole, found = (sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "events" not in path.name)
+                    for folder in (tmp_path / "whole", tmp_path / "run"))
+    assert found == whole and "checkpoint-00000004" in whole
+
+
 def test_a_signal_while_steps_are_skipped_leaves_the_checkpoint_before_them(world, tmp_path, monkeypatch):
     made = open_run(config(world, tmp_path / "run", max_train_steps=9, checkpointing_steps=1))
     real = finetune.losses_of

@@ -8,7 +8,7 @@ from evaluation.attribution import MAX_DELTA, Attributer, higher_genes_only
 from networks.clip import CLIP, ClipModelConfig
 from training.clip_losses import clip_loss
 
-GENES, PLANTED, SPOTS = 60, 4, 40
+GENES, PLANTED, SPOTS = 60, 4, 160
 NAMES = ["cortex", "medulla", "stroma"]
 SHAPES = {"bottleneck": {"gene_hidden": 24, "gene_width": 16}, "gene_tokens": {"gene_tokens": GENES, "gene_token_width": 16,
           "gene_token_heads": 2, "gene_token_layers": 1, "gene_width": 16}}
@@ -59,6 +59,14 @@ def test_integrated_gradients_add_up_to_the_distance_between_the_clusters(traine
         assert attribution.values.sum() == pytest.approx(distance, rel=MAX_DELTA) and attribution.delta < MAX_DELTA
 
 
+def first_and_most(values, cluster) -> bool:
+    """Whether the two highest values and more than half of their sum are those of the cluster's planted genes, a fifteenth of all.
+
+    Which of the four a network goes by is chance: they tell it the same."""
+    planted = range(cluster * PLANTED, (cluster + 1) * PLANTED)
+    return set(np.argsort(-values)[:2]) <= set(planted) and values[planted].sum() > 0.5 * values.sum()
+
+
 @pytest.mark.parametrize("method", ["ig", "sg"])
 def test_planted_genes_of_a_cluster_come_first_in_its_lists(trained, method):
     clip, means = trained
@@ -67,8 +75,7 @@ def test_planted_genes_of_a_cluster_come_first_in_its_lists(trained, method):
     for attribution in found:
         i, j = NAMES.index(attribution.query), NAMES.index(attribution.other)
         values = higher_genes_only(attribution, means[i].numpy(), means[j].numpy())
-        first = np.argsort(-values)[:PLANTED if method == "ig" else 2]      # one gradient sees less than the whole way
-        assert set(first) <= set(range(i * PLANTED, (i + 1) * PLANTED))
+        assert first_and_most(values, i)
         assert (values >= 0).all() and (values[j * PLANTED:(j + 1) * PLANTED] == 0).all()      # lower in the query
 
 
@@ -89,9 +96,8 @@ def test_distances_to_a_picture_are_attributed_from_the_average_spot(trained):
     for i, attribution in enumerate(found):
         change = (embeddings[i] - target[0]).square().sum() - (embeddings[-1] - target[0]).square().sum()
         assert attribution.values.sum() == pytest.approx(change.item(), rel=MAX_DELTA)
-    nearer, higher = found[1], np.flatnonzero(means[1] > means.mean(0))
-    assert nearer.change < 0
-    assert set(higher[np.argsort(nearer.values[higher])[:PLANTED]]) == set(range(PLANTED, 2 * PLANTED))
+    nearer = found[1]
+    assert nearer.change < 0 and first_and_most(np.where(means[1] > means.mean(0), (-nearer.values).clip(min=0), 0), 1)
 
 
 def test_a_cluster_that_equals_another_differs_from_it_by_nothing_and_keeps_its_name(trained):

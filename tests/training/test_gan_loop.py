@@ -368,6 +368,22 @@ def test_a_stopped_run_finishes_its_step_saves_and_can_be_resumed(tmp_path, numb
     assert sum(1 for _ in resumed.train()) == 7
 
 
+@pytest.mark.parametrize("stop", range(1, 10))
+def test_a_run_stopped_by_a_signal_ends_with_the_checkpoints_of_one_never_stopped(tmp_path, stop):
+    list(make_run(tmp_path / "whole").train())
+    run = make_run(tmp_path / "run")
+    with pytest.raises(SystemExit, match="130"):
+        for _ in run.train():
+            if run.progress.step == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+    resumed = make_run(tmp_path / "run")
+    resumed.load(latest_checkpoint(run.folder))
+    assert resumed.progress.step == stop
+    list(resumed.train())
+    whole, found = (sorted(path.name for path in folder.glob("*-*")) for folder in (tmp_path / "whole", tmp_path / "run"))
+    assert found == whole and len([name for name in whole if name.startswith("checkpoint-")]) == 2
+
+
 def test_a_batch_system_that_signals_twice_still_gets_its_checkpoint(tmp_path):
     run = make_run(tmp_path / "a")
     with pytest.raises(SystemExit, match="143"):

@@ -26,7 +26,7 @@ def test_run_folders_count_on_from_the_highest(tmp_path):
 def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
     save(tmp_path, 20, value=2.5)
     checkpoint = latest_checkpoint(tmp_path)
-    assert checkpoint.state == {"kimg": 2.0, "step": 20}
+    assert checkpoint.state == {"kimg": 2.0, "step": 20, "on_signal": False}
     assert checkpoint.tensors["model"]["w"].tolist() == [2.5] * 3
     assert checkpoint.optimisers["adam"]["param_groups"] == [{"lr": 0.1}]
 
@@ -35,6 +35,21 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for step in (1, 2, 100):
         save(tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-00000002", "checkpoint-00000100"]
+
+
+@pytest.mark.parametrize("keep, kept", [(1, [9]), (2, [6, 9]), (3, [3, 6, 9])])
+def test_a_checkpoint_on_a_signal_takes_the_place_of_no_regular_one(tmp_path, keep, kept):
+    for step in (3, 4, 6, 7, 8, 9):
+        save(tmp_path, step, keep=keep, on_signal=step % 3 > 0)
+        assert latest_checkpoint(tmp_path).state["step"] == step
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step:08d}" for step in kept]
+
+
+@pytest.mark.parametrize("state", ["[", "[]", "{}", '{"on_signal": "no"}'])
+def test_a_checkpoint_with_a_foreign_record_counts_as_a_regular_one(tmp_path, state):
+    (save(tmp_path, 1, on_signal=True) / "state.json").write_text(state)
+    save(tmp_path, 2, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-00000001", "checkpoint-00000002"]
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped byte", "missing file", "no COMMIT"])
