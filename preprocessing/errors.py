@@ -177,7 +177,8 @@ def require_bearable(option: str, number: float, bounded: bool = False) -> None:
         raise OptionError(option, "a finite number", str(number))
     most = LARGEST_FLOAT if isinstance(number, float) else LARGEST_INT
     if not bounded and abs(number) > most:
-        raise OptionError(option, f"{-most:,} to {most:,}", f"{number:g}" if isinstance(number, float) else str(number))
+        raise OptionError(option, f"at most {most:,}" if number > 0 else f"at least {-most:,}",
+                          f"{number:g}" if isinstance(number, float) else str(number))
 
 
 class Command(click.Command):

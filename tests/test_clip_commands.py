@@ -330,7 +330,7 @@ def test_what_cannot_be_trained_on_is_refused_before_training(samples, tmp_path,
     ({"trainer": {"accelerator": "tpu"}}, "trainer.accelerator: expected one of auto, cpu, gpu, cuda"),
     ({"trainer": {"precision": "64"}}, "trainer.precision: expected one of"),
     ({"trainer": {"timeout_minutes": float("inf")}}, "trainer.timeout_minutes: expected above 0"),
-    ({"trainer": {"max_epochs": 10 ** 20}}, "trainer.max_epochs: expected -2,147,483,647 to 2,147,483,647"),
+    ({"trainer": {"max_epochs": 10 ** 20}}, "trainer.max_epochs: expected at most 2,147,483,647"),
 ], ids=str)
 def test_a_number_without_sense_in_the_configuration_is_refused_by_its_key(options, said):
     with pytest.raises(OptionError, match=said):

@@ -145,9 +145,13 @@ def test_resume_auto_goes_on_in_the_same_folder_and_by_path_too(world):
     options = train_options(world, outdir=world / "resumed", tensorboard=True)
     assert call(train_gan, **options, resume="auto").exit_code == 0         # nothing there yet: a new run
     folder = next((world / "resumed").iterdir())
+    begun = folder / "config.json"
+    record = json.loads(begun.read_text())
     for kimg, how in ((0.064, "auto"), (0.08, folder)):
         result = call(train_gan, **{**options, "kimg": kimg}, resume=how)
         assert result.exit_code == 0 and "resuming at kimg" in result.output
+        assert json.loads(begun.read_text()) == {**record, "config": {**record["config"], "kimg": kimg}}
+        begun.write_text("{" if kimg == 0.064 else begun.read_text())
     assert [path.name for path in (world / "resumed").iterdir()] == [folder.name]
     assert json.loads((folder / "stats.jsonl").read_text().splitlines()[-1])["kimg"] == 0.08
 
@@ -283,7 +287,8 @@ def test_a_run_is_mirrored_to_weights_and_biases_under_one_id(world, monkeypatch
         result = call(train_gan, **train_options(world, outdir=world / "mirrored", kimg=kimg), wandb="morphology", resume="auto")
         assert result.exit_code == 0, result.output
     first, second = seen["init"]
-    assert first == second and first["project"] == "morphology" and first["resume"] == "allow" and first["config"]["batch"] == 8
+    assert [told.pop("config")["kimg"] for told in (first, second)] == [0.016, 0.024]
+    assert first == second and first["project"] == "morphology" and first["resume"] == "allow"
     assert seen["log"].count("finished") == 2 and {"loss/G", "kimg"} <= seen["log"][1][1].keys()
 
 

@@ -10,7 +10,7 @@ import click
 
 from networks.clip import CLIP
 from networks.histo_models import build_encoder
-from preprocessing.errors import InputError, OptionError
+from preprocessing.errors import InputError, OptionError, read_json
 from preprocessing.output_places import require_place
 from preprocessing.outputs import only_writer, write_json
 from preprocessing.progress import ProgressBar
@@ -48,10 +48,11 @@ def run_gan(config: GanConfig, sources: GanSources, watched: Sequence[Metric], d
     if dry_run:
         say("\n".join([*report, "nothing was trained: --dry-run"]))
         return None
-    record = about(run, preset=preset, cfg=cfg, started_from=None if start is None else str(start.folder))
+    record = about(run, preset=preset, cfg=cfg, started_from=str(start.folder) if isinstance(start, Weights) else None)
     with ExitStack() as held:
         if isinstance(start, Checkpoint):
             hold_folder(run, held)
+            renew_config(run, record)
         else:
             make_folder(run, name, record, report, held, begins_again=resume == "auto")
         show_progress(run)
@@ -111,6 +112,18 @@ def hold_folder(run: GanRun, held: ExitStack) -> None:
     """Let no other process train in the run's folder until `held` ends."""
     if is_first():
         held.enter_context(only_writer(run.folder, parts=["samples"]))
+
+
+def renew_config(run: GanRun, record: dict) -> None:
+    """config.json of a run that goes on: what it began with stays, options that may change are those of now."""
+    path = run.folder / "config.json"
+    if not is_first():
+        return
+    try:
+        begun = read_json(path, "that of a run")
+    except InputError:                           # gone or damaged: the checkpoint was compared with this very run
+        begun = None
+    write_json(path, {**record, **(begun if isinstance(begun, dict) else {}), "config": record["config"]})
 
 
 def show_progress(run: GanRun) -> None:

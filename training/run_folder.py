@@ -114,7 +114,8 @@ def _wandb_run(folder: Path, project: str):
     import wandb
     try:
         about = read_json(folder / "config.json", "that of a run")
-        return wandb.init(project=project, name=folder.name, id=wandb_id(folder), resume="allow", dir=str(folder), config=about["config"])
+        return wandb.init(project=project, name=folder.name, id=wandb_id(folder), resume="allow", dir=str(folder), config=about["config"],
+                          allow_val_change=True)          # a run may go on for longer, at other rates
     except Exception as error:      # a mirror is not worth a run, whatever the service says, or a damaged config.json
         log.warning("--wandb %s: going on without it: %s", project, " ".join(str(error).split())[:200])
         return None
