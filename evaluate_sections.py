@@ -68,7 +68,7 @@ def evaluate_sections(*, train: str, val: str, network: Path, judge: Path | None
 
 def section_files(text: str, split: str):
     """A sample sheet (its rows of this split, or all if the sheet has one split only), or folders with patches/ and gex_filt.h5ad."""
-    from training.data import SampleFiles, read_sample_sheet, sample_files
+    from training.sample_sheet import SampleFiles, read_sample_sheet, sample_files
     if text.endswith(".csv"):
         samples = read_sample_sheet(text)
         chosen = samples if len({sample.split for sample in samples}) == 1 else [sample for sample in samples if sample.split == split]

@@ -90,7 +90,7 @@ def train_as_said(device: str, *, preset: str, cfg: str, fp32: bool | None, nobe
 @option("cbase", type=click.IntRange(max=2**20), help="Channels at resolution r are min(cbase // r, cmax).")
 @option("cmax", type=click.IntRange(max=2**14), help="Most channels of a layer.")
 @option("res-blocks", type=click.IntRange(max=64), help="Residual pairs a resolution.")
-@option("backbone", help="Encoder in front of the discriminator: a name of networks/histo_models.py or timm:<model>." + PRESET)
+@option("backbone", help="Encoder in front of the discriminator: a name in networks/encoder_specs.py or timm:<model>." + PRESET)
 @option("backbone-weights", type=click.Path(), help="Its local weight file.")
 @option("backbone-px", type=click.IntRange(max=4096),
         help="Side at which it sees patches; default: its own (ViT), the patch's (convolutional).")

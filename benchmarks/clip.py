@@ -112,7 +112,8 @@ def build_model(way: Way):
     import numpy as np
 
     from networks.clip import CLIP, ClipModelConfig
-    from networks.histo_models import ENCODERS, Encoder, build_body
+    from networks.encoder_specs import ENCODERS
+    from networks.histo_models import Encoder, build_body
 
     genes, config, rng = [f"gene{number}" for number in range(GENES)], ClipModelConfig(**way.model), np.random.default_rng(0)
     chosen = [rng.choice(GENES, 50, replace=False) for _ in range(1000)] if config.pathways_file else []

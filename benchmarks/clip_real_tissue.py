@@ -100,7 +100,8 @@ class Bench:
 
     def read(self, folders: list[Path], target_sum: float | str):
         """The paired samples of these folders."""
-        from training.data import ImageGeneDataset, sample_files
+        from training.data import ImageGeneDataset
+        from training.sample_sheet import sample_files
 
         images, gex = (",".join(str(folder / name) for folder in folders) for name in ("patches", "gex_filt.h5ad"))
         return ImageGeneDataset(sample_files(images, gex), target_sum=target_sum)

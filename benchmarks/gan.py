@@ -121,7 +121,7 @@ def _chosen(choices: tuple[str, ...]):
 @click.option("--rounds", default=None, type=click.IntRange(min=1), help="Goes a row; none = 3 on a CPU, 20 on a GPU.")
 @click.option("--ways", default=";".join(WAYS), callback=_chosen(WAYS), help=f"Rows, separated by semicolons: {'; '.join(WAYS)}.")
 @click.option("--parts", default=";".join(PARTS), callback=_chosen(PARTS), help="Parts, separated by semicolons.")
-@click.option("--backbone", default="lunit_dino_vits16", help="Of the discriminator, of networks/histo_models.py.")
+@click.option("--backbone", default="lunit_dino_vits16", help="Of the discriminator, a name in networks/encoder_specs.py.")
 @click.option("--tower", default="uni", help="Image tower that guides.")
 @click.option("--batch-gpu", default=8, help="Images of a micro-batch; a multiple of 8.")
 @click.option("--compile", default="off", type=click.Choice(["off", "blocks", "max"]), help="Of ours: minutes before the first go.")

@@ -67,7 +67,8 @@ def read_section(folder: Path, clip):
     import anndata as ad
 
     from evaluation.sections import Section, named_clusters
-    from training.data import ImageGeneDataset, sample_files
+    from training.data import ImageGeneDataset
+    from training.sample_sheet import sample_files
 
     data = ImageGeneDataset(sample_files(str(folder / "patches"), str(folder / "gex_filt.h5ad")), target_sum=clip.target_sum,
                             vocabulary=clip.gene_names)

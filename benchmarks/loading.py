@@ -98,7 +98,8 @@ def measure(images: Path, gex: Path, cache: Path, batch: int, seconds: float, ro
 
     from training.augment import AugmentConfig
     from training.clip_data import Pairs
-    from training.data import ImageGeneDataset, SampleFiles
+    from training.data import ImageGeneDataset
+    from training.sample_sheet import SampleFiles
     torch.set_num_threads(1)
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     dataset = ImageGeneDataset([SampleFiles("S", images, gex)])

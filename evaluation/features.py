@@ -88,7 +88,7 @@ def read_samples_csv(folder: Path | str) -> list[dict[str, str]]:
 class FeatureSpec:
     """One feature set as the user names it: `inception`, `uni`, `efficientnet_lite0`, `timm:mobilenetv2_100=weights.safetensors`."""
 
-    name: str                      # inception, a key of networks.histo_models.ENCODERS, or timm:<model>
+    name: str                      # inception, a key of networks.encoder_specs.ENCODERS, or timm:<model>
     weights: Path | None = None    # local weight file; None = where the encoder looks by itself
 
     @property

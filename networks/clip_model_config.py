@@ -45,7 +45,7 @@ class ClipModelConfig:
     image_views: int = 1                 # flips and turns averaged when a patch is embedded after training: 1 or 8
     temperature: float | None = None     # none = 1.0, as published; 0.07 as the start value when it is learned
     learn_temperature: bool = False
-    image_encoder: str = "uni"           # a name of networks.histo_models, or timm:<model>
+    image_encoder: str = "uni"           # a name in networks.encoder_specs, or timm:<model>
     image_encoder_weights: str | None = None   # local weight file; uni: else UNI_STATE_DICT_PATH
     image_encoder_px: int | None = None   # side at which a convolutional tower sees patches; none = its own
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from networks.histo_models import ENCODERS
+from networks.encoder_specs import ENCODERS
 
 TEMPLATE = """---
 tags: [spatial-transcriptomics, histology, contrastive-learning]

@@ -19,11 +19,12 @@ from preprocessing.barcode_join import match, match_bins
 from preprocessing.errors import InputError, first_few, read_json
 from preprocessing.hd_barcodes import HdBarcodes, as_bytes, as_text, check_agreement, parse_hd_barcodes
 from preprocessing.mpp import VISIUM_COL_UM, VISIUM_ROW_UM, check_axes, decide_mpp, fit_grid
+from preprocessing.mtx_folder import barcodes_file
 from preprocessing.patches import DECODE_ERRORS
 from preprocessing.position_checks import check_on_image, check_over_tissue, check_slide_size
 from preprocessing.sample import Sample
 from preprocessing.space_ranger_folder import BIN_FOLDER, SpaceRangerFolder, find_folder
-from preprocessing.tenx_matrix import TenxMatrix, barcodes_file, open_matrix, read_matrix
+from preprocessing.tenx_matrix import TenxMatrix, open_matrix, read_matrix
 from preprocessing.tissue_positions import Positions, read_positions, require_barcodes_once
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from preprocessing.errors import InputError, OptionError, first_few
-from preprocessing.tenx_matrix import matrix_files
+from preprocessing.mtx_folder import matrix_files
 
 POSITIONS = {"tissue_positions.parquet": "Visium HD", "tissue_positions.csv": "Visium (Space Ranger 2.x and later)",
              "tissue_positions_list.csv": "Visium (Space Ranger 1.x)"}

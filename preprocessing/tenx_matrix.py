@@ -5,10 +5,6 @@ Only features of the type "Gene Expression" are kept.
 """
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,12 +19,12 @@ from anndata.utils import make_index_unique
 from preprocessing.errors import InputError
 from preprocessing.hd_barcodes import as_text
 from preprocessing.hdf5_output import HDF5_ERRORS
+from preprocessing.mtx_folder import matrix_files, read_columns, read_mtx
 from preprocessing.sample import INT32_MAX
 
 GENE_EXPRESSION = "Gene Expression"
 CHECK_BLOCK = 1 << 24            # counts checked at once
 LOADED_ENTRIES = 1 << 26         # entries read at once where all are loaded: more than a Visium sample has
-GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,26 +207,10 @@ def _genes(path: Path, names: np.ndarray, types: np.ndarray) -> tuple[np.ndarray
     return is_gene, make_index_unique(pd.Index(names[is_gene].astype(object))).to_numpy(str)
 
 
-def matrix_files(path: Path) -> tuple[Path, ...]:
-    """The `.h5` file itself, or features, barcodes and matrix of an MTX folder."""
-    if not path.is_dir():
-        return (path,)
-    return _member(path, "features.tsv", "genes.tsv"), _member(path, "barcodes.tsv"), _member(path, "matrix.mtx")
-
-
-def barcodes_file(path: Path) -> Path:
-    """The `.h5` file itself, or the barcodes of an MTX folder."""
-    return matrix_files(path)[1] if path.is_dir() else path
-
-
 def _read_folder(path: Path) -> TenxMatrix:
     features_tsv, barcodes_tsv, mtx = matrix_files(path)
-    features, barcodes = _read_columns(features_tsv), _read_columns(barcodes_tsv)[0]
-    try:
-        with _open(mtx) as stream:
-            by_feature = _read_mtx(stream)
-    except (OSError, EOFError, ValueError, OverflowError, zlib.error) as error:      # pandas' own are ValueErrors
-        raise InputError(mtx, "file", "a whole Matrix Market file", f"one that cannot be read ({error})") from error
+    features, barcodes = read_columns(features_tsv), read_columns(barcodes_tsv)[0]
+    by_feature = read_mtx(mtx)
     if by_feature.shape != (len(features[0]), len(barcodes)):
         raise InputError(mtx, "shape", f"{len(features[0]):,} features x {len(barcodes):,} barcodes, as many as {features_tsv} and "
                          f"{barcodes_tsv} name", " x ".join(f"{length:,}" for length in by_feature.shape))
@@ -244,50 +224,3 @@ def _read_folder(path: Path) -> TenxMatrix:
         counts = counts[:, np.flatnonzero(is_gene)]
     counts.sum_duplicates()
     return TenxMatrix(path, counts, barcodes, unique_names, ids[is_gene], software="")
-
-
-def _read_mtx(stream: io.BufferedIOBase) -> sp.coo_matrix:
-    """A general coordinate matrix as Space Ranger writes it. (scipy's reader ends the whole process over some damaged files.)"""
-    header = stream.readline(200).lower().split()
-    if header[:3] != [b"%%matrixmarket", b"matrix", b"coordinate"] or header[3:] not in ([b"integer", b"general"], [b"real", b"general"]):
-        raise ValueError("its first line is not: %%MatrixMarket matrix coordinate integer general")
-    line = stream.readline()
-    while line.startswith(b"%"):
-        line = stream.readline()
-    n_rows, n_columns, n_entries = map(int, line.split())
-    if min(n_rows, n_columns, n_entries) < 0 or max(n_rows, n_columns) > INT32_MAX:
-        raise ValueError(f"it announces {n_rows} x {n_columns} with {n_entries} entries")
-    if n_entries == 0:
-        return sp.coo_matrix((n_rows, n_columns), dtype=np.int32)
-    table = pd.read_csv(stream, sep=r"\s+", header=None, names=["row", "column", "value"], dtype={"row": np.int64, "column": np.int64})
-    if len(table) != n_entries or not isinstance(table.index, pd.RangeIndex):
-        raise ValueError(f"{len(table):,} lines for the {n_entries:,} entries that it announces")
-    row, column = table["row"].to_numpy() - 1, table["column"].to_numpy() - 1
-    if row.min() < 0 or row.max() >= n_rows or column.min() < 0 or column.max() >= n_columns:
-        raise ValueError("entries outside the matrix")
-    return sp.coo_matrix((table["value"].to_numpy(), (row, column)), shape=(n_rows, n_columns))
-
-
-def _member(folder: Path, *names: str) -> Path:
-    for name in names:
-        for candidate in (folder / name, folder / f"{name}.gz"):
-            if candidate.is_file():
-                return candidate
-    raise InputError(folder, "MTX folder", f"{' or '.join(names)}, gzipped or not", "neither" if len(names) == 1 else "none of them")
-
-
-def _open(path: Path) -> io.BufferedIOBase:
-    """A binary stream, unpacked if the content is gzip, whatever the name says."""
-    with open(path, "rb") as stream:
-        is_gzip = stream.read(2) == GZIP_MAGIC
-    return gzip.open(path, "rb") if is_gzip else open(path, "rb")
-
-
-def _read_columns(path: Path) -> list[np.ndarray]:
-    """The columns of a tab-separated list without a header, each (n,) `U`."""
-    try:
-        with _open(path) as stream:
-            table = pd.read_csv(stream, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise InputError(path, "file", "a tab-separated list", f"one that cannot be read ({error})") from error
-    return [table[column].to_numpy(str) for column in table.columns]

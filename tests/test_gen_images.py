@@ -13,9 +13,10 @@ from sampling_world import GENES, MPP, PATCH_UM, PX, WIDTH, N, apart, call, make
 import gen_images
 from networks.clip import CLIP
 from preprocessing.patch_file import read_patch_file
-from training.data import ImageGeneDataset, sample_files
+from training.data import ImageGeneDataset
 from training.generated_h5 import GeneratedH5
 from training.generated_pngs import GeneratedPngs
+from training.sample_sheet import sample_files
 
 
 @pytest.fixture(scope="module")

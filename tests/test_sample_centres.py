@@ -20,7 +20,6 @@ from preprocessing.errors import InputError, WeightsError
 from train_clip import train
 from training.clip_config import clip_config
 from training.clip_data import Pairs, centre_features, fit_inputs, load_clip_data, use_features
-from training.data import SampleFiles
 from training.gan_data import load_gan_data
 from training.gan_losses import guidance_loss
 from training.gan_metrics import SnapshotMetrics
@@ -28,6 +27,7 @@ from training.gan_sources import GanSources
 from training.guidance import clip_guidance, guidance_centres, wanted_prompts
 from training.image_metrics import parse_metrics
 from training.sample_centres import SamplePatches
+from training.sample_sheet import SampleFiles
 from training.spot_choice import SpotChoice
 
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}

@@ -17,10 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from networks.clip import ClipModelConfig
 from preprocessing.errors import OptionError, require_bearable
 from training.augment import AugmentConfig
-from training.data import SampleFiles, read_sample_sheet, sample_files
 from training.finite import MAX_DECAY, MAX_RATE
 from training.patch_cache import AUTO_CACHE, cache_place
 from training.ranks import LONGEST_MINUTES
+from training.sample_sheet import SampleFiles, read_sample_sheet, sample_files
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 MOST_THREADS, MOST_SEED = 1024, 2**32 - 1        # of a seed what NumPy takes

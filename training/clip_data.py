@@ -24,10 +24,11 @@ from preprocessing.expression import recorded_scale
 from training.augment import N_DRAWS, AugmentConfig, apply_views, plain_views, turned_views, views_from
 from training.clip_config import ClipConfig
 from training.clip_features import cached_features, compute_features, view_table
-from training.data import ImageGeneDataset, SampleFiles, spatial_block_split
+from training.data import ImageGeneDataset, spatial_block_split
 from training.patch_cache import PatchRows
 from training.patch_images import random_subset
 from training.sample_centres import SamplePatches
+from training.sample_sheet import SampleFiles
 
 
 class Batch(NamedTuple):

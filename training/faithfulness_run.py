@@ -24,7 +24,8 @@ from preprocessing.errors import InputError, OptionError, first_few
 from preprocessing.expression import recorded_scale
 from preprocessing.outputs import nan_to_none
 from preprocessing.patches import read_patch
-from training.data import ImageGeneDataset, expression_only, sample_files
+from training.data import ImageGeneDataset, expression_only
+from training.sample_sheet import sample_files
 
 PATCH_UM = 55.0            # side of a patch where the expression file does not say
 MOST_PATCHES = 2000        # of one side in the search for copies: every patch is seen under eight flips and turns

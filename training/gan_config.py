@@ -69,7 +69,7 @@ class GanConfig:
     cond_norm: CondNormKind = "l2"            # scaling of prompt embeddings, in both networks
     encoder: Literal["clip", "mlp", "ready", "none"] = "clip"   # where prompts come from: a key of ENCODERS
     train_mode: str = "all"                   # what of the generator is trained: one of TRAIN_MODES
-    backbone: str = "efficientnet_lite0"      # discriminator's encoder, of networks/histo_models.py
+    backbone: str = "efficientnet_lite0"      # discriminator's encoder, in networks/encoder_specs.py
     backbone_weights: str | None = None       # its weight file
     backbone_px: int = 0                      # side the backbone sees; 0 = its own (ViT) or the image's (convolutional)
     statistics: Literal["own", "imagenet"] = "own"   # mean and deviation in front of the backbone

@@ -18,13 +18,14 @@ from networks.layers import images_to_float
 from networks.weights import pinned
 from preprocessing.done_manifests import strings_sha256
 from preprocessing.errors import InputError, require_file
-from training.data import ImageGeneDataset, SampleFiles
+from training.data import ImageGeneDataset
 from training.gan_losses import pair_deviations
 from training.gan_parts import TrainingData
 from training.gan_sources import GanSources
 from training.patch_images import read_patch_images
 from training.prompts import read_rows
 from training.sample_centres import SamplePatches
+from training.sample_sheet import SampleFiles
 from training.spot_choice import SpotChoice
 
 ALL_SPOTS = SpotChoice()

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from preprocessing.errors import InputError, OptionError
-from training.data import SampleFiles, read_sample_sheet, sample_files
+from training.sample_sheet import SampleFiles, read_sample_sheet, sample_files
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ from preprocessing.errors import OptionError
 from preprocessing.output_places import require_outputs
 from preprocessing.outputs import locked
 from preprocessing.progress import ProgressBar
-from training.data import ImageGeneDataset, sample_files
+from training.data import ImageGeneDataset
 from training.generated_h5 import GeneratedH5
 from training.generated_pngs import GeneratedPngs
 from training.generation_plan import GenerationPlan, ingredients
 from training.prompts import parse_seeds, plan_requests, read_prompts
 from training.ranks import TIMEOUT_MINUTES
+from training.sample_sheet import sample_files
 from training.sampling import newest_snapshot, open_snapshot, sample_batches
 from training.sampling_options import SamplingOptions
 from training.sampling_ranks import Ranks, all_ranks

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from benchmarks.stages.plain_gan import PlainGenerator, PlainStep
 from networks.clip import CLIP, ClipModelConfig
 from networks.discriminator import Discriminator
+from networks.encoder_specs import ENCODERS
 from networks.generator import Generator
-from networks.histo_models import ENCODERS, Encoder, build_body, build_encoder
+from networks.histo_models import Encoder, build_body, build_encoder
 from training.gan_config import GanConfig, resolve
 from training.gan_parts import TrainingData
 from training.gan_speed import Precision, default_precision, prepare_discriminator, prepare_generator, set_up_gpu

@@ -15,8 +15,9 @@ from networks.histo_models import build_encoder
 from preprocessing.anndata_sample import read_anndata_sample
 from preprocessing.expression import read_expression, recorded_scale
 from preprocessing.patch_file import read_patch_file, write_patch_file
-from training.data import ImageGeneDataset, SampleFiles, expression_only
+from training.data import ImageGeneDataset, expression_only
 from training.prompts import read_labels, read_prompts, read_rows
+from training.sample_sheet import SampleFiles
 from training.spot_choice import read_mask
 
 

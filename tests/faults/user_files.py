@@ -41,9 +41,9 @@ from preprocessing.st_sample import read_clusters, read_counts, read_spots
 from preprocessing.stain import read_stain_file
 from preprocessing.tissue import read_tissue
 from training.clip_config import clip_config
-from training.data import read_sample_sheet
 from training.gene_changes import read_gene_changes
 from training.prompts import parse_seeds, read_labels
+from training.sample_sheet import read_sample_sheet
 from training.spot_choice import read_mask
 
 BARCODES = visium_positions()["barcode"][:6].tolist()

@@ -7,7 +7,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from networks.histo_models import ENCODERS, Encoder, EncoderSpec, build_body, build_encoder, dump_model_to_disk
+from networks.encoder_specs import ENCODERS, EncoderSpec
+from networks.histo_models import Encoder, build_body, build_encoder, dump_model_to_disk
 from networks.weights import read_state_dict
 from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import InputError, OptionError, WeightsError

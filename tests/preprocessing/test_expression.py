@@ -21,7 +21,7 @@ from preprocessing.expression import (
 )
 from preprocessing.gene_selection import choose_genes
 from preprocessing.stain import read_stain_file
-from training.data import read_sample_sheet
+from training.sample_sheet import read_sample_sheet
 
 GENES = ["Actb", "Gapdh", "Umod", "Nphs1", "Aqp2"]
 COUNTS = np.array([[4, 0, 1, 0, 3], [0, 0, 0, 0, 0], [9, 5, 0, 2, 0]])

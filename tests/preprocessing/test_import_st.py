@@ -207,7 +207,8 @@ def test_labels_of_another_section_are_refused(tmp_path):
 
 
 def test_two_sections_that_share_barcodes_stay_paired(tmp_path):
-    from training.data import ImageGeneDataset, sample_files
+    from training.data import ImageGeneDataset
+    from training.sample_sheet import sample_files
 
     for name, factor in (("A", 1), ("B", 100)):
         run(write_section(tmp_path / name, counts=counts_table() * factor + (factor > 1)), tmp_path / "out" / name, sample_id=name)

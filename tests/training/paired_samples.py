@@ -6,7 +6,7 @@ import scipy.sparse as sp
 from preprocessing.expression import morphology_record, write_expression
 from preprocessing.patch_file import write_patch_file
 from preprocessing.png_folder import write_patch_folder
-from training.data import SampleFiles
+from training.sample_sheet import SampleFiles
 
 GENES = ["Umod", "Actb", "Aqp2"]
 BARCODES = [f"AAAC{i:02d}-1" for i in range(10)]

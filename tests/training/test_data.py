@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from preprocessing.errors import InputError, OptionError
 from preprocessing.expression import normalise_expression, read_expression, write_expression
 from preprocessing.patch_file import write_patch_file
-from training.data import ImageGeneDataset, SampleFiles, expression_only, read_sample_sheet, sample_files, spatial_block_split
+from training.data import ImageGeneDataset, expression_only, spatial_block_split
+from training.sample_sheet import SampleFiles, read_sample_sheet, sample_files
 
 
 def rows_are_paired(dataset, levels=(0,)):

@@ -7,9 +7,9 @@ from paired_samples import two_samples, write_sample
 
 from networks.clip import CLIP, ClipModelConfig
 from preprocessing.errors import InputError, OptionError
-from training.data import read_sample_sheet
 from training.gan_data import _data_name, load_gan_data
 from training.gan_sources import gan_sources
+from training.sample_sheet import read_sample_sheet
 from training.spot_choice import SpotChoice, in_clusters, read_mask
 
 OBS = pd.DataFrame({"cluster": pd.Categorical(["a", "b", None, "a"]), "good": [True, False, True, True], "depth": [1.5, 2, 3, 4]})
