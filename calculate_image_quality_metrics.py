@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from preprocessing.errors import Command, OptionError
+from preprocessing.inputs import path_list
 from preprocessing.progress import ProgressBar
 
 MORE = ("gex", "judge", "null", "training", "patch_um", "judge_encoder_weights")     # options of what goes beyond distances
@@ -70,7 +71,7 @@ def describe(row: dict[str, object]) -> str:
 
 def folders(_context, parameter: click.Parameter, value: str) -> tuple[Path, ...]:
     """Folders separated by commas, each once; none only where the option may be left away."""
-    found = tuple(Path(part.strip()) for part in value.split(",") if part.strip())
+    found = tuple(path_list(value))
     if parameter.required and not found:
         raise click.BadParameter("expected a folder, or several separated by commas; found nothing")
     if len({folder.resolve() for folder in found}) < len(found):

@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 import numpy as np
 
-from preprocessing.errors import Command, InputError, OptionError, read_text
+from preprocessing.errors import Command, InputError, OptionError
+from preprocessing.inputs import path_list, read_text
 
 
 def evaluate_sections(*, train: str, val: str, network: Path, judge: Path | None, generated: str | None, untrained: str | None,
@@ -75,13 +76,13 @@ def section_files(text: str, split: str):
         if not chosen:
             raise InputError(text, "split", f"rows of {split}", "none")
         return chosen
-    folders = [Path(part.strip()) for part in text.split(",") if part.strip()]
+    folders = path_list(text)
     images = [folder / "patches" if (folder / "patches").is_dir() else folder / "imgs.h5" for folder in folders]
     for folder, patches in zip(folders, images, strict=True):
         if not patches.exists() or not (folder / "gex_filt.h5ad").is_file():
             raise InputError(folder, "section", "patches/ (or imgs.h5) and gex_filt.h5ad",
                              "one of them missing" if folder.is_dir() else "no folder")
-    named = sample_files(",".join(map(str, images)), ",".join(str(folder / "gex_filt.h5ad") for folder in folders))
+    named = sample_files(images, [folder / "gex_filt.h5ad" for folder in folders])
     return [SampleFiles(sample.sample_id, sample.images, sample.gex, split) for sample in named]
 
 
@@ -90,7 +91,7 @@ def listed(text: str | None, val_files, option: str) -> list[Path] | None:
     from evaluation.features import read_samples_csv
     if text is None:
         return None
-    folders = [Path(part.strip()) for part in text.split(",") if part.strip()]
+    folders = path_list(text)
     if len(folders) != len(val_files):
         raise OptionError(option, f"one folder for each of the {len(val_files)} validation sections, in their order", str(len(folders)))
     for folder in folders:

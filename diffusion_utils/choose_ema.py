@@ -15,7 +15,7 @@ def choose_ema(run_dir: Path, sigma_rel: float, out_dir: Path | None = None) -> 
     from diffusion_utils.pipeline import KIND, TRAINING, find_pipeline, load_pipeline, write_pipeline
     from diffusion_utils.power_ema import LONGEST, SHORTEST, average_of_length
     from networks.weights import load_into
-    from preprocessing.errors import read_json
+    from preprocessing.inputs import read_json
     from preprocessing.output_places import require_replaceable
     from preprocessing.outputs import locked
 

@@ -20,7 +20,8 @@ from diffusion_utils.noising import own_prediction, require_scheduler, scheduler
 from diffusion_utils.prompts import PromptEncoder
 from diffusion_utils.schedulers import make_scheduler
 from networks.weights import load_into, read_state_dict
-from preprocessing.errors import InputError, OptionError, WeightsError, first_few, read_json
+from preprocessing.errors import InputError, OptionError, WeightsError, first_few
+from preprocessing.inputs import read_json
 
 Size = Literal["small", "base"]
 UNET, PIXART, SD3 = "UNet2DConditionModel", "PixArtTransformer2DModel", "SD3Transformer2DModel"

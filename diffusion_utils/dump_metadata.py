@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from diffusion_utils.options import option
-from preprocessing.errors import Command, InputError, read_text
+from preprocessing.errors import Command, InputError
+from preprocessing.inputs import read_text
 
 
 def dump_metadata(image_dir: Path | str, gex: Path | str | None = None) -> Path:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from diffusion_utils.prompts import read_embeddings
 from preprocessing.done_manifests import strings_sha256
-from preprocessing.errors import InputError, OptionError, read_json
+from preprocessing.errors import InputError, OptionError
 from preprocessing.expression import open_h5ad
+from preprocessing.inputs import path_list, read_json
 from preprocessing.npy_file import RECORD
 from preprocessing.patch_file import read_patch_file
 from preprocessing.patches import METADATA, match_barcodes, pair, read_patch_folder
@@ -40,19 +41,21 @@ class Pairs:
 
 def read_pairs(images: str, embeddings: str) -> Pairs:
     """`images`: a patch folder or imgs.h5, or several by commas; `embeddings`: an .npy for each, in the same order."""
-    sources, files = images.split(","), embeddings.split(",")
+    sources, files = path_list(images), path_list(embeddings)
+    if not sources:
+        raise OptionError("--train-data-dir", "at least one folder or imgs.h5", f"none ({images!r})")
     if len(sources) != len(files):
         raise OptionError("--dataset-embs", f"one .npy for each of the {len(sources)} of --train-data-dir", str(len(files)))
     paths: list[Path] = []
     rows, prompts, width = [], [], None
-    for source, file in zip(map(Path, sources), map(Path, files), strict=True):
+    for source, file in zip(sources, files, strict=True):
         part = read_embeddings(file, width)
         width = part.shape[1]
         own_paths, own_rows = _paired(source, file, len(part))
         paths += own_paths
         rows.append(own_rows)
         prompts.append(part)
-    return Pairs(PatchImages(paths, np.concatenate(rows), Path(sources[0]).absolute().parent), torch.cat(prompts))
+    return Pairs(PatchImages(paths, np.concatenate(rows), sources[0].absolute().parent), torch.cat(prompts))
 
 
 def _paired(source: Path, file: Path, n_rows: int) -> tuple[list[Path], np.ndarray]:

@@ -14,7 +14,8 @@ from diffusion_utils.pairs import RECORD
 from diffusion_utils.pipeline import TRAINING, GenePipeline, find_pipeline, load_pipeline
 from diffusion_utils.sampling import Solver
 from networks.clip import CLIP, clip_weights_sha256
-from preprocessing.errors import InputError, OptionError, WeightsError, read_json
+from preprocessing.errors import InputError, OptionError, WeightsError
+from preprocessing.inputs import path_list, read_json
 from preprocessing.progress import ProgressBar
 from training.gan_grids import as_pictures
 from training.perturbation import PerturbConfig, Source, require_expression_file
@@ -51,9 +52,9 @@ def open_clip(path: Path, network: Path, pipeline: GenePipeline) -> CLIP:
         raise InputError(path, "width of an embedding", f"{width}, as {network} was trained with", str(clip.config.projection))
     found = clip_weights_sha256(path)
     record = read_json(find_pipeline(network) / TRAINING, "how the pipeline was trained")
-    for file in str((record.get("config") or {}).get("dataset_embs") or "").split(","):
-        beside = Path(file).with_name(RECORD) if file else None
-        if beside is None or not beside.is_file():     # the embeddings lie elsewhere now: their width is all there is to go by
+    for file in path_list(str((record.get("config") or {}).get("dataset_embs") or "")):
+        beside = file.with_name(RECORD)
+        if not beside.is_file():     # the embeddings lie elsewhere now: their width is all there is to go by
             continue
         content = read_json(beside, "which weights made the embeddings")
         expected = content.get("model_sha256") if isinstance(content, dict) else None

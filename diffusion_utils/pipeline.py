@@ -24,7 +24,8 @@ from evaluation.contact_sheet import as_cell
 from networks.layers import images_to_uint8
 from networks.weights import SUMS_FILE
 from preprocessing.done_manifests import file_sha256, program_versions
-from preprocessing.errors import InputError, OptionError, WeightsError, first_few, read_json
+from preprocessing.errors import InputError, OptionError, WeightsError, first_few
+from preprocessing.inputs import read_json
 from preprocessing.output_places import FolderKind
 from preprocessing.outputs import finished_folder
 from training.gan_draws import seeded_draws

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from networks.layers import images_to_float
 from preprocessing.done_manifests import file_sha256, is_as_recorded, record_file
-from preprocessing.errors import InputError, OptionError, first_few, read_text
+from preprocessing.errors import InputError, OptionError, first_few
+from preprocessing.inputs import read_text
 from preprocessing.outputs import finished_file
 from preprocessing.patches import read_patch, read_patch_folder
 from preprocessing.progress import ProgressBar

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from preprocessing.errors import InputError, OptionError, first_few, require_file
+from preprocessing.errors import InputError, OptionError, first_few
 from preprocessing.gene_sets import gene_sets_within
+from preprocessing.inputs import require_file
 
 BETWEEN = " vs. "
 GO_CELLULAR_COMPONENT = "GO_Cellular_Component_2023"

@@ -14,8 +14,9 @@ import pandas as pd
 
 from evaluation.retrieval import unit_rows
 from preprocessing.done_manifests import strings_sha256
-from preprocessing.errors import InputError, OptionError, read_json, require_file
+from preprocessing.errors import InputError, OptionError
 from preprocessing.expression import read_expression
+from preprocessing.inputs import read_json, require_file
 from preprocessing.npy_file import RECORD, load_array, require_as_recorded
 
 LEAST_SPOTS = 5            # of all samples: fewer have no neighbours to speak of

@@ -17,8 +17,9 @@ import scipy.sparse as sp
 from evaluation.latent_space import Spots, cluster_labels
 from evaluation.retrieval import unit_rows
 from preprocessing.done_manifests import file_sha256, program_versions, strings_sha256
-from preprocessing.errors import InputError, OptionError, first_few, require_file
+from preprocessing.errors import InputError, OptionError, first_few
 from preprocessing.expression import normalise_expression, open_h5ad, read_expression
+from preprocessing.inputs import require_file
 from preprocessing.npy_file import RECORD, load_array
 from preprocessing.outputs import finished_file, write_json
 

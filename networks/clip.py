@@ -22,7 +22,8 @@ from networks.weights import (
     write_plain_file,
 )
 from preprocessing.done_manifests import file_sha256, program_versions, strings_sha256
-from preprocessing.errors import InputError, WeightsError, require_file
+from preprocessing.errors import InputError, WeightsError
+from preprocessing.inputs import require_file
 from preprocessing.outputs import finished_file
 
 

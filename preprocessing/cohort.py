@@ -13,8 +13,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from preprocessing.done_manifests import file_sha256, read_done
-from preprocessing.errors import InputError, OptionError, beside_or_here, read_text, require_unique
+from preprocessing.errors import InputError, OptionError
 from preprocessing.extraction import ExtractConfig
+from preprocessing.inputs import beside_or_here, read_text, require_unique
 from preprocessing.outputs import done_path
 
 SOURCES = ("space_ranger_dir", "gex_file")                  # one of them a sample

@@ -16,7 +16,8 @@ import numpy as np
 
 from preprocessing.cohort import FINISHED, CohortSample, read_mark
 from preprocessing.done_manifests import is_done, read_done, write_done
-from preprocessing.errors import InputError, read_json
+from preprocessing.errors import InputError
+from preprocessing.inputs import read_json
 from preprocessing.outputs import done_path, finished_file, locked, write_json
 
 QUANTILES = np.linspace(0, 1, 101)

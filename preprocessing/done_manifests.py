@@ -12,7 +12,8 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from preprocessing.errors import InputError, read_json
+from preprocessing.errors import InputError
+from preprocessing.inputs import read_json
 from preprocessing.outputs import MIB, done_path, write_json
 
 WHOLE_FILE_MIB = 256              # inputs up to this size are hashed whole

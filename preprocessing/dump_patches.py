@@ -11,7 +11,8 @@ import click
 import numpy as np
 
 from preprocessing.cores import usable_cores
-from preprocessing.errors import Command, InputError, OptionError, first_few, require_file
+from preprocessing.errors import Command, InputError, OptionError, first_few
+from preprocessing.inputs import require_file
 from preprocessing.made_ahead import made_ahead
 
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".bif", ".btf", ".jpg", ".jpeg", ".png")

@@ -19,8 +19,9 @@ import scipy.sparse as sp
 
 from preprocessing.cores import usable_cores
 from preprocessing.done_manifests import program_versions, strings_sha256, write_done
-from preprocessing.errors import InputError, first_few, read_text, require_file
+from preprocessing.errors import InputError, first_few
 from preprocessing.expression_file import CountsPacker, write_expression_blocks
+from preprocessing.inputs import read_text, require_file
 from preprocessing.outputs import finished_file
 from preprocessing.sample import INT32_MAX
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from preprocessing.errors import InputError, first_few, read_text, require_unique
+from preprocessing.errors import InputError, first_few
+from preprocessing.inputs import read_text, require_unique
 
 
 def read_gene_sets(path: Path | str) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ import click
 import numpy as np
 
 from preprocessing.errors import Command, InputError, OptionError
+from preprocessing.inputs import path_list
 
 
 def make_vocabulary(gex_files: Sequence[Path | str], min_counts: int = 0, gene_map: Path | str | None = None) -> list[str]:
@@ -48,7 +49,7 @@ def write_sample_vocabulary(gex: str, out: Path, min_counts: int, gene_map: Path
     from preprocessing.output_places import require_outputs
     from preprocessing.outputs import locked
 
-    files = [Path(part.strip()) for part in gex.split(",") if part.strip()]
+    files = path_list(gex)
     if not files:
         raise OptionError("--gex", "at least one .h5ad", "none")
     require_outputs({"--out": out}, {"--gex": files, "--gene-map": gene_map})

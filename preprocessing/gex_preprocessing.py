@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from preprocessing.cores import usable_cores
-from preprocessing.errors import Command, OptionError, require_file
+from preprocessing.errors import Command, OptionError
+from preprocessing.inputs import require_file
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -8,7 +8,8 @@ from zipfile import BadZipFile
 import numpy as np
 
 from preprocessing.done_manifests import file_sha256
-from preprocessing.errors import InputError, read_json
+from preprocessing.errors import InputError
+from preprocessing.inputs import read_json
 
 RECORD = "embeddings.json"          # beside embeddings: which barcodes the rows are, of which weights, and their SHA-256
 # what numpy makes of a damaged header, or of one that announces more than the file holds

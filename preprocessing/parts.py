@@ -17,7 +17,8 @@ import numpy as np
 from safetensors import safe_open
 
 from preprocessing.done_manifests import config_sha256, fingerprints
-from preprocessing.errors import InputError, read_json
+from preprocessing.errors import InputError
+from preprocessing.inputs import read_json
 from preprocessing.outputs import finished_file, write_json
 
 KEY = "key.json"

@@ -12,8 +12,9 @@ import h5py
 import numpy as np
 
 from preprocessing.compressed_chunks import GZIP, compress_if_worthwhile, write_chunk
-from preprocessing.errors import InputError, require_file, require_unique
+from preprocessing.errors import InputError
 from preprocessing.hdf5_output import HDF5_ERRORS, hdf5_output
+from preprocessing.inputs import require_file, require_unique
 from preprocessing.outputs import finished_file, require_free_space
 
 BLOCK = 64                                                      # patches held in memory while streaming

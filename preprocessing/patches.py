@@ -21,7 +21,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from preprocessing.done_manifests import strings_sha256
-from preprocessing.errors import InputError, OptionError, first_few, read_json, read_text, require_unique
+from preprocessing.errors import InputError, OptionError, first_few
+from preprocessing.inputs import read_json, read_text, require_unique
 from preprocessing.output_places import require_place
 
 METADATA, STAIN = "metadata.jsonl", "stain.json"

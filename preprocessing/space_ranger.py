@@ -16,8 +16,9 @@ import scipy.sparse as sp
 from PIL import Image
 
 from preprocessing.barcode_join import match, match_bins
-from preprocessing.errors import InputError, first_few, read_json
+from preprocessing.errors import InputError, first_few
 from preprocessing.hd_barcodes import HdBarcodes, as_bytes, as_text, check_agreement, parse_hd_barcodes
+from preprocessing.inputs import read_json
 from preprocessing.mpp import VISIUM_COL_UM, VISIUM_ROW_UM, check_axes, decide_mpp, fit_grid
 from preprocessing.mtx_folder import barcodes_file
 from preprocessing.patches import DECODE_ERRORS

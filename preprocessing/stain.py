@@ -15,7 +15,8 @@ from skimage.color import rgb2hsv
 from skimage.filters import threshold_otsu
 
 from preprocessing.done_manifests import fingerprint
-from preprocessing.errors import InputError, OptionError, read_json
+from preprocessing.errors import InputError, OptionError
+from preprocessing.inputs import read_json
 from preprocessing.slide import Slide, SlideReadError, open_slide
 
 LIGHT = 240.0                                     # intensity of unstained glass, "Io"

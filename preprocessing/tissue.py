@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from preprocessing.errors import InputError, read_json
+from preprocessing.errors import InputError
+from preprocessing.inputs import read_json
 from preprocessing.outputs import finished_file
 
 if TYPE_CHECKING:

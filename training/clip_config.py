@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from networks.clip import ClipModelConfig
 from preprocessing.errors import OptionError, require_bearable
+from preprocessing.inputs import path_list
 from training.augment import AugmentConfig
 from training.finite import MAX_DECAY, MAX_RATE
 from training.patch_cache import AUTO_CACHE, cache_place
@@ -80,8 +81,7 @@ class DataConfig:
         if bool(self.val_gex) != bool(self.val_image_dir):
             raise OptionError("data", "both data.val_gex and data.val_image_dir, or neither", "one of them")
         def files(images: str, gex: str) -> list[SampleFiles]:
-            lists = ([str(resolve(part.strip())) for part in text.split(",") if part.strip()] for text in (images, gex))
-            return sample_files(*map(",".join, lists))
+            return sample_files(*([resolve(str(path)) for path in path_list(text)] for text in (images, gex)))
 
         return files(self.train_image_dir, self.train_gex), files(self.val_image_dir, self.val_gex) if self.val_gex else []
 

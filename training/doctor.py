@@ -18,7 +18,8 @@ try:
 except ImportError:
     sys.exit("FIX   packages: none are installed for this Python. `make setup`, then `source .venv/bin/activate`")
 
-from preprocessing.errors import Command, WeightsError, read_text
+from preprocessing.errors import Command, WeightsError
+from preprocessing.inputs import read_text
 from training.self_test import self_test
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"

@@ -17,7 +17,8 @@ from networks.condition_mlp import ConditionMlp
 from networks.layers import images_to_float
 from networks.weights import pinned
 from preprocessing.done_manifests import strings_sha256
-from preprocessing.errors import InputError, require_file
+from preprocessing.errors import InputError
+from preprocessing.inputs import require_file
 from training.data import ImageGeneDataset
 from training.gan_losses import pair_deviations
 from training.gan_parts import TrainingData

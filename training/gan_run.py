@@ -10,7 +10,8 @@ import click
 
 from networks.clip import CLIP
 from networks.histo_models import build_encoder
-from preprocessing.errors import InputError, OptionError, read_json
+from preprocessing.errors import InputError, OptionError
+from preprocessing.inputs import read_json
 from preprocessing.output_places import require_place
 from preprocessing.outputs import only_writer, write_json
 from preprocessing.progress import ProgressBar

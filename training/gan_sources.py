@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from preprocessing.errors import InputError, OptionError
+from preprocessing.inputs import path_list
 from training.sample_sheet import SampleFiles, read_sample_sheet, sample_files
 
 
@@ -65,11 +66,7 @@ def _unconditional(data: str | None, val_data: str | None, needless: dict[str, o
     for option, said in needless.items():
         if said:
             raise OptionError(option, "--gex with it, or (unconditional training) neither", f"{said} alone")
-    return GanSources("none", patches=_paths(data), val_patches=_paths(val_data or ""))
-
-
-def _paths(text: str) -> tuple[Path, ...]:
-    return tuple(Path(part.strip()) for part in text.split(",") if part.strip())
+    return GanSources("none", patches=tuple(path_list(data)), val_patches=tuple(path_list(val_data or "")))
 
 
 def _from_sheet(path: Path) -> tuple[list[SampleFiles], list[SampleFiles]]:
@@ -95,7 +92,7 @@ def _from_lists(data: str | None, gex: str, val_data: str | None, val_gex: str |
 def _with_embeddings(samples: list[SampleFiles], embeddings: str | None, option: str) -> list[SampleFiles]:
     if not embeddings:
         return samples
-    paths = _paths(embeddings)
+    paths = path_list(embeddings)
     if len(paths) != len(samples):
         raise OptionError(option, f"one .npy for each of the {len(samples)} files of expression, in their order", str(len(paths)))
     return [replace(sample, embeddings=path) for sample, path in zip(samples, paths, strict=True)]

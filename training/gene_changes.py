@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocessing.errors import InputError, OptionError, first_few, read_text
+from preprocessing.errors import InputError, OptionError, first_few
 from preprocessing.gene_sets import read_gene_sets
+from preprocessing.inputs import read_text
 
 LIKE_GENES = 50            # a random gene is one of so many of nearest mean expression
 

@@ -15,6 +15,7 @@ from evaluation.contact_sheet import contact_sheet, save_png
 from networks.snapshot import Snapshot
 from preprocessing.done_manifests import fingerprint
 from preprocessing.errors import OptionError
+from preprocessing.inputs import path_list
 from preprocessing.output_places import require_outputs
 from preprocessing.outputs import locked
 from preprocessing.progress import ProgressBar
@@ -49,9 +50,8 @@ class GenerateConfig(SamplingOptions):
         super().__post_init__()
         if self.images and (self.encoded or self.gex is None or self.gex.suffix != ".h5ad"):
             raise OptionError("--images", "an .h5ad as --gex, whose barcodes name the patches", str(self.gex))
-        images = [part.strip() for part in (self.images or "").split(",") if part.strip()]
         require_outputs({"--outdir": [self.outdir / SAMPLES, self.outdir / GRID], "--out-h5": self.out_h5},
-                        {"--gex": self.gex, "--images": images, "--clusters": self.clusters})
+                        {"--gex": self.gex, "--images": path_list(self.images or ""), "--clusters": self.clusters})
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from networks.weights import write_plain_file
 from preprocessing.done_manifests import file_sha256, strings_sha256
-from preprocessing.errors import InputError, OptionError, WeightsError, first_few, read_json
+from preprocessing.errors import InputError, OptionError, WeightsError, first_few
+from preprocessing.inputs import read_json
 from preprocessing.output_places import FolderKind
 from preprocessing.outputs import LEFTOVER, finished_file, finished_folder, writes_to
 from preprocessing.progress import ProgressBar

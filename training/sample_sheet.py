@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from preprocessing.errors import InputError, OptionError, beside_or_here, first_few, read_text, require_file
+from preprocessing.errors import InputError, OptionError, first_few
 from preprocessing.expression import open_h5ad, recorded_sample_id
+from preprocessing.inputs import beside_or_here, path_list, read_text, require_file
 
 SPLITS = ("train", "val", "test")
 
@@ -24,14 +25,13 @@ class SampleFiles:
     embeddings: Path | None = None   # ready-made prompt embeddings (.npy), rows in h5ad order; used by the image models alone
 
 
-def sample_files(images: str | Path, gex: str | Path) -> list[SampleFiles]:
-    """Two comma-separated lists of equal length -> samples, named as `obs['sample_id']` says, else by the folder of the h5ad."""
-    image_paths = [Path(part.strip()) for part in str(images).split(",") if part.strip()]
-    gex_paths = [Path(part.strip()) for part in str(gex).split(",") if part.strip()]
+def sample_files(images: str | Path | Sequence[Path], gex: str | Path | Sequence[Path]) -> list[SampleFiles]:
+    """Two lists of equal length -> samples, named as `obs['sample_id']` says, else by the folder of the h5ad."""
+    image_paths, gex_paths = path_list(images), path_list(gex)
     if len(image_paths) != len(gex_paths) or not gex_paths:
         raise OptionError("images and expression", "two comma-separated lists of equal length", f"{len(image_paths)} and {len(gex_paths)}")
     if len(set(gex_paths)) < len(gex_paths):
-        raise OptionError("expression", "every file once", f"{gex}")
+        raise OptionError("expression", "every file once", ", ".join(map(str, gex_paths)))
     names: list[str] = []
     for path in gex_paths:
         name = recorded_name(path) or path.absolute().parent.name

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from preprocessing.errors import InputError, first_few, require_unique
+from preprocessing.errors import InputError, first_few
+from preprocessing.inputs import require_unique
 
 BARCODES = ("barcode", "spot", "cell", "bin")      # names of columns, in any spelling, that hold barcodes
 SAMPLES = ("sample_id", "sample")

@@ -108,6 +108,15 @@ def test_patches_pair_with_their_rows_however_metadata_is_sorted(tmp_path):
     assert tells_its_colour(read(world))
 
 
+def test_a_folder_with_a_comma_in_its_name_is_one_folder_and_a_list_without_any_is_refused(tmp_path):
+    world = write_world(tmp_path / "HER2, left")
+    assert tells_its_colour(read(world))
+    for images, embeddings, message in (("", "", "--train-data-dir: expected at least one"), (",", "a.npy", "--train-data-dir"),
+                                        ("a,b", "a.npy", "--dataset-embs: expected one .npy for each of the 2")):
+        with pytest.raises(OptionError, match=message):
+            read_pairs(images, embeddings)
+
+
 def test_embeddings_of_a_re_sorted_expression_file_pair_by_its_barcodes(tmp_path):
     import anndata as ad
 

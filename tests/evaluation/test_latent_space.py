@@ -129,7 +129,7 @@ def test_scgpt_gets_raw_counts_and_its_rows_are_found_by_barcode(samples, tmp_pa
 
 
 def test_prompts_are_written_by_sample_with_the_barcodes_they_belong_to(samples, tmp_path):
-    from preprocessing.errors import read_json
+    from preprocessing.inputs import read_json
     embedding = np.arange(40.0)[:, None]
     paths = write_prompts(samples, embedding, "PCA", tmp_path / "out")
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == ["out/A/PCA_emb.npy", "out/B/PCA_emb.npy"]
