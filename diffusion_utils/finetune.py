@@ -32,10 +32,11 @@ from preprocessing.errors import DivergedError, InputError
 from preprocessing.interrupts import Stopped
 from preprocessing.output_places import require_replaceable
 from preprocessing.outputs import write_json
+from training.checkpoints import Checkpoint
 from training.finite import ends_badly, moments, require_finite
 from training.loading import in_order
 from training.ranks import any_rank, sum_values
-from training.run_folder import Checkpoint, NoStats, StatsLog, require_own_config
+from training.run_folder import NoStats, StatsLog, require_own_config
 
 log = logging.getLogger(__name__)
 LOWER_RATE = "Lower --learning-rate, then --resume-from-checkpoint latest"

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from diffusion_utils.finetune_config import MAY_CHANGE, FinetuneConfig
 from diffusion_utils.latents import hash_tensors
-from preprocessing.errors import OptionError, WeightsError, first_few
-from training.run_folder import Checkpoint, latest_checkpoint, read_checkpoint, save_checkpoint
+from preprocessing.errors import OptionError, WeightsError
+from training.checkpoints import Checkpoint, latest_checkpoint, read_checkpoint, require_newest, save_checkpoint
 
 if TYPE_CHECKING:
     from diffusion_utils.finetune import FinetuneRun
@@ -39,18 +39,10 @@ def find_checkpoint(config: FinetuneConfig) -> Checkpoint | None:
     """What the run goes on from; None for a new one. A folder that holds a run is not started anew by accident."""
     said = config.resume_from_checkpoint
     if said == "latest":
-        found = latest_checkpoint(config.output_dir)
-        if found is None and (damaged := sorted(path.name for path in config.output_dir.glob("checkpoint-*[0-9]"))):
-            raise WeightsError(config.output_dir, "checkpoints", "one that is whole", f"damaged ones alone, {first_few(damaged)}",
-                               "Remove them to start anew")
-        return found
+        return latest_checkpoint(config.output_dir)
     if said:
         found = read_checkpoint(said)
-        later = sorted(path.name for path in config.output_dir.glob("checkpoint-*[0-9]")
-                       if path.name > f"checkpoint-{int(found.state['step']):08d}")
-        if later:
-            raise OptionError("--output-dir", f"no checkpoints later than {Path(said).name}, which would be taken for this run's",
-                              f"{config.output_dir} with {first_few(later)}")
+        require_newest(found, config.output_dir, "--output-dir")
         return found
     if any(config.output_dir.glob("checkpoint-*")):
         raise OptionError("--output-dir", "a folder without checkpoints, or --resume-from-checkpoint latest", str(config.output_dir))

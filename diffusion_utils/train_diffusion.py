@@ -102,7 +102,7 @@ def _train(config: FinetuneConfig) -> Path | None:
 @option("seed", type=click.IntRange(max=2**62 - 1), default=0, help="Of everything random.")
 @option("dataloader-num-workers", default=2, help="Threads that read and draw ahead.")
 @option("checkpointing-steps", default=500, help="Steps between checkpoints.")
-@option("checkpoints-total-limit", default=2, help="Checkpoints kept.")
+@option("checkpoints-total-limit", default=2, help="Checkpoints kept, beside one more where a signal stopped the run.")
 @option("resume-from-checkpoint", help="latest (of --output-dir; a new run if there is none), or a checkpoint folder: goes on exactly.")
 @option("validation-prompts", help=".npy of embeddings: pictures of the first 8 in samples/.")
 @option("validation-steps", default=500, help="Steps between them, and between measurements on --val-data-dir.")

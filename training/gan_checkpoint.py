@@ -14,9 +14,9 @@ from torch import nn
 from networks.weights import load_into
 from preprocessing.done_manifests import strings_sha256
 from preprocessing.errors import WeightsError
+from training.checkpoints import STATE_FILE, Checkpoint, save_checkpoint
 from training.gan_config import GanConfig
 from training.gan_progress import Progress, resolved_fade_kimg
-from training.run_folder import STATE_FILE, Checkpoint, save_checkpoint
 
 if TYPE_CHECKING:
     from training.gan_loop import GanRun

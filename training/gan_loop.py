@@ -23,6 +23,7 @@ from networks.histo_models import Encoder
 from networks.snapshot import save_snapshot
 from preprocessing.errors import DivergedError, InputError
 from preprocessing.interrupts import Stopped, stop_signals
+from training.checkpoints import Checkpoint
 from training.diff_augment import adapted_p
 from training.ema import Averages, ema_beta, frozen_copy, half_life_kimg, update_average
 from training.finite import ends_badly, moments, require_finite
@@ -38,7 +39,7 @@ from training.gan_step import SIGN, GanStep
 from training.held_out import HeldOut
 from training.image_metrics import Metric
 from training.ranks import any_rank, from_first, is_first
-from training.run_folder import Checkpoint, NoStats, StatsLog
+from training.run_folder import NoStats, StatsLog
 
 log = logging.getLogger(__name__)
 MIN_TICKS, MIN_SNAPSHOTS = 20, 5

@@ -15,6 +15,7 @@ from preprocessing.inputs import read_json
 from preprocessing.output_places import require_place
 from preprocessing.outputs import only_writer, write_json
 from preprocessing.progress import ProgressBar
+from training.checkpoints import Checkpoint
 from training.gan_config import GanConfig
 from training.gan_data import load_gan_data
 from training.gan_loop import GanRun
@@ -22,7 +23,7 @@ from training.gan_sources import GanSources
 from training.image_metrics import Metric
 from training.patch_cache import cache_place
 from training.ranks import from_first, is_first, rank_and_size
-from training.run_folder import Checkpoint, begun_run, next_run_folder
+from training.run_folder import begun_run, next_run_folder
 from training.spot_choice import SpotChoice
 from training.warm_start import Weights, find_start, start_from
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from networks.snapshot import read_snapshot
 from preprocessing.done_manifests import strings_sha256
 from preprocessing.errors import InputError, OptionError, WeightsError, first_few
+from training.checkpoints import COMMIT, Checkpoint, latest_checkpoint, read_checkpoint, require_newest
 from training.gan_checkpoint import OPTION_DEFAULTS, read_state
 from training.gan_config import GanConfig
 from training.gan_loop import GanRun
-from training.run_folder import COMMIT, Checkpoint, latest_checkpoint, latest_run, read_checkpoint
+from training.run_folder import latest_run
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Weights:
 def find_start(outdir: Path, name: str, resume: str | None, config: GanConfig, as_weights: bool = False) -> Checkpoint | Weights | None:
     """Where `--resume` leads: None (a new run), a checkpoint to go on from exactly, or weights to start from.
 
-    `auto`: the newest whole checkpoint of a run of this name. A path: a snapshot, a checkpoint, or a run folder (its newest
+    `auto`: the newest whole checkpoint of the newest run of this name. A path: a snapshot, a checkpoint, or a run folder (its newest
     checkpoint); a checkpoint of a lower resolution gives weights, one of this resolution `as_weights`; one of a higher is refused.
     """
     if resume is None:
@@ -57,6 +58,7 @@ def find_start(outdir: Path, name: str, resume: str | None, config: GanConfig, a
         checkpoint = _checkpoint(path)
         found = _of_checkpoint(checkpoint)
         if found.img_resolution == config.img_resolution and not as_weights:
+            require_newest(checkpoint, checkpoint.folder.parent, "--resume")
             return checkpoint
     if found.img_resolution > config.img_resolution:
         raise OptionError("--img-resolution", f"at least the {found.img_resolution} px of {path}", str(config.img_resolution))

@@ -16,7 +16,7 @@ from processes import finish, press_twice
 import interpolate_prompts
 from diffusion_utils import choose_ema, dump_metadata, generate_img, train_diffusion
 from preprocessing.outputs import only_writer
-from training.run_folder import latest_checkpoint
+from training.checkpoints import latest_checkpoint
 
 SECRET = "hf_abcdefSECRETabcdef"
 

@@ -15,7 +15,7 @@ from diffusion_world import PX, config, differing, run, weights, write_world
 from fault_rounds import rounds
 
 from diffusion_utils.finetune import open_run
-from training.run_folder import latest_checkpoint
+from training.checkpoints import latest_checkpoint
 
 KILLS = rounds(3, 20)
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusion_utils.finetune import open_run
 from preprocessing.errors import InputError, WeightsError
-from training.run_folder import latest_checkpoint, read_checkpoint, save_checkpoint
+from training.checkpoints import latest_checkpoint, read_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from diffusion_utils.latents import OnlineLatents, cached_latents
 from diffusion_utils.noising import noising_of, scheduler_config
 from diffusion_utils.schedulers import make_scheduler
 from preprocessing.errors import DivergedError, InputError, OptionError, WeightsError
+from training.checkpoints import latest_checkpoint
 from training.patch_cache import PatchRows
-from training.run_folder import latest_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from diffusion_utils.pipeline import load_pipeline
 from diffusion_utils.train_diffusion import train_diffusion
 from preprocessing.errors import DivergedError, InputError, OptionError, WeightsError
 from preprocessing.outputs import only_writer
-from training.run_folder import latest_checkpoint
+from training.checkpoints import latest_checkpoint
 
 
 @pytest.fixture(scope="module")

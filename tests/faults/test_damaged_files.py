@@ -22,7 +22,7 @@ from fault_rounds import rounds
 from written_data import ALWAYS_THE_SAME, DATA_FORMATS
 from written_runs import RUN_FORMATS
 
-from training.run_folder import latest_checkpoint, save_checkpoint
+from training.checkpoints import latest_checkpoint, save_checkpoint
 
 FLIPS, CUTS = rounds(10, 150), rounds(3, 20)
 FORMATS = {make.__name__: make for make in (*DATA_FORMATS, *RUN_FORMATS)}

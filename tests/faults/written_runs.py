@@ -27,10 +27,11 @@ from networks.weights import read_state_dict
 from preprocessing.errors import InputError
 from preprocessing.outputs import write_json
 from training.augment import AugmentConfig
+from training.checkpoints import read_checkpoint, save_checkpoint
 from training.clip_checkpoints import PARTS, SummedCheckpoints, require_checkpoint, sums_path
 from training.clip_features import cached_features, view_table
 from training.generated_pngs import carries_mark, encode_marked
-from training.run_folder import StatsLog, begun_run, read_checkpoint, save_checkpoint
+from training.run_folder import StatsLog, begun_run
 
 
 def clip_folder(folder):

@@ -9,7 +9,7 @@ from gan_runs import make_run
 
 from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import WeightsError
-from training.run_folder import COMMIT, STATE_FILE, SUMS_FILE, latest_checkpoint, read_checkpoint
+from training.checkpoints import COMMIT, STATE_FILE, SUMS_FILE, latest_checkpoint, read_checkpoint
 from training.warm_start import find_start
 
 

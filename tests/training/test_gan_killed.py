@@ -9,7 +9,7 @@ import pytest
 import torch
 from gan_runs import make_run, same
 
-from training.run_folder import latest_checkpoint
+from training.checkpoints import latest_checkpoint
 
 KILLS, TENSORS = 20, {"cbase": 512, "cmax": 64, "res_blocks": 2}     # large enough that a save is most of a step
 

@@ -17,6 +17,7 @@ from processes import press_twice
 from networks.histo_models import build_encoder
 from networks.snapshot import load_snapshot
 from preprocessing.errors import DivergedError, InputError, OptionError, WeightsError
+from training.checkpoints import latest_checkpoint
 from training.cond_dropout import CondDropout
 from training.ema import frozen_copy
 from training.gan_config import PRESETS, GanConfig, resolve
@@ -25,7 +26,6 @@ from training.gan_draws import batch_rows
 from training.gan_grids import generate
 from training.gan_loop import GanRun
 from training.gan_step import alternate
-from training.run_folder import latest_checkpoint
 from training.warm_start import _set_clock
 
 ROOT = Path(__file__).parents[2]

@@ -11,12 +11,12 @@ from networks.condition_mlp import DROPOUT, ConditionMlp
 from networks.histo_models import build_encoder
 from networks.snapshot import load_snapshot
 from preprocessing.errors import OptionError
+from training.checkpoints import latest_checkpoint
 from training.gan_config import PRESETS, resolve
 from training.gan_data import gan_data
 from training.gan_loop import GanRun
 from training.gan_parts import TrainingData
 from training.mlp_prompts import MlpPrompts
-from training.run_folder import latest_checkpoint
 from training.train_modes import TRAIN_MODES
 
 BARCODES = np.array([f"s__{i}" for i in range(24)])

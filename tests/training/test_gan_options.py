@@ -13,6 +13,7 @@ from torch import nn
 from networks.discriminator import Head
 from networks.snapshot import load_snapshot
 from preprocessing.errors import OptionError, WeightsError
+from training.checkpoints import latest_checkpoint
 from training.diff_augment import adapted_p, augment_some, diff_augment
 from training.ema import Averages, ema_beta, half_life_kimg
 from training.gan_config import PRESETS, GanConfig, resolve
@@ -20,7 +21,6 @@ from training.gan_draws import UNLIKE_POOL, batch_rows, draw, unlike_rows
 from training.gan_losses import contrastive_guidance, feature_penalty, mismatch_loss
 from training.guidance import wanted_prompts
 from training.held_out import HeldOut, real_logits
-from training.run_folder import latest_checkpoint
 
 EVERYTHING = {"mismatch_weight": 0.5, "clip_weight": 0.2, "clip_loss": "infonce", "augment_target": 0.1, "augment_kimg": 0.04,
               "r1_weight": 1.0, "r1_interval": 2, "emas": "0.5,1,2"}

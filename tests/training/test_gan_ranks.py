@@ -12,8 +12,8 @@ import torch
 from gan_runs import make_run, tiny_data
 
 from preprocessing.errors import OptionError
+from training.checkpoints import latest_checkpoint
 from training.ranks import joined_ranks, waiting_time
-from training.run_folder import latest_checkpoint
 
 JOB = Path(__file__).with_name("gan_rank_job.py")
 ROOT = Path(__file__).parents[2]

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from networks.generator import Generator, GeneratorConfig
 from preprocessing.errors import OptionError
+from training.checkpoints import latest_checkpoint
 from training.gan_config import resolve
 from training.gan_speed import Ahead, default_precision, place_patches, prepare, set_up_gpu
-from training.run_folder import latest_checkpoint
 
 FOURIER = [(name, 8, 8) for name in ("add", "mul", "sin", "cos")]     # of the first input, whose waves are laid out when all are there
 GUIDED = {"clip_weight": 0.2, "mismatch_weight": 0.5}

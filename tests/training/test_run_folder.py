@@ -8,7 +8,8 @@ import torch
 
 from preprocessing.errors import InputError, WeightsError
 from preprocessing.outputs import only_writer
-from training.run_folder import StatsLog, begun_run, latest_checkpoint, latest_run, next_run_folder, read_checkpoint, save_checkpoint
+from training.checkpoints import latest_checkpoint, read_checkpoint, save_checkpoint
+from training.run_folder import StatsLog, begun_run, latest_run, next_run_folder
 
 
 def save(folder, step, value=1.0, **kwargs):
@@ -40,16 +41,27 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 @pytest.mark.parametrize("keep, kept", [(1, [9]), (2, [6, 9]), (3, [3, 6, 9])])
 def test_a_checkpoint_on_a_signal_takes_the_place_of_no_regular_one(tmp_path, keep, kept):
     for step in (3, 4, 6, 7, 8, 9):
-        save(tmp_path, step, keep=keep, on_signal=step % 3 > 0)
+        before = {path.name for path in tmp_path.iterdir()}
+        newest = save(tmp_path, step, keep=keep, on_signal=step % 3 > 0)
         assert latest_checkpoint(tmp_path).state["step"] == step
+        regular = {name for name in before if int(name[-8:]) % 3 == 0}
+        assert step % 3 == 0 or {path.name for path in tmp_path.iterdir()} == {*regular, newest.name}
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step:08d}" for step in kept]
 
 
-@pytest.mark.parametrize("state", ["[", "[]", "{}", '{"on_signal": "no"}'])
-def test_a_checkpoint_with_a_foreign_record_counts_as_a_regular_one(tmp_path, state):
-    (save(tmp_path, 1, on_signal=True) / "state.json").write_text(state)
-    save(tmp_path, 2, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-00000001", "checkpoint-00000002"]
+@pytest.mark.parametrize("state, kept", [("[", [1, 3]), ("[]", [1, 3]), ("{}", [2, 3]), ('{"on_signal": false}', [2, 3])])
+def test_a_checkpoint_without_a_readable_record_takes_the_place_of_none_an_older_one_counts(tmp_path, state, kept):
+    save(tmp_path, 1)
+    (save(tmp_path, 2, on_signal=True) / "state.json").write_text(state)
+    save(tmp_path, 3, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step:08d}" for step in kept]
+
+
+def test_damaged_checkpoints_alone_are_no_reason_to_begin_anew(tmp_path):
+    for step in (1, 2):
+        (save(tmp_path, step) / "model.safetensors").write_bytes(b"")
+    with pytest.raises(WeightsError, match="damaged ones alone, 2 .checkpoint-00000002, checkpoint-00000001.. Remove them to start anew"):
+        latest_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped byte", "missing file", "no COMMIT"])

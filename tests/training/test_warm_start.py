@@ -8,9 +8,9 @@ from test_gan_modes import make_run as make_mode_run
 
 from networks.snapshot import save_snapshot
 from preprocessing.errors import InputError, OptionError, WeightsError
+from training.checkpoints import Checkpoint, latest_checkpoint
 from training.gan_config import resolve
 from training.gan_data import gan_data
-from training.run_folder import Checkpoint, latest_checkpoint
 from training.warm_start import Weights, find_start, start_from
 
 
@@ -147,3 +147,22 @@ def test_an_encoder_of_the_same_genes_is_taken_and_one_of_others_is_refused(tmp_
         start_from(run, replace(start, genes_sha256="other"))
     from_checkpoint = find_start(tmp_path, "x", str(tmp_path / "old"), config(encoder="mlp", img_resolution=32))
     assert from_checkpoint.genes_sha256 == start.genes_sha256 and from_checkpoint.mlp
+
+
+def test_going_on_from_an_older_checkpoint_wants_the_later_ones_away(tmp_path):
+    run = make_run(tmp_path / "00000-x")
+    list(run.train())
+    kept = sorted((tmp_path / "00000-x").glob("checkpoint-*"))
+    with pytest.raises(OptionError, match=f"--resume: expected no checkpoints later than {kept[0].name}.* with 1 .{kept[1].name}"):
+        find_start(tmp_path, "x", str(kept[0]), config())
+    assert find_start(tmp_path, "x", str(kept[1]), config()).folder == kept[1]
+    assert isinstance(find_start(tmp_path, "x", str(kept[0]), config(), as_weights=True), Weights)      # a new run, in a folder of its own
+
+
+def test_auto_does_not_begin_anew_where_all_checkpoints_are_damaged(tmp_path):
+    trained(tmp_path / "00000-x")
+    for path in tmp_path.glob("*/checkpoint-*/generator.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    for said in ("auto", str(tmp_path / "00000-x")):
+        with pytest.raises(WeightsError, match="00000-x: checkpoints: expected one that is whole; found damaged ones alone"):
+            find_start(tmp_path, "x", said, config())
