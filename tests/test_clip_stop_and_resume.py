@@ -2,12 +2,14 @@
 import os
 import random
 import re
+import shutil
 import signal
 import time
 
 import pytest
 import torch
 from clip_runs import ROOT, config, finish, start, write_samples
+from omegaconf import OmegaConf
 from processes import press_twice
 
 from networks.clip import CLIP
@@ -118,7 +120,7 @@ def test_a_second_ctrl_c_kills_a_clip_run_and_the_same_command_goes_on_from_the_
     command = [samples, f"run_dir={tmp_path / 'run'}", "ckpt_path=auto"]
     code, errors = press_twice(start(*command, script=script), where)
     assert code == -signal.SIGINT and errors == ""
-    assert read_plain_file(require_checkpoint(last))["global_step"] == 3
+    assert read_plain_file(require_checkpoint(last).path)["global_step"] == 3
     process = start(*command)
     _, errors = finish(process)
     assert process.returncode == 0 and (tmp_path / "run" / "clip").is_dir(), errors
@@ -256,3 +258,66 @@ def test_a_run_that_cannot_go_on_as_it_began_says_so_in_one_line(samples, straig
         ckpt = str(straight / "checkpoints" / "last.ckpt")
         train(config(run_dir=str(tmp_path / "run"), ckpt_path=ckpt, **{**RUN, **options}), samples)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"seed": 5}, "options: expected those it was started with; found seed 71 -> 5"),
+    ({"trainer": {**RUN["trainer"], "batch_size": 17}}, "trainer.batch_size 16 -> 17"),       # as many steps an epoch
+    ({"image": {"augment": {"hue": 0.05}}}, "image.augment.hue 0.0 -> 0.05"),
+    ({"data": {"train_gex": "A/gex_filt.h5ad,B/shuffled.h5ad"}}, "data: expected the patches, expression and split .* found others"),
+    ({"data": {"val_gex": "B/gex_filt.h5ad", "val_image_dir": "B/patches", "train_gex": "A/gex_filt.h5ad,C/gex_filt.h5ad",
+               "train_image_dir": "A/patches,C/patches"}}, "data: expected the patches"),
+], ids=["other seed", "other batches", "other colours", "other expression", "other split"])
+def test_a_run_that_goes_on_as_another_is_refused_and_its_records_stay(samples, tmp_path, monkeypatch, options, said):
+    import anndata as ad
+    shuffled = ad.read_h5ad(samples / "B" / "gex_filt.h5ad")
+    shuffled.X = shuffled.X[::-1]
+    shuffled.write_h5ad(samples / "B" / "shuffled.h5ad")
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        send_at(patch, 5, signal.SIGTERM)
+        with pytest.raises(Stopped):
+            train(config(run_dir=str(run), ckpt_path="auto", **RUN), samples)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(WeightsError, match=f"last.ckpt: .*{said}") as error:
+        train(OmegaConf.merge(config(run_dir=str(run), ckpt_path="auto", **RUN), options), samples)
+    assert error.value.exit_code == 5 and "\n" not in str(error.value)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("leaves_one", [False, True], ids=["moved", "copied, and the first goes on"])
+def test_a_run_whose_folder_was_moved_ends_as_one_that_stayed(samples, tmp_path, monkeypatch, leaves_one):
+    options = {**RUN, "optimizer": {"lr": 0.3}, "trainer": {"max_epochs": 3, "val_every_steps": 1, "save_top": 3, "select": "best"}}
+    whole = train(config(run_dir=str(tmp_path / "whole"), **options), samples)
+    with monkeypatch.context() as patch:
+        send_at(patch, 8, signal.SIGTERM)
+        with pytest.raises(Stopped):
+            train(config(run_dir=str(tmp_path / "old"), **options), samples)
+    if leaves_one:
+        shutil.copytree(tmp_path / "old", tmp_path / "new")
+        train(config(run_dir=str(tmp_path / "old"), ckpt_path="last", **options), samples)
+        before = {path: path.read_bytes() for path in (tmp_path / "old").rglob("*") if path.is_file()}
+    else:
+        (tmp_path / "old").rename(tmp_path / "new")
+    for _ in range(2):                                     # the second time it is finished
+        moved = train(config(run_dir=str(tmp_path / "new"), ckpt_path="last", **options), samples)
+        first, second = (CLIP.from_pretrained(folder / "clip") for folder in (whole, moved))
+        assert all(torch.equal(tensor, second.weights()[name]) for name, tensor in first.weights().items())
+        assert first.training_record["chosen"] == second.training_record["chosen"]
+        kept, found = ({path.name for path in (folder / "checkpoints").glob("*.ckpt")} for folder in (whole, moved))
+        assert kept == found
+    assert not leaves_one or {path: path.read_bytes() for path in (tmp_path / "old").rglob("*") if path.is_file()} == before
+
+
+def test_damaged_checkpoints_alone_are_no_reason_to_begin_anew(samples, tmp_path):
+    run = train(config(run_dir=str(tmp_path / "run"), **RUN), samples)
+    for path in (run / "checkpoints").glob("*.ckpt"):
+        damage(path)
+    with pytest.raises(WeightsError, match="one that is whole; found damaged ones alone, .*Remove them to start anew"):
+        train(config(run_dir=str(run), ckpt_path="auto", **RUN), samples)
+
+
+def test_a_checkpoint_of_another_run_is_not_mixed_with_those_of_this(samples, straight, tmp_path):
+    run = train(config(run_dir=str(tmp_path / "run"), **RUN), samples)
+    with pytest.raises(OptionError, match="run_dir: expected a folder without checkpoints"):
+        train(config(run_dir=str(run), ckpt_path=str(straight / "checkpoints" / "last.ckpt"), **RUN), samples)

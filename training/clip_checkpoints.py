@@ -13,9 +13,10 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from networks.weights import read_plain_file, write_plain_file
 from preprocessing.done_manifests import file_sha256
-from preprocessing.errors import InputError, WeightsError
+from preprocessing.errors import InputError, WeightsError, first_few
 from preprocessing.interrupts import Stopped, StopSignals
 from preprocessing.outputs import finished_file
+from training.clip_continuation import ResumePoint
 
 WHOLE = {"weights_only": False}   # of saving: Lightning's word for "with the optimiser"; nothing is ever read that way
 PARTS = ("clip", "state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")   # of a checkpoint to resume from
@@ -50,6 +51,20 @@ class GoodCheckpoints(ModelCheckpoint):
     @property
     def state_key(self) -> str:
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__)   # as in checkpoints older than this class
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on with the checkpoints that lie in this run's folder, wherever it lay when they were written. (Lightning forgets all but the
+        path of the best, which may be gone, or another's.)"""
+        def here(path: str) -> str:
+            found = Path(self.dirpath) / Path(path).name
+            return str(found) if path and found.is_file() else ""
+
+        kept = {here(path): score for path, score in state["best_k_models"].items() if here(path)}
+        best = min(kept, key=kept.get, default=here(state["best_model_path"]))           # of losses, as `mode` is; without one, the newest
+        super().load_state_dict({
+            **state, "dirpath": self.dirpath, "best_k_models": kept, "best_model_path": best, "best_model_score": kept.get(best),
+            "kth_best_model_path": max(kept, key=kept.get, default=""), "kth_value": max(kept.values(), default=state["kth_value"]),
+            "last_model_path": str(Path(self.dirpath) / "last.ckpt")})
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *step: object) -> None:
         super().on_train_batch_end(trainer, pl_module, *step)
@@ -106,34 +121,39 @@ class StopOnSignal(pl.Callback):
         raise Stopped(number, f"after step {trainer.global_step}; go on with ckpt_path=last run_dir={self.run_dir}")
 
 
-def require_checkpoint(path: Path) -> Path:
-    """The path, if a run can be resumed from it; else an error that names the newest other checkpoint that is whole."""
+def require_checkpoint(path: Path) -> ResumePoint:
+    """What a run can be resumed from; else an error that names the newest other checkpoint that is whole."""
     if not path.is_file():
         raise InputError(path, "checkpoint", "a file to resume from", "nothing there")
     sums = _recorded(path)
     try:
-        if sums and (found := file_sha256(path)) not in sums:
-            raise WeightsError(path, "SHA-256", sums[0], f"{found}: the file is damaged")
+        if sums and (sum_found := file_sha256(path)) not in sums:
+            raise WeightsError(path, "SHA-256", sums[0], f"{sum_found}: the file is damaged")
         content = read_plain_file(path)
         if missing := [name for name in PARTS if name not in content]:
             raise WeightsError(path, "contents", "a checkpoint of train_clip.py", f"no {', '.join(missing)}")
+        found = ResumePoint.of(path, content)
     except WeightsError as error:
         good = _newest_whole(path)
         raise WeightsError(path, "checkpoint", "a whole one", str(error).removeprefix(f"{path}: "),
                            f"The newest whole one beside it: ckpt_path={good}" if good else "No other whole one lies beside it") from error
     if not sums:
         print(f"{path}: no {sums_path(path).name} beside it, so it was not compared with what was written", flush=True)
-    return path
+    return found
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """What `ckpt_path=auto` goes on from: `last.ckpt`, else, said aloud, the newest other that is whole; None where there is none."""
+def newest_checkpoint(folder: Path) -> ResumePoint | None:
+    """What `ckpt_path=auto` goes on from: `last.ckpt`, else, said aloud, the newest other that is whole; None where there is none at all.
+    `WeightsError` if all are damaged: to begin anew is the user's to say."""
     newest_first = sorted(folder.glob("*.ckpt"), key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime_ns), reverse=True)
     for path in newest_first:
         try:
             return require_checkpoint(path)
         except WeightsError as error:
             print(f"skipping a damaged checkpoint: {error}", flush=True)
+    if newest_first:
+        raise WeightsError(folder, "checkpoints", "one that is whole", f"damaged ones alone, {first_few([p.name for p in newest_first])}",
+                           "Remove them to start anew")
     return None
 
 

@@ -4,6 +4,7 @@ A batch is a function of (seed, step) alone, so a resumed run sees exactly what 
 """
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset, Sampler
 from networks.clip import CLIP
 from networks.histo_models import Encoder
 from networks.sample_scaling import SampleScaling, fit_sample_scaling, patches_for_mean, require_whole_samples
+from preprocessing.done_manifests import strings_sha256
 from preprocessing.errors import InputError, OptionError
 from preprocessing.expression import recorded_scale
 from training.augment import N_DRAWS, AugmentConfig, apply_views, plain_views, turned_views, views_from
@@ -29,6 +31,8 @@ from training.patch_cache import PatchRows
 from training.patch_images import random_subset
 from training.sample_centres import SamplePatches
 from training.sample_sheet import SampleFiles
+
+HASHED_ROWS = 512         # patches in memory at once, of those that lie on a disk
 
 
 class Batch(NamedTuple):
@@ -122,6 +126,7 @@ class ClipData:
     gene_names: list[str]
     record: dict            # what the weights say about their training data
     split: dict | None      # barcodes of a spatial split, to be saved
+    sha256: str             # over every row of both, in their order: a run goes on with the very same alone
 
 
 def load_clip_data(config: ClipConfig, resolve: Callable[[str], Path]) -> ClipData:
@@ -148,7 +153,7 @@ def load_clip_data(config: ClipConfig, resolve: Callable[[str], Path]) -> ClipDa
         raise OptionError("trainer.contrast, trainer.batch_mmd", "several training samples, or contrast=all and batch_mmd=0", names[0])
     record = {"samples": names, "n_spots": len(train), "n_val_spots": len(val) if val else 0,
               "patch_px": config.data.patch_px}
-    return ClipData(train, val, dataset.gene_names, record, split)
+    return ClipData(train, val, dataset.gene_names, record, split, _sha256(train, val))
 
 
 def use_features(data: ClipData, tower: Encoder, config: ClipConfig, resolve: Callable[[str], Path], device: torch.device | str) -> None:
@@ -228,6 +233,19 @@ def _subset(pairs: Pairs, rows: np.ndarray, training: bool = True) -> Pairs:
     return replace(pairs, expression=pairs.expression[rows], barcodes=pairs.barcodes[rows], sample_ids=pairs.sample_ids[rows],
                    images=pairs.images.subset(rows), sample_numbers=pairs.sample_numbers[rows], is_whole=False,
                    augment=pairs.augment if training else None)
+
+
+def _sha256(*parts: Pairs | None) -> str:
+    digest = hashlib.sha256()
+    for pairs in parts:
+        if pairs is None:
+            continue
+        digest.update(strings_sha256(map(str, pairs.barcodes)).encode())
+        for values in (pairs.expression.indptr, pairs.expression.indices, pairs.expression.data):
+            digest.update(np.ascontiguousarray(values))
+        for rows in torch.arange(len(pairs)).split(HASHED_ROWS):
+            digest.update(pairs.images[rows].contiguous().numpy())
+    return digest.hexdigest()
 
 
 def _require_enough(train: Pairs, val: Pairs | None, config: ClipConfig) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from preprocessing.interrupts import StopSignals
 from preprocessing.outputs import writes_to
 from training.clip_checkpoints import GoodCheckpoints, StopOnSignal, SummedCheckpoints
 from training.clip_config import ClipConfig
+from training.clip_continuation import RUN
 from training.clip_data import Batch, ClipData, StepBatches, whole_batch
 from training.clip_losses import clip_loss, sample_mmd
 from training.finite import ends_badly, require_finite
@@ -45,8 +46,9 @@ class ClipModule(pl.LightningModule):
 
     strict_loading = False   # checkpoints hold no frozen tower
 
-    def __init__(self, clip: CLIP, config: ClipConfig, total_steps: int, val_sizes: Sequence[int] = ()):
+    def __init__(self, clip: CLIP, config: ClipConfig, total_steps: int, record: Mapping, val_sizes: Sequence[int] = ()):
         super().__init__()
+        self.record = record         # what its checkpoints say of the run
         self.clip, self.total_steps, self.seed = clip, total_steps, config.seed
         self.optimizer_config, self.options = config.optimizer, config.trainer
         self.val_sizes = val_sizes   # spots of each validation batch, over all ranks
@@ -159,6 +161,7 @@ class ClipModule(pl.LightningModule):
         require_finite("training", checkpoint["state_dict"], LOWER_RATE)
         checkpoint["clip"] = json.dumps(self.clip.description())
         checkpoint["optimizer"] = self.optimizer_config.name
+        checkpoint[RUN] = json.dumps(self.record)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         trained = json.loads(checkpoint.get("clip", "{}"))
@@ -167,7 +170,8 @@ class ClipModule(pl.LightningModule):
         different = [*different_settings(trained.get("model", {}), self.clip.config),
                      *(name for name in facts if trained.get(name) != ours[name])]
         if different:
-            raise WeightsError("ckpt_path", "checkpoint", "the model, genes and encoder of this run", f"another {', '.join(different)}")
+            raise WeightsError(self.trainer.ckpt_path, "checkpoint", "the model, genes and encoder of this run",
+                               f"another {', '.join(different)}")
         name, trained_with = self.optimizer_config.name, checkpoint.get("optimizer")
         if trained_with not in (None, name):
             raise OptionError("optimizer.name", f"{trained_with}, with which the checkpoint was trained", name)
@@ -187,8 +191,9 @@ def flat_metrics(ways: dict[str, dict]) -> dict[str, float]:
     return {f"{way}_{name}": ways[way][name] for way in ("gene_to_image", "image_to_gene") for name in ("r1", "r5", "r10", "median_rank")}
 
 
-def fit_clip(clip: CLIP, data: ClipData, config: ClipConfig, run_dir: Path, ckpt_path: Path | None) -> CLIP:
-    """Train; returns, on rank 0, the model the run ends with (`trainer.select`). Logs and checkpoints go to `run_dir`."""
+def fit_clip(clip: CLIP, data: ClipData, config: ClipConfig, run_dir: Path, record: Mapping, ckpt_path: Path | None) -> CLIP:
+    """Train; returns, on rank 0, the model the run ends with (`trainer.select`). Logs and checkpoints go to `run_dir`; `record`: of
+    `run_record`."""
     options, stops = config.trainer, StopSignals()
     trainer = pl.Trainer(
         accelerator=options.accelerator, devices=options.devices, num_nodes=options.num_nodes, precision=_precision(config),
@@ -200,7 +205,7 @@ def fit_clip(clip: CLIP, data: ClipData, config: ClipConfig, run_dir: Path, ckpt
     batches = StepBatches(len(data.train), options.batch_size, config.seed, lambda: trainer.global_step,
                           rank=trainer.global_rank, world_size=trainer.world_size)
     val_batches = _val_batches(data, config)
-    module = ClipModule(clip, config, len(batches) * options.max_epochs, [len(batch) for batch in val_batches])
+    module = ClipModule(clip, config, len(batches) * options.max_epochs, record, [len(batch) for batch in val_batches])
     loader = BatchesAhead(batches, data.train.__getitems__, _loader_threads(config))
     val_loader = None if data.val is None else DataLoader(
         data.val, batch_sampler=[[batch[place] for place in own_rows(len(batch))] for batch in val_batches], collate_fn=whole_batch)

@@ -20,6 +20,7 @@ from preprocessing.output_places import require_place, require_replaceable
 from preprocessing.outputs import only_writer, write_json
 from training.clip_checkpoints import newest_checkpoint, require_checkpoint
 from training.clip_config import ClipConfig
+from training.clip_continuation import ResumePoint, require_same_run, run_record
 from training.clip_data import ClipData, Pairs, centre_features, fit_inputs, load_clip_data, use_features
 from training.clip_module import fit_clip, flat_metrics
 from training.clip_ranks import all_ranks, find_devices
@@ -39,8 +40,10 @@ def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
     weights = config.model.image_encoder_weights
     tower = build_encoder(config.model.image_encoder, resolve(weights) if weights else None,
                           config.model.image_encoder_px)   # fails early: before data is read
-    ckpt_path = _checkpoint(config, resolve)
+    start = _checkpoint(config, resolve)
     data = load_clip_data(config, resolve)
+    record = run_record(config, data.sha256)
+    require_same_run(start, record)
     gene_sets = _gene_sets(config, resolve, data.gene_names)
     with all_ranks(ranks), ExitStack() as held:
         run_dir = ranks.broadcast(_open_run(config, data, tower, resolve, held) if ranks.is_global_zero else None)
@@ -53,7 +56,7 @@ def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
                     training={**data.record, "seed": config.seed}, gene_sets=gene_sets)
         if clip.needs_fitting:
             fit_inputs(clip, data, tower, ranks.device)
-        clip = fit_clip(clip, data, config, run_dir, ckpt_path)
+        clip = fit_clip(clip, data, config, run_dir, record, None if start is None else start.path)
         if not ranks.is_global_zero:
             return None
         if data.val is not None:
@@ -72,7 +75,9 @@ def _require_run_folder(config: ClipConfig, resolve: Callable[[str], Path]) -> N
     run_dir = resolve(config.run_dir)
     require_replaceable(run_dir / "clip", WEIGHTS)
     require_own_config("run_dir", run_dir, ("data", "model", "trainer"), "a CLIP run")
-    if config.ckpt_path is None and any((run_dir / "checkpoints").glob("*.ckpt")):
+    checkpoints = run_dir / "checkpoints"
+    own = config.ckpt_path in ("auto", "last") or (config.ckpt_path and resolve(config.ckpt_path).resolve().parent == checkpoints.resolve())
+    if not own and any(checkpoints.glob("*.ckpt")):
         raise OptionError("run_dir", "a folder without checkpoints, or ckpt_path=auto to go on with them", str(run_dir))
 
 
@@ -115,7 +120,7 @@ def _write_retrieval(clip: CLIP, val: Pairs, run_dir: Path) -> dict:
     return {"samples": list(found["samples"]), **found["joint"]}
 
 
-def _checkpoint(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
+def _checkpoint(config: ClipConfig, resolve: Callable[[str], Path]) -> ResumePoint | None:
     if config.ckpt_path is None:
         return None
     if config.ckpt_path == "auto":

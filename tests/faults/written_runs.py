@@ -67,7 +67,7 @@ def clip_checkpoint(folder):
     path = folder / "step1.ckpt"
     content = {**dict.fromkeys(PARTS, {}), "state_dict": {"a": torch.arange(60.0)}, "global_step": 3}
     SummedCheckpoints().save_checkpoint(content, path)
-    return [path, sums_path(path)], lambda: SummedCheckpoints().load_checkpoint(require_checkpoint(path)), [path]
+    return [path, sums_path(path)], lambda: SummedCheckpoints().load_checkpoint(require_checkpoint(path).path), [path]
 
 
 def pipeline(folder):
