@@ -1,7 +1,7 @@
 """Time loading of paired patches with training augmentation: image by image against the packed cache, in one run.
 
 Image by image: decode a PNG, torchvision's flips, ColorJitter and ToTensor, one dense expression row, in a DataLoader.
-Ours: whole batches from the mapped cache (`training.clip_data.Pairs`), drawn by this process, by threads ahead of it, or by
+Ours: whole batches from the mapped cache (`training.clip_pairs.Pairs`), drawn by this process, by threads ahead of it, or by
 DataLoader workers. PyTorch has one thread a worker in every way. Example: python -m benchmarks.loading --count 6000
 """
 from __future__ import annotations
@@ -80,7 +80,7 @@ def ours(pairs, batch: int, workers: int, how: str) -> Iterator:
     """`how`: processes (a DataLoader's; 0 workers: this process) or threads (`training.loading`)."""
     from torch.utils.data import DataLoader
 
-    from training.clip_data import StepBatches, whole_batch
+    from training.clip_pairs import StepBatches, whole_batch
     from training.loading import in_order
     n_steps = len(pairs) // batch
     batches = [keys for epoch in range(20) for keys in StepBatches(len(pairs), batch, 0, lambda epoch=epoch: epoch * n_steps)]
@@ -97,7 +97,7 @@ def measure(images: Path, gex: Path, cache: Path, batch: int, seconds: float, ro
     import torch
 
     from training.augment import AugmentConfig
-    from training.clip_data import Pairs
+    from training.clip_pairs import Pairs
     from training.data import ImageGeneDataset
     from training.sample_sheet import SampleFiles
     torch.set_num_threads(1)

@@ -19,7 +19,8 @@ from networks.weights import load_weights_folder, save_weights_folder
 from preprocessing.errors import InputError, WeightsError
 from train_clip import train
 from training.clip_config import clip_config
-from training.clip_data import Pairs, centre_features, fit_inputs, load_clip_data, use_features
+from training.clip_data import centre_features, fit_inputs, load_clip_data, use_features
+from training.clip_pairs import Pairs
 from training.gan_data import load_gan_data
 from training.gan_losses import guidance_loss
 from training.gan_metrics import SnapshotMetrics

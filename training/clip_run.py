@@ -21,8 +21,10 @@ from preprocessing.outputs import only_writer, write_json
 from training.clip_checkpoints import newest_checkpoint, require_checkpoint
 from training.clip_config import ClipConfig
 from training.clip_continuation import ResumePoint, require_same_run, run_record
-from training.clip_data import ClipData, Pairs, centre_features, fit_inputs, load_clip_data, use_features
-from training.clip_module import fit_clip, flat_metrics
+from training.clip_data import ClipData, centre_features, fit_inputs, load_clip_data, use_features
+from training.clip_fit import fit_clip
+from training.clip_module import flat_metrics
+from training.clip_pairs import Pairs
 from training.clip_ranks import all_ranks, find_devices
 
 

@@ -5,7 +5,7 @@ import scipy.sparse as sp
 import torch
 
 from training.augment import LUMA, TO_YIQ, AugmentConfig, apply_views, draw_views, plain_views
-from training.clip_data import Pairs
+from training.clip_pairs import Pairs
 from training.gan_data import mean_colour
 
 

@@ -13,9 +13,9 @@ from networks.histo_models import build_encoder
 from preprocessing.errors import OptionError
 from training.augment import AugmentConfig, apply_views, draw_views, plain_views, turned_views
 from training.clip_config import TrainerConfig, clip_config, from_launch_folder
-from training.clip_data import Pairs, StepBatches
 from training.clip_features import cached_features, compute_features, view_table
 from training.clip_losses import clip_loss, sample_mmd
+from training.clip_pairs import Pairs, StepBatches
 from training.clip_ranks import find_devices
 from training.clip_run import limit_threads
 from training.patch_cache import PatchRows

@@ -18,7 +18,7 @@ from preprocessing.expression import read_expression, write_expression
 from training import patch_cache, patch_images
 from training.augment import AugmentConfig
 from training.clip_config import clip_config
-from training.clip_data import Pairs, whole_batch
+from training.clip_pairs import Pairs, whole_batch
 from training.data import ImageGeneDataset
 from training.loading import in_order
 from training.patch_cache import FOLDER, PatchRows
