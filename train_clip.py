@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from preprocessing.errors import OptionError, end_progress_bars, one_line_errors
+from preprocessing.errors import OptionError, end_progress_bars, is_out_of_memory, one_line_errors
 from preprocessing.interrupts import STOPS, AnsweredOnce
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -81,7 +81,7 @@ def one_line_stops() -> Iterator[None]:
 
 
 def main() -> None:
-    """Hydra's door: its own errors become one line too."""
+    """Hydra's door: whatever it raises before our task begins is a usage error in one line; within the task, its own kinds alone."""
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(f"{__doc__}\n--cfg job shows every key with its value; --hydra-help what Hydra itself understands.")
         return
@@ -91,12 +91,13 @@ def main() -> None:
     from yaml import YAMLError
 
     debug = "--debug" in sys.argv
-    launch_folder = Path.cwd()
+    launch_folder, begun = Path.cwd(), []
     sys.argv = [sys.argv[0], *quote_paths([argument for argument in sys.argv[1:] if argument != "--debug"])]
     os.environ["HYDRA_FULL_ERROR"] = "1"   # hand errors to us instead of printing them
 
     @hydra.main(version_base="1.3", config_path=str(ASSETS), config_name="clip_config")
     def task(loaded) -> None:
+        begun.append(True)
         from training.clip_notices import quiet_lightning
 
         quiet_lightning()
@@ -108,11 +109,14 @@ def main() -> None:
     with one_line_errors(debug=debug):
         try:
             task()
-        except (HydraException, OmegaConfBaseException) as error:
-            reason = " ".join(str(error).split())
-            raise OptionError("command line", "keys of the configuration (--cfg job shows them)", reason) from error
         except YAMLError as error:   # a tag that would build an object, too
             raise OptionError("configuration", "YAML of plain values", " ".join(str(error).split())) from error
+        except Exception as error:
+            of_hydra = isinstance(error, (HydraException, OmegaConfBaseException))
+            if not of_hydra and (begun or isinstance(error, OSError) or is_out_of_memory(error)):
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise OptionError("command line", "keys of the configuration (--cfg job shows them)", reason) from error
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 Written into the pipeline folder it belongs to; needs nothing but diffusers and torch:
 DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder + "/pipeline.py", trust_remote_code=True)(prompt_embeds=..., ...).
+diffusers runs no file of a folder without trust_remote_code, be it a local one. Say it of a folder that you trained yourself, or whose
+pipeline.py you compared with this file: it runs whatever stands there.
 """
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput

@@ -13,7 +13,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from clip_runs import GENES, ROOT, config, write_sample, write_samples
+from hydra.core.global_hydra import GlobalHydra
 
+import train_clip
 from clip_embeddings import main as clip_embeddings
 from evaluation.retrieval import retrieval_metrics
 from networks.clip import CLIP
@@ -381,6 +383,31 @@ def test_a_wrong_command_line_is_one_line_and_its_exit_code(samples, arguments, 
     assert result.returncode == code, result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and said in errors[0] and "Traceback" not in result.stderr
+
+
+def said_by_main(arguments, capsys, monkeypatch):
+    """(exit code, stderr) of `train_clip.main` in this process."""
+    monkeypatch.setattr(sys, "argv", ["train_clip.py", *arguments])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")             # main sets it
+    GlobalHydra.instance().clear()                         # what an earlier error left
+    with pytest.raises(SystemExit) as ended:
+        train_clip.main()
+    return ended.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", ["=3", "hydra=3", "hydra/launcher=3", "@=3", "hydra/job_logging=[1]", "--shell-completion"])
+def test_whatever_hydra_raises_before_the_task_is_a_usage_error(argument, capsys, monkeypatch):
+    code, errors = said_by_main([argument], capsys, monkeypatch)
+    assert code == 2 and errors.startswith("error: command line: ") and len(errors.splitlines()) == 1, errors
+
+
+def test_an_error_in_the_task_is_no_usage_error(samples, capsys, monkeypatch):
+    def broken(*_):
+        raise ValueError("a fault of ours")
+
+    monkeypatch.setattr(train_clip, "train", broken)
+    with pytest.raises(ValueError, match="a fault of ours"):
+        said_by_main(["--config-name", "clip_small"], capsys, monkeypatch)
 
 
 def test_help_shows_the_manual_without_loading_torch(samples):

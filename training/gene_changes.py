@@ -59,7 +59,10 @@ class GeneChanges:
 
 
 def read_gene_changes(text: str, gene_names: list[str], sets_file: Path | None = None) -> GeneChanges:
-    """`NAME:CHANGE,...`, or a file of such lines. A name is a gene, or a set of `sets_file` (GMT), whose known genes then all change."""
+    """`NAME:CHANGE,...`, or a file of such lines. A name is a gene, or a set of `sets_file` (GMT), whose known genes then all change.
+
+    What is wrong in the text of the option itself is a usage error; in a file, or against the model's genes, it is one of the input.
+    """
     path, is_file = Path(text), os.path.isfile(text)       # a list may be longer than any file's name: no error
     source = str(path) if is_file else "--genes"
     if is_file:
@@ -69,7 +72,7 @@ def read_gene_changes(text: str, gene_names: list[str], sets_file: Path | None =
     columns, values, adds, unknown, strangers = [], [], [], [], []
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, change = part.rpartition(":")
-        value, is_added = _parse_change(source, part, name, change)
+        value, is_added = _parse_change(path if is_file else None, part, name, change)
         members = [name] if name in place else sets.get(name, [])
         known = [place[gene] for gene in members if gene in place]
         unknown += [] if known else [name]
@@ -81,14 +84,19 @@ def read_gene_changes(text: str, gene_names: list[str], sets_file: Path | None =
         raise InputError(source, "genes", f"some of the {len(gene_names):,} genes of the model" + (f", or sets of {sets_file}" if sets_file
                          else ", or sets of --gene-sets"), f"others: {first_few(unknown)}")
     if not columns:
-        raise InputError(source, "changes", "at least one, as Up:+2,Down:0", "none")
+        raise _refused(path if is_file else None, "changes", "at least one, as Up:+2,Down:0", "none")
     twice = [gene_names[column] for column in set(columns) if columns.count(column) > 1]
     if twice:
-        raise InputError(source, "genes", "every gene changed once", f"twice: {first_few(sorted(twice))}")
+        raise _refused(path if is_file else None, "genes", "every gene changed once", f"twice: {first_few(sorted(twice))}")
     return GeneChanges(np.array(columns), np.array(values), np.array(adds), tuple(dict.fromkeys(strangers)))
 
 
-def _parse_change(source: str, part: str, name: str, change: str) -> tuple[float, bool]:
+def _refused(path: Path | None, field: str, expected: str, found: str) -> InputError | OptionError:
+    """Of a file of changes an error of the input, else of the option."""
+    return InputError(path, field, expected, found) if path else OptionError("--genes", expected, found)
+
+
+def _parse_change(path: Path | None, part: str, name: str, change: str) -> tuple[float, bool]:
     """(value, whether it is added)."""
     try:
         value = float(change)
@@ -96,5 +104,6 @@ def _parse_change(source: str, part: str, name: str, change: str) -> tuple[float
         value = math.nan
     is_added = change.strip()[:1] in ("+", "-")
     if not name.strip() or not math.isfinite(value):
-        raise InputError(source, "changes", "NAME:+2 or NAME:-2 to add, NAME:0 to set, separated by commas", part)
+        raise _refused(path, "changes", "NAME:+2 or NAME:-2 to add, NAME:0 to set, separated by commas"
+                       + ("" if path else "; or a file of such lines"), part)
     return value, is_added

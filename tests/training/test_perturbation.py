@@ -124,12 +124,20 @@ def test_sets_and_files_name_genes(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("g0", "expected NAME:[+]2 .* found g0"), ("g0:up", "found g0:up"), ("g0:nan", "found g0:nan"), ("nobody:+1", r"others: 1 \(nobody\)"),
+    ("g0", "expected NAME:[+]2 .* found g0"), ("g0:up", "found g0:up"), ("g0:nan", "found g0:nan"), (":+1", "found :[+]1"),
     ("g0:+1,g0:0", r"every gene changed once; found twice: 1 \(g0\)"), (" , ", "expected at least one"),
-], ids=["no change", "a word", "not a number", "unknown gene", "twice", "nothing"])
-def test_changes_that_cannot_be_meant_are_refused(text, message):
-    with pytest.raises(InputError, match=message):
+], ids=["no change", "a word", "not a number", "no name", "twice", "nothing"])
+def test_changes_that_cannot_be_meant_are_refused(text, message, tmp_path):
+    with pytest.raises(OptionError, match=f"--genes: .*{message}"):
         read_gene_changes(text, GENES)
+    (tmp_path / "changes.txt").write_text(text)
+    with pytest.raises(InputError, match=f"changes.txt: .*{message}"):
+        read_gene_changes(str(tmp_path / "changes.txt"), GENES)
+
+
+def test_a_gene_that_the_model_does_not_know_is_wrong_input():
+    with pytest.raises(InputError, match=r"--genes: .*others: 1 \(nobody\)"):
+        read_gene_changes("nobody:+1", GENES)
 
 
 def test_a_title_names_whole_changes():
