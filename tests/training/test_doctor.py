@@ -1,10 +1,16 @@
 """The doctor finds what is wrong, says what to do, and fails only for what has to be mended."""
+import os
+from dataclasses import replace
 from importlib import metadata
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 from evaluation import inception
+from networks.encoder_specs import ENCODERS
+from networks.histo_models import build_body
 from preprocessing.done_manifests import file_sha256
 from training import doctor
 from training.doctor import (
@@ -45,13 +51,70 @@ def test_little_memory_and_little_disk_are_said_with_what_to_do(tmp_path):
     assert levels(check_room(tmp_path, memory_bytes=99 * GIB, disk_bytes=99 * GIB)) == ["ok", "ok"]
 
 
-@pytest.mark.parametrize("state", ["ok", "FIX", "note"])
-def test_weights_of_uni_are_found_missed_or_explained(state, tmp_path, monkeypatch):
-    path = tmp_path / "uni.safetensors"
+def a_small_uni(monkeypatch) -> dict:
+    """Tensors of a UNI of one narrow layer, which the encoder of that name then is."""
+    spec = ENCODERS["uni"]
+    small = replace(spec, timm_args={**spec.timm_args, "depth": 1, "embed_dim": 16, "num_heads": 1})
+    monkeypatch.setitem(ENCODERS, "uni", small)
+    return build_body("uni", small).state_dict()
+
+
+@pytest.mark.parametrize(("state", "suffix"), [("ok", "safetensors"), ("ok", "pth"), ("old", "pth"), ("note", "pth")])
+def test_weights_of_uni_are_found_or_explained(state, suffix, tmp_path, monkeypatch):
+    path, tensors = tmp_path / f"uni.{suffix}", a_small_uni(monkeypatch)
     monkeypatch.setenv("UNI_STATE_DICT_PATH", str(path) if state != "note" else "")
-    if state == "ok":
-        path.write_bytes(b"weights")
-    assert levels(check_weights()) == ["ok", state]
+    if suffix == "safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=state != "old")
+    assert levels(check_weights()) == ["ok", "note" if state == "note" else "ok"]
+
+
+def pickled(path, tensors) -> None:
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(path.parent / "canary"),)
+
+    torch.save({**tensors, "x": Payload()}, path)
+
+
+def cut(path, save) -> None:
+    save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+WRONG_WEIGHTS = {
+    "nothing": ("uni.pth", lambda path, tensors: None, "found nothing there"),
+    "a folder": ("uni.pth", lambda path, tensors: path.mkdir(), "found nothing there"),
+    "empty": ("uni.pth", lambda path, tensors: path.touch(), "damaged, cut short or of another kind"),
+    "empty safetensors": ("uni.safetensors", lambda path, tensors: path.touch(), "damaged, cut short or of another kind"),
+    "a text": ("passwd", lambda path, tensors: path.write_text("root:x:0:0\n"), "found none"),
+    "cut short": ("uni.pth", lambda path, tensors: cut(path, lambda to: torch.save(tensors, to)), "damaged, cut short or of another kind"),
+    "cut safetensors": ("uni.safetensors", lambda path, tensors: cut(path, lambda to: save_file(tensors, to)), "damaged, cut short"),
+    "a pickle": ("uni.pth", pickled, "more than tensors and plain values"),
+    "another model": ("uni.safetensors", lambda path, tensors: save_file({"weight": torch.zeros(2)}, path), "unexpected: 1 (weight)"),
+    "another width": ("uni.pth", lambda path, tensors: torch.save({**tensors, "cls_token": torch.zeros(1, 1, 8)}, path),
+                      "misshapen: 1 (cls_token (1, 1, 8) for (1, 1, 16))"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_WEIGHTS)
+def test_weights_that_a_run_could_not_read_have_to_be_mended(wrong, tmp_path, monkeypatch):
+    name, write, said = WRONG_WEIGHTS[wrong]
+    write(tmp_path / name, a_small_uni(monkeypatch))
+    monkeypatch.setenv("UNI_STATE_DICT_PATH", str(tmp_path / name))
+    _, uni = check_weights()
+    assert uni.level == "FIX" and f"uni: {tmp_path / name}: " in uni.text and said in uni.text, uni
+    assert uni.next_step == "Correct or unset UNI_STATE_DICT_PATH" and not (tmp_path / "canary").exists()
+
+
+def test_the_small_encoder_is_opened_too(tmp_path, monkeypatch):
+    damaged = tmp_path / "lite0.pth"
+    damaged.write_bytes(b"no weights")
+    monkeypatch.setattr("networks.histo_models.weights_path", lambda *_: damaged)
+    monkeypatch.delenv("UNI_STATE_DICT_PATH", raising=False)
+    lite, _ = check_weights()
+    assert lite.level == "FIX" and str(damaged) in lite.text and "--force-reinstall" in lite.next_step
 
 
 def test_the_exit_code_tells_whether_something_has_to_be_mended(tmp_path, monkeypatch):
