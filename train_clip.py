@@ -26,12 +26,10 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from preprocessing.errors import OptionError, end_progress_bars, is_out_of_memory, one_line_errors
-from preprocessing.interrupts import STOPS, AnsweredOnce
+from preprocessing.interrupts import stops_answered
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 PATHS = re.compile(r"^(\+{0,2}(?:data\.(?:train|val)_(?:gex|image_dir)|data\.samples|run_dir|out_dir|ckpt_path"
@@ -60,24 +58,12 @@ def train(loaded, launch_folder: Path) -> Path | None:
     return run_clip(config, lambda path: from_launch_folder(path, launch_folder))
 
 
-@contextmanager
-def one_line_stops() -> Iterator[None]:
-    """A signal ends the command with one true line and the shell's exit code, before, in and after training; the second of its kind
-    at once."""
-    def stop(number: int) -> None:
-        end_progress_bars()
-        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        print(f"stopped by {name} outside training; checkpoints and files that were finished are kept", file=sys.stderr, flush=True)
-        raise SystemExit(128 + number)
-
-    once = AnsweredOnce(stop)
-    before = {number: signal.signal(number, once) for number in STOPS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is once:      # else one came, and the next ends the process at once
-                signal.signal(number, handler)
+def stop(number: int) -> None:
+    """A signal ends the command with one true line and the shell's exit code, before, in and after training."""
+    end_progress_bars()
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    print(f"stopped by {name} outside training; checkpoints and files that were finished are kept", file=sys.stderr, flush=True)
+    raise SystemExit(128 + number)
 
 
 def main() -> None:
@@ -101,7 +87,7 @@ def main() -> None:
         from training.clip_notices import quiet_lightning
 
         quiet_lightning()
-        with one_line_stops(), one_line_errors(debug=debug):   # here already: Hydra would add a line of its own
+        with stops_answered(stop), one_line_errors(debug=debug):   # here already: Hydra would add a line of its own
             run_dir = train(loaded, launch_folder)
         if run_dir:
             print(f"wrote {run_dir}/clip (weights), {run_dir}/config.json, {run_dir}/checkpoints", flush=True)

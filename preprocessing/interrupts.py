@@ -101,6 +101,23 @@ class Stopped(SystemExit):
 
 
 @contextmanager
+def stops_answered(answer: Callable[[int], None]) -> Iterator[None]:
+    """Within this the first SIGTERM or Ctrl-C is handed to `answer`, the second of its kind ends the process at once. Outside of the main
+    thread signals are nobody's."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    once = AnsweredOnce(answer)
+    before = {number: signal.signal(number, once) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is once:      # else one came, and the next ends the process at once
+                signal.signal(number, handler)
+
+
+@contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """The signals that came meanwhile (`StopSignals`), instead of dying in the middle of a step."""
     stops = StopSignals()

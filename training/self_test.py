@@ -1,7 +1,8 @@
 """Walk from nothing to a drawn patch in about a minute, by the very commands a user gives: what the doctor calls its self-test.
 
 A tiny section is simulated, cut into patches, CLIP and a generator take a few steps on it, and a patch is drawn. All of it lies in one
-temporary folder, which goes at the end. Each command is a process of its own: one that crashes is only a stage that failed.
+temporary folder, which goes at the end, also where SIGTERM or Ctrl-C is the end. Each command is a process of its own: one that crashes
+is only a stage that failed. It leads a group, which ends with it: of what it started nothing is left to write into the folder.
 """
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from preprocessing.interrupts import Stopped, stops_answered
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST_S = 600                     # of one stage; seconds on a machine that is fit for the work
@@ -51,7 +54,7 @@ class Outcome:
 
 def self_test(folder: Path | str, stages: Mapping[str, Sequence[str]] = STAGES) -> Iterator[Outcome]:
     """Walk through the stages in a temporary folder below `folder`; the first that fails is the last, as the others need what it makes."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".self-test-") as inside:
+    with stops_answered(_stop), tempfile.TemporaryDirectory(dir=folder, prefix=".self-test-") as inside:
         for stage, command in stages.items():
             began = time.monotonic()
             error = _run(command, Path(inside))
@@ -66,17 +69,32 @@ def _run(command: Sequence[str], inside: Path) -> str:
     """Run one command; "" if it went well, else why not, in one line."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
                    "HF_HUB_OFFLINE": "1"}                              # nothing is fetched for a test
-    try:
-        done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], cwd=inside, env=environment, timeout=LONGEST_S,
-                              capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired:
-        return f"{command[0]} did not end within {LONGEST_S} s"
-    if done.returncode == 0:
+    with subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:]], cwd=inside, env=environment, text=True, errors="replace",
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as started:
+        try:
+            _, errors = started.communicate(timeout=LONGEST_S)
+        except subprocess.TimeoutExpired:
+            return f"{command[0]} did not end within {LONGEST_S} s"
+        finally:
+            _end_group(started)
+    if started.returncode == 0:
         return ""
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
     said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "it said nothing")
-    ended = f"signal {signal.Signals(-done.returncode).name}" if done.returncode < 0 else f"exit code {done.returncode}"
+    ended = f"signal {signal.Signals(-started.returncode).name}" if started.returncode < 0 else f"exit code {started.returncode}"
     return f"{command[0]}: {ended}: {said.removeprefix('error: ')[:300]}"
+
+
+def _end_group(started: subprocess.Popen) -> None:
+    """What a command started ends with it; nothing of theirs is kept, so nobody is asked."""
+    try:
+        os.killpg(started.pid, signal.SIGKILL)
+    except ProcessLookupError:         # it has ended, and left nobody
+        pass
+
+
+def _stop(number: int) -> None:
+    raise Stopped(number, "in the self-test; its folder is removed")
 
 
 def _not_a_patch(folder: Path) -> str:

@@ -1,11 +1,16 @@
 """The doctor finds what is wrong, says what to do, and fails only for what has to be mended."""
 import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from importlib import metadata
 
 import pytest
 import torch
 from click.testing import CliRunner
+from processes import finish
 from safetensors.torch import save_file
 
 from evaluation import inception
@@ -199,6 +204,39 @@ def test_the_self_test_is_tried_only_where_nothing_has_to_be_mended(tmp_path, mo
     result = CliRunner().invoke(doctor.main, ["--folder", str(tmp_path)])
     assert result.exit_code == 1 and "ok    self-test, one: 1.2 s" in result.output
     assert "FIX   self-test, two: 2.0 s: x.py: exit code 3: no. If this" in result.output
+
+
+STOPPED = """
+import subprocess, sys, time
+open("begun", "w").close()
+subprocess.Popen([sys.executable, "-c", "import time\\nwhile True:\\n    open('filled', 'a').write('x')\\n    time.sleep(0.01)"])
+time.sleep(600)
+"""
+DOCTOR = """
+import sys
+from training import doctor
+from training.self_test import self_test
+doctor.check_packages = doctor.check_weights = lambda: iter(())
+doctor.self_test = lambda folder: self_test(folder, {{"first": ({stage!r},)}})
+doctor.main(["--folder", {work!r}])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_self_test_with_what_it_started_and_leaves_nothing(number, tmp_path):
+    (work := tmp_path / "work").mkdir()
+    (tmp_path / "stage.py").write_text(STOPPED)
+    script = DOCTOR.format(stage=str(tmp_path / "stage.py"), work=str(work))
+    doctors = subprocess.Popen([sys.executable, "-c", script], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (found := list(work.glob(".self-test-*/filled"))) and doctors.poll() is None:
+        time.sleep(0.05)
+    doctors.send_signal(number)
+    code, _, errors = finish(doctors, 60)
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    assert found and code == 128 + number, errors
+    assert errors == f"stopped by {name} in the self-test; its folder is removed\n" and list(work.iterdir()) == []
+    stages = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(tmp_path / "stage.py") not in stages
 
 
 @pytest.mark.slow
