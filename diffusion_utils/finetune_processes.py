@@ -12,7 +12,7 @@ import torch
 from diffusion_utils.finetune_config import FinetuneConfig
 from preprocessing.errors import InputError, OptionError
 from preprocessing.interrupts import stop_signals
-from training.ranks import LOST, named_place
+from training.ranks import LOST, join, named_place
 
 GRACE_S = 3.0   # a process that fails with another, or by its end, waits so long for that one's message, and to be ended by the launcher
 
@@ -23,8 +23,12 @@ def make_accelerator(config: FinetuneConfig):
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
     precision = config.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
-    waits = InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes))
-    ranks_on_cpus = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()     # accelerate joins these only if it is told to
+    timeout, place = timedelta(minutes=config.timeout_minutes), named_place()
+    if place.size > 1:                       # accelerate finds them joined; where a signal came, its own wait would not end
+        os.environ.setdefault("LOCAL_RANK", str(place.local_rank))           # without it accelerate believes that it is alone
+        join("nccl" if torch.cuda.is_available() else "gloo", timeout)
+    waits = InitProcessGroupKwargs(timeout=timeout)
+    ranks_on_cpus = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()     # accelerate sees these only if it is told to
     accelerator = Accelerator(mixed_precision=precision, cpu=ranks_on_cpus, kwargs_handlers=[waits])
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise OptionError("accelerate launch", "one process, or data-parallel ones", str(accelerator.distributed_type.value))

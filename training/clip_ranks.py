@@ -20,9 +20,17 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from preprocessing.errors import EXIT_IO, OptionError
 from training.clip_config import TrainerConfig
+from training.meeting import meet
 from training.ranks import LOST
 
 GRACE_S = 3.0   # a rank that only suffers from another's end waits so long for that one's message and exit code
+
+
+class MeetingStrategy(DDPStrategy):
+    """Lightning's, whose ranks meet where a signal can end the wait."""
+
+    def _setup_distributed(self) -> None:
+        meet(super()._setup_distributed, self.num_processes * self.num_nodes, self._timeout, speaks=self.local_rank == 0)
 
 
 def find_devices(options: TrainerConfig) -> Fabric:
@@ -31,7 +39,7 @@ def find_devices(options: TrainerConfig) -> Fabric:
     try:
         ranks = Fabric(**asked)
         if ranks.world_size > 1:
-            ranks = Fabric(**asked, strategy=DDPStrategy(timeout=timedelta(minutes=options.timeout_minutes)))
+            ranks = Fabric(**asked, strategy=MeetingStrategy(timeout=timedelta(minutes=options.timeout_minutes)))
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise OptionError("trainer.accelerator, devices, num_nodes", "devices of this machine",
                           f"{', '.join(map(str, asked.values()))}: {str(error).splitlines()[0]}") from error
@@ -49,17 +57,18 @@ def all_ranks(ranks: Fabric) -> Iterator[None]:
     if ranks.world_size == 1:
         yield
         return
-    started: list[Popen] = []
+    started: list[Popen] = ranks.strategy.launcher.procs      # empty until the launch
+    joined = False
     ending = Lock()   # taken once, by what ends the run first; all that ends after it was ended by it and has nothing to say
     try:
         ranks.launch()
-        started = ranks.strategy.launcher.procs
+        joined = True
         for process in started:
             Thread(target=_end_with, args=(process, started, ending), daemon=True).start()
         yield
     except BaseException as error:
         lost = isinstance(error, RuntimeError) and LOST.search(str(error))
-        if lost or not started:   # the rank that failed first speaks, and ends us where it started us
+        if lost or joined and not started:   # the rank that failed first speaks, and ends us where it started us
             time.sleep(GRACE_S)
         ending.acquire()
         for process in started:

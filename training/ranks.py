@@ -24,6 +24,7 @@ from torch import Tensor
 
 from evaluation.features import pick_device
 from preprocessing.errors import EXIT_INTERRUPTED, OptionError, is_out_of_memory
+from training.meeting import meet
 
 TIMEOUT_MINUTES, LONGEST_MINUTES = 30.0, 7 * 24 * 60.0
 GRACE_S = 3.0        # what ends all ranks is said by the first of them, whose end lets torchrun end the others meanwhile
@@ -84,9 +85,11 @@ def named_place() -> Place:
 
 
 def join(backend: str, timeout: timedelta) -> None:
-    """Meet the other ranks where torchrun's environment says; nobody waits longer than the timeout for another, here and later."""
+    """Meet the other ranks where torchrun's environment says; nobody waits longer than the timeout for another, here and later. The
+    first on each machine says that it waits."""
+    place = named_place()
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        meet(lambda: dist.init_process_group(backend, timeout=timeout), place.size, timeout, speaks=place.local_rank == 0)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise _lost(error, "the processes of this run do not find each other") from error
     except (ValueError, RuntimeError) as error:
