@@ -45,15 +45,14 @@ def evaluate_sections(*, train: str, val: str, network: Path, judge: Path | None
     hashes = {"network": clip_weights_sha256(network), "judge": clip_weights_sha256(judge) if judge else None}
     if hashes["judge"] == hashes["network"]:
         raise OptionError("--judge", "another CLIP than --network: a model cannot judge what was made with it", str(judge))
-    bank = FeatureBank(batch_size, device, progress)
     tower = build_encoder(clip.config.image_encoder, encoder_weights or clip.config.image_encoder_weights)   # at its own side
-    baseline = fit_baseline(train_files, clip, tower, bank, seed)
+    baseline = fit_baseline(train_files, clip, tower, FeatureBank(batch_size, device, progress), seed)
     encoders = {spec.label: build_features(spec) for spec in specs} if generated else {}
     sections, sheets = {}, {}
     for number, files in enumerate(val_files):
-        section = load_section(files, clip, second, progress)
         chosen = {name: paths[number] if paths else None for name, paths in folders.items()}
-        sections[files.sample_id], sheets[files.sample_id] = score_section(section, clip, second, (baseline, tower), encoders, bank, chosen,
+        bank = FeatureBank(batch_size, device, progress)          # of this section's patches alone: memory is that of one section
+        sections[files.sample_id], sheets[files.sample_id] = score_section(files, clip, second, (baseline, tower), encoders, bank, chosen,
                                                                               seed)
     results = {"sections": sections, "wall_time_s": {**steps_before, "evaluate sections": round(time.monotonic() - started, 1)},
                "train": [files.sample_id for files in train_files], "ridge_strength": baseline.strength, "seed": seed,
@@ -128,9 +127,11 @@ def fit_baseline(train_files, clip, tower, bank, seed: int):
     return fit_linear_baseline(data.expression, features, data.sample_ids, rng=np.random.default_rng(seed))
 
 
-def score_section(section, clip, judge, baseline, encoders, bank, folders: dict[str, Path | None], seed: int):
-    """Every score that the given files allow, and the patches of the page's contact sheet."""
+def score_section(files, clip, judge, baseline, encoders, bank, folders: dict[str, Path | None], seed: int):
+    """Every score that the given files allow, and the page's contact sheet, where there are generated patches."""
     from evaluation import sections
+    from evaluation.sections_page import section_sheet
+    section = load_section(files, clip, judge, bank.progress)
     scores = {"n_spots": len(section.barcodes), **sections.score_retrieval(section, clip, *baseline, bank, seed)}
     if folders["generated"] is None:
         return scores, None
@@ -142,7 +143,8 @@ def score_section(section, clip, judge, baseline, encoders, bank, folders: dict[
     scores |= sections.score_distances(section, made, raw, encoders, bank, seed)
     if judge is not None:
         scores["paired"] = sections.score_faithfulness(section, made, judge, bank, seed)
-    return scores | {"within_prompt_diversity": sections.score_diversity(section, made, held), "generated_px": made.px}, (section, made)
+    return scores | {"within_prompt_diversity": sections.score_diversity(section, made, held), "generated_px": made.px}, section_sheet(
+        section, made, np.random.default_rng(seed))
 
 
 def read_steps(path: Path | None) -> dict[str, float]:

@@ -14,22 +14,22 @@ from evaluation.sections import Generated, Section
 ROWS, SEEDS, CELL_PX = 10, 6, 96
 
 
-def contact_sheet_files(path: Path, sheets: Mapping[str, tuple[Section, Generated] | None]) -> dict[str, Path]:
+def contact_sheet_files(path: Path, sheets: Mapping[str, np.ndarray | None]) -> dict[str, Path]:
     """Section -> contact_sheet_<section>.png beside the page, of those that have generated patches."""
-    return {name: path.with_name(f"contact_sheet_{name}.png") for name, patches in sheets.items() if patches}
+    return {name: path.with_name(f"contact_sheet_{name}.png") for name, sheet in sheets.items() if sheet is not None}
 
 
-def write_sections_page(path: Path, results: Mapping, sheets: Mapping[str, tuple[Section, Generated] | None],
+def write_sections_page(path: Path, results: Mapping, sheets: Mapping[str, np.ndarray | None],
                         staged: Mapping[Path, Path]) -> None:
     """Write the page, and the contact sheets beside it, under their `staged` names (`finished_together`).
 
-    `sheets` holds the patches of each section, where there are generated ones.
+    `sheets` holds the `section_sheet` of each section, where there are generated patches.
     """
     pictures = contact_sheet_files(path, sheets)
     parts = [page.paragraph(f"Trained on {', '.join(results['train'])}. None of these is among the sections shown.",
                             "lead")]
     for name, scores in results["sections"].items():
-        sheet = section_sheet(*sheets[name], np.random.default_rng(results["seed"])) if sheets.get(name) else None
+        sheet = sheets.get(name)
         if sheet is not None:
             save_png(staged[pictures[name]], sheet)
         parts += section_parts(name, scores, sheet)

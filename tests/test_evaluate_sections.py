@@ -1,5 +1,6 @@
 """`evaluate_sections.py` from one section's files to scores and a page."""
 import json
+import weakref
 
 import anndata as ad
 import numpy as np
@@ -186,6 +187,22 @@ def test_steps_are_read_from_csv_too(tmp_path):
     (tmp_path / "broken.csv").write_text("name,time\nclip,2\n")
     with pytest.raises(InputError, match="rows of step and seconds"):
         evaluate_sections.read_steps(tmp_path / "broken.csv")
+
+
+def test_the_patches_of_one_held_out_section_are_in_memory_at_a_time(run, monkeypatch):
+    loaded, load_section = [], evaluate_sections.load_section
+
+    def watched(*arguments):
+        assert [known for known in loaded if known() is not None] == []
+        section = load_section(*arguments)
+        loaded.append(weakref.ref(section))
+        return section
+
+    monkeypatch.setattr(evaluate_sections, "load_section", watched)
+    answer = call(run, "--train", run / "A", "--val", f"{run / 'B'},{run / 'C'}", "--generated",
+                  f"{run / 'generated'},{run / 'generated'}", "--report", run / "both.html", out="both.json")
+    assert answer.exit_code == 0 and len(loaded) == 2, answer.output
+    assert (run / "contact_sheet_B.png").is_file() and (run / "contact_sheet_C.png").is_file()
 
 
 def test_a_spot_without_cluster_is_of_no_cluster():
