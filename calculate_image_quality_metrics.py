@@ -17,11 +17,14 @@ def calculate_image_quality(out_dir: Path, report: Path | None = None, progress:
                             **settings) -> tuple[list[dict[str, object]], list[str]]:
     """Measure, append to the CSV in `out_dir`, write the page if one is asked for; returns the rows, and what else was found, in lines."""
     from evaluation import cluster_quality, features, image_quality, image_quality_page
+    from preprocessing.older_outputs import json_file, page
     from preprocessing.output_places import require_outputs
     if report is not None and report.suffix.lower() == ".json":
         raise OptionError("--report", "the .html page; its numbers go into the .json of that name", str(report))
     require_outputs({"--out-dir": out_dir / image_quality.CSV_NAME,
-                     "--report": None if report is None else [report, report.with_suffix(".json")]},
+                     "--report": {} if report is None else {
+                         report: page("an older page of image quality", "Image quality"),
+                         report.with_suffix(".json"): json_file("the numbers of an older page", "rows", "FID")}},
                     {f"--{name.replace('_', '-')}": settings.get(name) for name in ("gex", "judge", "judge_encoder_weights", "weights")})
     more = more_config(report, settings)
     chosen = features.feature_specs(settings.pop("features"), inception_weights=settings.pop("weights"))

@@ -24,6 +24,7 @@ def evaluate_sections(*, train: str, val: str, network: Path, judge: Path | None
     from networks.clip import CLIP, clip_weights_sha256
     from networks.histo_models import build_encoder
     from preprocessing.done_manifests import program_versions
+    from preprocessing.older_outputs import json_file, page
     from preprocessing.output_places import require_outputs
     from preprocessing.outputs import finished_together, locked, write_json
     started, steps_before = time.monotonic(), read_steps(steps)
@@ -31,7 +32,8 @@ def evaluate_sections(*, train: str, val: str, network: Path, judge: Path | None
         if value is not None and generated is None:
             raise OptionError(option, "--generated beside it, the patches that it is about", "none")
     train_files, val_files = section_files(train, "train"), section_files(val, "val")
-    require_outputs({"--out": out, "--report": report}, {
+    require_outputs({"--out": {out: json_file("older results", "sections")},
+                     "--report": {} if report is None else {report: page("an older page of sections", "Held-out sections")}}, {
         "--train": [train, *(path for files in train_files for path in (files.gex, files.images))],
         "--val": [val, *(path for files in val_files for path in (files.gex, files.images))],
         "--network": network, "--judge": judge, "--steps": steps, "--encoder-weights": encoder_weights})

@@ -30,7 +30,7 @@ from diffusion_utils.power_ema import PowerEma
 from diffusion_utils.schedulers import make_scheduler
 from preprocessing.errors import DivergedError, InputError
 from preprocessing.interrupts import Stopped
-from preprocessing.output_places import require_replaceable
+from preprocessing.output_places import FolderKind, require_own_folder, require_replaceable
 from preprocessing.outputs import write_json
 from training.checkpoints import Checkpoint
 from training.finite import ends_badly, moments, require_finite
@@ -40,6 +40,7 @@ from training.run_folder import NoStats, StatsLog, require_own_config
 
 log = logging.getLogger(__name__)
 LOWER_RATE = "Lower --learning-rate, then --resume-from-checkpoint latest"
+RUN = FolderKind("that of a fine-tuning run", r"config\.json|checkpoint-\d+/|pipeline/")
 MOST_LINES = 500          # about so many lines of a run; steps between two are averaged
 
 
@@ -243,6 +244,7 @@ class FinetuneRun:
 
 def open_run(config: FinetuneConfig, accelerator=None) -> FinetuneRun:
     """Read and check everything, then start, or go on where `--resume-from-checkpoint` says."""
+    require_own_folder("--output-dir", config.output_dir, RUN)
     require_replaceable(config.output_dir / "pipeline", KIND)
     require_own_config("--output-dir", config.output_dir, ("config", "base"), "a fine-tuning run")
     checkpoint = find_checkpoint(config)

@@ -24,11 +24,12 @@ from diffusion_utils.sampling import Solver, parse_interval
 from evaluation.contact_sheet import contact_sheet, save_png
 from evaluation.features import pick_device
 from preprocessing.errors import InputError, OptionError
-from preprocessing.output_places import require_outputs
+from preprocessing.output_places import require_outputs, require_own_folder
 from preprocessing.outputs import clear_leftovers_in, finished_file, locked
 from preprocessing.patches import require_no_patch_folder
 from preprocessing.progress import ProgressBar
 from training.prompts import parse_seeds
+from training.sample_folders import DRAWN
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,6 +73,7 @@ class GenerateConfig:
         if self.output_type == "latent" and self.output_px:
             raise OptionError("--output-px", "pictures (--output-type pil)", "latents")
         require_no_patch_folder("--gen-img-path", self.gen_img_path)
+        require_own_folder("--gen-img-path", self.gen_img_path, DRAWN)
         require_outputs({"--gen-img-path": [self.gen_img_path / name for name in (SAMPLES, GRID, LATENTS)]},
                         {"--prompt-file": self.prompt_file, "--uncond-embedding": self.uncond_embedding})
         self.solver()                 # refuses what cannot be solved before weights are read

@@ -19,12 +19,13 @@ from diffusion_utils.sampling import Solver
 from evaluation.contact_sheet import contact_sheet, save_png
 from evaluation.features import pick_device
 from preprocessing.errors import InputError, OptionError
-from preprocessing.output_places import require_outputs
+from preprocessing.output_places import require_outputs, require_own_folder
 from preprocessing.outputs import clear_leftovers_in, finished_file, locked
 from preprocessing.patches import require_no_patch_folder
 from preprocessing.progress import ProgressBar
 from training.interpolation import Walk, slerp
 from training.prompts import parse_seeds
+from training.sample_folders import WALKED
 
 COLUMNS = ("file", "seed", "step", "share", "prompt1", "prompt2", "guidance_scale", "weights_sha256")
 
@@ -49,6 +50,7 @@ class PipelineWalk:
         if self.batch_sz < 1:
             raise OptionError("--batch-sz", "at least 1", str(self.batch_sz))
         require_no_patch_folder("--outdir", self.outdir)
+        require_own_folder("--outdir", self.outdir, WALKED)
         require_outputs({"--outdir": [self.outdir / name for name in ("samples.csv", "strip.png", "embeddings.npy")]},
                         {"--prompt1": self.prompt1.rpartition(":")[0], "--prompt2": self.prompt2.rpartition(":")[0]})
 

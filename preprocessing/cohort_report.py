@@ -16,11 +16,15 @@ def report_cohort(samples: Path, out_dir: Path) -> str:
     from preprocessing.cohort import read_cohort_sheet
     from preprocessing.cohort_numbers import gather, write_table
     from preprocessing.cohort_page import summary_line, write_cohort_page
-    from preprocessing.output_places import require_outputs
+    from preprocessing.older_outputs import page as page_of
+    from preprocessing.older_outputs import table as table_of
+    from preprocessing.output_places import require_outputs, require_shared_folder
     from preprocessing.outputs import finished_together, locked
 
     table, page = out_dir / "cohort.csv", out_dir / "cohort.html"
-    require_outputs({"--out-dir": [table, page]}, {"--samples": samples})
+    require_shared_folder("--out-dir", out_dir)
+    kinds = {table: table_of("an older table of the cohort", "sample_id,status,.*"), page: page_of("an older page of the cohort", "Cohort")}
+    require_outputs({"--out-dir": kinds}, {"--samples": samples})
     cohort = gather(out_dir, read_cohort_sheet(samples))
     with locked(table, covers=[page]), finished_together([table, page]) as staged:
         write_table(staged[table], cohort)

@@ -41,6 +41,8 @@ def extract(config: ExtractConfig, request: Request, resources: Resources, max_b
     of_spots, at_random = Products.of_spots(config, request), Products.of_random_patches(config, request)
     wanted = [products for products in (of_spots, at_random) if products]
     with ExitStack() as stack:
+        for products in wanted:
+            products.refuse_foreign_files()
         if not dry_run:
             _lock(stack, wanted, request.dump_dir)
         _check_inputs(config, request)

@@ -16,6 +16,8 @@ import numpy as np
 from preprocessing.done_manifests import is_done, read_done, strings_sha256, write_done
 from preprocessing.errors import InputError
 from preprocessing.extraction import ExtractConfig, Request
+from preprocessing.older_outputs import extracted
+from preprocessing.output_places import require_outputs, require_shared_folder
 from preprocessing.outputs import finished_together
 
 if TYPE_CHECKING:
@@ -99,6 +101,14 @@ class Products:
 
         folder = self.request.dump_dir
         return is_done(folder, **self.recorded_of_folder(), content_sha256=patch_folder_sha256(folder))
+
+    def refuse_foreign_files(self) -> None:
+        """What lies where the files go must be of an earlier extraction."""
+        if self.request.out_dir is not None and not any(file.exists() for file in self.files):
+            require_shared_folder("--out-dir", self.request.out_dir)
+        kind = extracted(self.picture)
+        for file in self.files:
+            require_outputs({"--out-file" if file == self.request.out_file else "--out-dir": {file: kind}}, {})
 
     def refuse_stale_hdf5(self) -> None:
         """With --no-h5 an older HDF5 of the same spots would stay beside the new expression and be taken for its patches."""

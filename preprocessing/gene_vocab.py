@@ -46,13 +46,14 @@ def gene_totals(path: Path | str, gene_map: Mapping[str, str]) -> dict[str, int]
 def write_sample_vocabulary(gex: str, out: Path, min_counts: int, gene_map: Path | None) -> int:
     """Write the vocabulary of a comma-separated list of files; returns its length."""
     from preprocessing.expression import write_vocabulary
+    from preprocessing.older_outputs import VOCABULARY
     from preprocessing.output_places import require_outputs
     from preprocessing.outputs import locked
 
     files = path_list(gex)
     if not files:
         raise OptionError("--gex", "at least one .h5ad", "none")
-    require_outputs({"--out": out}, {"--gex": files, "--gene-map": gene_map})
+    require_outputs({"--out": {out: VOCABULARY}}, {"--gex": files, "--gene-map": gene_map})
     genes = make_vocabulary(files, min_counts, gene_map)
     with locked(out):
         write_vocabulary(out, genes)

@@ -26,6 +26,7 @@ def filter_expression(raw_file: Path | str, vocab_file: Path | str, out_file: Pa
     Returns the path (default: gex_filt.h5ad beside it), what it holds, and whether it was written now.
     """
     from preprocessing.done_manifests import is_done, read_done
+    from preprocessing.older_outputs import FILTERED
     from preprocessing.output_places import require_outputs
     from preprocessing.outputs import locked
     from preprocessing.parts import Parts
@@ -35,7 +36,7 @@ def filter_expression(raw_file: Path | str, vocab_file: Path | str, out_file: Pa
 
     out_file = Path(raw_file).parent / "gex_filt.h5ad" if out_file is None else Path(out_file)
     inputs = {"raw_file": Path(raw_file), "vocab_file": Path(vocab_file)} | ({"gene_map": Path(gene_map)} if gene_map is not None else {})
-    require_outputs({"--out-file": out_file}, {f"--{name.replace('_', '-')}": path for name, path in inputs.items()})
+    require_outputs({"--out-file": {out_file: FILTERED}}, {f"--{name.replace('_', '-')}": path for name, path in inputs.items()})
     for name, path in inputs.items():
         require_file(path, f"the file of --{name.replace('_', '-')}")
     config = {"missing_genes": missing_genes}

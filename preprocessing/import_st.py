@@ -16,7 +16,8 @@ from preprocessing.done_manifests import fingerprint, is_done, strings_sha256, w
 from preprocessing.dropped_spots import write_dropped
 from preprocessing.errors import Command, InputError, OptionError
 from preprocessing.mpp import require_mpp
-from preprocessing.output_places import require_outputs
+from preprocessing.older_outputs import IMPORTED
+from preprocessing.output_places import require_outputs, require_shared_folder
 from preprocessing.outputs import finished_together, locked
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def import_section(config: ImportConfig, counts: Path, spots: Path, image: Path,
         if not file.is_file():
             raise InputError(file, "file", "a file", "a folder" if file.is_dir() else "nothing at this path")
     outputs = [out_dir / name for name in ("imgs.h5", "gex.h5ad", "dropped_spots.tsv")]
-    require_outputs({"--out-dir": outputs}, {f"--{name}": path for name, path in inputs.items()})
+    require_shared_folder("--out-dir", out_dir)
+    require_outputs({"--out-dir": dict.fromkeys(outputs, IMPORTED)}, {f"--{name}": path for name, path in inputs.items()})
     with locked(outputs[0], covers=outputs[1:]):
         if all(is_done(file, config=asdict(config), inputs=inputs) for file in outputs):
             return [f"{config.sample_id}: already imported from these files with these settings; nothing to do", *map(str, outputs)]

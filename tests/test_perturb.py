@@ -71,8 +71,8 @@ def test_spots_of_a_cluster_are_drawn(world, tmp_path):
 
 
 def test_a_second_call_leaves_no_pictures_of_the_first(world, tmp_path):
-    (tmp_path / "spot_of_mine.png").write_bytes(b"mine")
     assert run(world, tmp_path).exit_code == 0
+    (tmp_path / "spot_of_mine.png").write_bytes(b"mine")
     assert run(world, tmp_path, genes="gene1:0", spots="7", seeds="4").exit_code == 0
     assert {path.name for path in tmp_path.glob("*.png")} == {"spot_of_mine.png", *(f"spot00007_seed0004_{name}.png" for name in (
         "before", "after", "difference"))}

@@ -20,6 +20,7 @@ from networks.clip import CLIP, clip_weights_sha256
 from networks.sample_scaling import MIN_SPOTS, fit_sample_scaling, require_whole_samples
 from preprocessing.done_manifests import program_versions
 from preprocessing.errors import InputError, OptionError, WeightsError, first_few
+from preprocessing.older_outputs import json_file, table
 from preprocessing.output_places import require_outputs
 from preprocessing.outputs import finished_together, locked, write_json
 from preprocessing.patches import read_patch, read_patch_folder
@@ -50,7 +51,8 @@ class AttributionConfig:
             raise OptionError("--images", "pictures or embeddings, together with --target image", str(self.images or "nothing"))
         if self.out_file.suffix == ".json":
             raise OptionError("--out-file", "a .csv; the record goes into the .json of that name", str(self.out_file))
-        require_outputs({"--out-file": [self.out_file, self.out_file.with_suffix(".json")]},
+        require_outputs({"--out-file": {self.out_file: table("an older table of attributions", "gene(,.*)?"),
+                                        self.out_file.with_suffix(".json"): json_file("an older record", "method", "target")}},
                         {"--gex": self.gex, "--cluster-labs": self.cluster_labs, "--images": self.images, "--network": self.network,
                          "--encoder-weights": self.encoder_weights})
 

@@ -20,6 +20,8 @@ from networks.sample_scaling import patches_for_mean, require_whole_samples
 from preprocessing.done_manifests import file_sha256, program_versions, strings_sha256
 from preprocessing.errors import InputError, OptionError
 from preprocessing.npy_file import RECORD
+from preprocessing.older_outputs import json_file
+from preprocessing.output_places import require_outputs, require_shared_folder
 from preprocessing.outputs import finished_file, finished_together, locked, write_json
 from preprocessing.patch_file import read_patch_file
 from preprocessing.patches import read_patch, read_patch_folder, require_no_patch_folder
@@ -54,6 +56,9 @@ class EmbedConfig:
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise OptionError("--device", "cpu (no GPU is visible here)", self.device)
         require_no_patch_folder("--out-dir", Path(self.out_dir))
+        require_shared_folder("--out-dir", self.out_dir, own=RECORD)
+        files = {name: json_file("that of older embeddings", "model_sha256") for name in (RECORD, RETRIEVAL)}
+        require_outputs({"--out-dir": {Path(self.out_dir) / name: kind for name, kind in files.items()}}, {})
 
 
 def write_embeddings(config: EmbedConfig) -> tuple[list[Path], str]:

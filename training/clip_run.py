@@ -16,7 +16,7 @@ from networks.weights import KIND as WEIGHTS
 from preprocessing.done_manifests import program_versions
 from preprocessing.errors import OptionError
 from preprocessing.gene_sets import gene_sets_within
-from preprocessing.output_places import require_place, require_replaceable
+from preprocessing.output_places import FolderKind, require_own_folder, require_replaceable, require_shared_folder
 from preprocessing.outputs import only_writer, write_json
 from training.clip_checkpoints import newest_checkpoint, require_checkpoint
 from training.clip_config import ClipConfig
@@ -26,6 +26,8 @@ from training.clip_fit import fit_clip
 from training.clip_module import flat_metrics
 from training.clip_pairs import Pairs
 from training.clip_ranks import all_ranks, find_devices
+
+KIND = FolderKind("that of a CLIP run", r"config\.json|split\.json|checkpoints/|clip/")
 
 
 def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
@@ -72,9 +74,10 @@ def _require_run_folder(config: ClipConfig, resolve: Callable[[str], Path]) -> N
     from training.run_folder import require_own_config
 
     if not config.run_dir:
-        require_place(resolve(config.out_dir), folder=True)
+        require_shared_folder("out_dir", resolve(config.out_dir))
         return
     run_dir = resolve(config.run_dir)
+    require_own_folder("run_dir", run_dir, KIND)
     require_replaceable(run_dir / "clip", WEIGHTS)
     require_own_config("run_dir", run_dir, ("data", "model", "trainer"), "a CLIP run")
     checkpoints = run_dir / "checkpoints"

@@ -12,7 +12,7 @@ from networks.clip import CLIP
 from networks.histo_models import build_encoder
 from preprocessing.errors import InputError, OptionError
 from preprocessing.inputs import read_json
-from preprocessing.output_places import require_place
+from preprocessing.output_places import require_shared_folder
 from preprocessing.outputs import only_writer, write_json
 from preprocessing.progress import ProgressBar
 from training.checkpoints import Checkpoint
@@ -33,7 +33,7 @@ def run_gan(config: GanConfig, sources: GanSources, watched: Sequence[Metric], d
             resume: str | None, resume_kimg: float | None, suffix: str | None, dry_run: bool, tensorboard: bool,
             wandb: str | None) -> Path | None:
     """Read data and train, on every rank; returns the run folder (None on a dry run and on silent ranks)."""
-    require_place(outdir, folder=True)
+    require_shared_folder("--outdir", outdir)
     backbone = build_encoder(config.backbone, config.backbone_weights)
     gan_data = load_gan_data(sources, config.img_resolution, choice=SpotChoice(mask, train_clusters, val_clusters, n_train),
                              seed=config.seed, keep_expression=config.cond_dropout > 0, cache_dir=cache_place(cache_dir))

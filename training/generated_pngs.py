@@ -16,11 +16,12 @@ from preprocessing.patches import read_patch
 from preprocessing.png_folder import encode_png
 from training.generation_plan import GenerationPlan
 from training.loading import in_order
+from training.sample_folders import MARK
 from training.sampling_ranks import Ranks
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 AFTER_HEADER = len(SIGNATURE) + 4 + 4 + 13 + 4      # the header chunk is 13 bytes long, and the first
-KEYWORD = b"genes-to-morphology"
+KEYWORD = MARK
 LOOK_FOR = 256                                      # batches that rank 0 looks for while the others wait to hear from it
 
 

@@ -16,7 +16,8 @@ from networks.snapshot import Snapshot
 from preprocessing.done_manifests import fingerprint
 from preprocessing.errors import OptionError
 from preprocessing.inputs import path_list
-from preprocessing.output_places import require_outputs
+from preprocessing.older_outputs import GENERATED_HDF5
+from preprocessing.output_places import require_outputs, require_own_folder
 from preprocessing.outputs import locked
 from preprocessing.progress import ProgressBar
 from training.data import ImageGeneDataset
@@ -25,6 +26,7 @@ from training.generated_pngs import GeneratedPngs
 from training.generation_plan import GenerationPlan, ingredients
 from training.prompts import parse_seeds, plan_requests, read_prompts
 from training.ranks import TIMEOUT_MINUTES
+from training.sample_folders import GENERATED, with_file
 from training.sample_sheet import sample_files
 from training.sampling import newest_snapshot, open_snapshot, sample_batches
 from training.sampling_options import SamplingOptions
@@ -50,7 +52,9 @@ class GenerateConfig(SamplingOptions):
         super().__post_init__()
         if self.images and (self.encoded or self.gex is None or self.gex.suffix != ".h5ad"):
             raise OptionError("--images", "an .h5ad as --gex, whose barcodes name the patches", str(self.gex))
-        require_outputs({"--outdir": [self.outdir / SAMPLES, self.outdir / GRID], "--out-h5": self.out_h5},
+        require_own_folder("--outdir", self.outdir, with_file(GENERATED, self.outdir, self.out_h5))
+        require_outputs({"--outdir": [self.outdir / SAMPLES, self.outdir / GRID],
+                         "--out-h5": {} if self.out_h5 is None else {self.out_h5: GENERATED_HDF5}},
                         {"--gex": self.gex, "--images": path_list(self.images or ""), "--clusters": self.clusters})
 
 

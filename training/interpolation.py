@@ -18,10 +18,11 @@ from torch import Tensor
 from evaluation.contact_sheet import contact_sheet, save_png
 from networks.snapshot import Snapshot
 from preprocessing.errors import InputError, OptionError
-from preprocessing.output_places import require_outputs
+from preprocessing.output_places import require_outputs, require_own_folder
 from preprocessing.outputs import clear_leftovers_in, finished_file, locked
 from preprocessing.progress import ProgressBar
 from training.prompts import Prompts, parse_seeds, read_prompts
+from training.sample_folders import WALKED
 from training.sampling import Batch, newest_snapshot, open_snapshot, sample_batches
 from training.sampling_options import SamplingOptions
 from training.sampling_ranks import Ranks
@@ -42,6 +43,7 @@ class InterpolateConfig(SamplingOptions):
         super().__post_init__()
         if self.n_steps < 2:
             raise OptionError("--n-steps", "at least 2, the two prompts", str(self.n_steps))
+        require_own_folder("--outdir", self.outdir, WALKED)
         require_outputs({"--outdir": [self.outdir / "samples.csv", self.outdir / "strip.png"]}, {})
 
 

@@ -24,7 +24,7 @@ from networks.sample_scaling import fit_sample_scaling, require_whole_samples
 from preprocessing.done_manifests import fingerprint, program_versions
 from preprocessing.errors import InputError, OptionError, first_few
 from preprocessing.expression import recorded_scale
-from preprocessing.output_places import require_outputs
+from preprocessing.output_places import FolderKind, require_outputs, require_own_folder
 from preprocessing.outputs import clear_leftovers_in, finished_file, locked, nan_to_none, write_json
 from preprocessing.progress import ProgressBar
 from training.data import ExpressionTable, expression_only
@@ -38,6 +38,7 @@ WRITTEN = ("perturbation.csv", "perturbation.json", "index.html")     # beside t
 LEAST_CONTROLS = 19
 PATCH_UM = 55.0            # side of a patch where the expression file does not say
 PICTURE = re.compile(r"spot\d{5,}_seed\d{4,}_(before|after|difference)\.png")
+KIND = FolderKind("an older perturbation", rf"perturbation\.(csv|json)|{PICTURE.pattern}")
 Make = Callable[[Tensor, Sequence[tuple[int, int]], str], Iterator[np.ndarray]]   # prompts (m, D), keys, what for -> patches, in order
 
 
@@ -67,6 +68,7 @@ class PerturbConfig(SamplingOptions):
             raise OptionError("--controls", f"0, or at least {LEAST_CONTROLS}: of fewer none can be one in twenty", str(self.controls))
         if self.patch_um is not None and not self.patch_um > 0:
             raise OptionError("--patch-um", "more than 0", str(self.patch_um))
+        require_own_folder("--outdir", self.outdir, KIND)
         require_outputs({"--outdir": [self.outdir / name for name in WRITTEN]}, {
             "--gex": self.gex, "--genes": self.genes, "--gene-sets": self.gene_sets, "--cluster-labs": self.cluster_labs})
 
