@@ -106,7 +106,7 @@ class Products:
         """What lies where the files go must be of an earlier extraction."""
         if self.request.out_dir is not None and not any(file.exists() for file in self.files):
             require_shared_folder("--out-dir", self.request.out_dir)
-        kind = extracted(self.picture)
+        kind = extracted(self.picture, self.are_of_spots)
         for file in self.files:
             require_outputs({"--out-file" if file == self.request.out_file else "--out-dir": {file: kind}}, {})
 

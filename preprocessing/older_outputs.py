@@ -15,6 +15,7 @@ from preprocessing.parts import parts_folder
 
 HEAD_BYTES = 1 << 16
 SYMBOL = r"[^\s,{}\[\]<>\"=\x00\ufffd]+"       # of a gene, in a vocabulary
+SAMPLE_FILES = ("imgs.h5", "gex.h5ad", "dropped_spots.tsv", "qc.png", "qc.html")
 Test = Callable[[Path], bool]
 
 
@@ -77,7 +78,7 @@ def _is_filtered(path: Path) -> bool:
 
 def _settings_of_sample(path: Path) -> dict:
     """What a file of a sample was made with: by its done-manifest, else by the expression beside it, which a killed run may have left."""
-    if config := config_of(path):
+    if (config := config_of(path)) or path.name not in SAMPLE_FILES:
         return config
     try:
         settings = json.loads(str(_uns(path.with_name("gex.h5ad"), "morphology/settings")))
@@ -91,10 +92,13 @@ def _was_killed(path: Path, *others: str) -> bool:
     return not config_of(path) and any(found for name in others for found in path.parent.glob(f"{name}.tmp.*"))
 
 
-def extracted(picture: Path) -> FileKind:
-    """A file of extract_patches.py, whose blocks lie beside `picture`."""
-    return FileKind("that of an earlier extraction", lambda path: "edge" in _settings_of_sample(path)
-                    or not config_of(path) and parts_folder(picture).exists())
+def extracted(picture: Path, of_spots: bool = True) -> FileKind:
+    """A file of extract_patches.py, of the spots of a sample or of random patches, whose blocks lie beside `picture`."""
+    def is_older(path: Path) -> bool:
+        made_with = _settings_of_sample(path) if of_spots else config_of(path)
+        return "edge" in made_with and ("tissue" in made_with) != of_spots or not config_of(path) and parts_folder(picture).exists()
+
+    return FileKind("that of an earlier extraction", is_older)
 
 
 def _is_imported(path: Path) -> bool:

@@ -59,10 +59,16 @@ def test_hdf5_files_are_told_by_content_or_by_the_done_manifest_that_a_damaged_o
         (tmp_path / "imgs.h5").write_text("what a killed run left beside it")
         assert [is_refused(file, kind) for file in (path, tmp_path / "imgs.h5")] == [False, False] and is_refused(path, other)
         assert is_refused(path, FILTERED)
+        (tmp_path / "vocab.txt").write_text("ACTB")
+        assert is_refused(tmp_path / "vocab.txt", kind)
     path.write_text("damaged")
     assert is_refused(path, FILTERED) and is_refused(path, IMPORTED)
     (tmp_path / "gex.h5ad.done.json").write_text('{"config": {"missing_genes": "error"}}')
     assert not is_refused(path, FILTERED)
+    for config, of_spots in (('{"edge": "drop"}', True), ('{"edge": "drop", "tissue": "auto"}', False)):
+        (tmp_path / "gex.h5ad.done.json").write_text(f'{{"config": {config}}}')
+        assert not is_refused(path, extracted(tmp_path / "qc.png", of_spots))
+        assert is_refused(path, extracted(tmp_path / "qc.png", not of_spots))
 
 
 def test_a_file_of_generated_patches_is_told_by_its_manifest_or_the_blocks_of_a_killed_run(tmp_path):
