@@ -82,7 +82,7 @@ def shares(kept: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray, float]
 
 def average_of_length(run_folder: Path, sigma_rel: float) -> tuple[dict[str, Tensor], float, int]:
     """Weights by name, float32, averaged with that length up to the last kept; how far their profile is from it; and how many were kept."""
-    folders = sorted((run_folder / FOLDER).glob("update-*[0-9]"))
+    folders = sorted(path for path in (run_folder / FOLDER).glob("update-*") if path.name.removeprefix("update-").isdigit())
     if not folders:
         raise InputError(run_folder / FOLDER, "folder", "averages that a run with --power-ema kept", "none")
     kept = [(float(length), folder, int(folder.name.split("-")[1])) for folder in folders for length in LENGTHS]

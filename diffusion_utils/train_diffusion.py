@@ -20,11 +20,12 @@ def train_diffusion(**options) -> Path | None:
 
     with ending_together():
         from diffusion_utils.finetune_config import FinetuneConfig
+        from diffusion_utils.power_ema import FOLDER as AVERAGES
         from preprocessing.outputs import only_writer
         from training.ranks import named_place
 
         config = FinetuneConfig(**options)
-        with only_writer(config.output_dir, parts=["samples"]) if named_place().is_first else nullcontext():
+        with only_writer(config.output_dir, parts=["samples", AVERAGES]) if named_place().is_first else nullcontext():
             return _train(config)
 
 

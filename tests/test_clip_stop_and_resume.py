@@ -309,6 +309,20 @@ def test_a_run_whose_folder_was_moved_ends_as_one_that_stayed(samples, tmp_path,
     assert not leaves_one or {path: path.read_bytes() for path in (tmp_path / "old").rglob("*") if path.is_file()} == before
 
 
+def test_the_checkpoint_a_run_went_on_from_goes_when_better_ones_take_its_place(samples, tmp_path, monkeypatch):
+    options = {**RUN, "trainer": {**RUN["trainer"], "val_every_steps": 2, "save_top": 2}}
+    whole = train(config(run_dir=str(tmp_path / "whole"), **options), samples)
+    with monkeypatch.context() as patch:
+        send_at(patch, 4, signal.SIGTERM)
+        with pytest.raises(Stopped):
+            train(config(run_dir=str(tmp_path / "run"), **options), samples)
+    damage(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    gone_on_from = max((tmp_path / "run" / "checkpoints").glob("step*.ckpt"))
+    train(config(run_dir=str(tmp_path / "run"), ckpt_path="auto", **options), samples)
+    kept, found = ({path.name for path in (folder / "checkpoints").glob("*.ckpt")} for folder in (whole, tmp_path / "run"))
+    assert found == kept and gone_on_from.name not in kept
+
+
 def test_damaged_checkpoints_alone_are_no_reason_to_begin_anew(samples, tmp_path):
     run = train(config(run_dir=str(tmp_path / "run"), **RUN), samples)
     for path in (run / "checkpoints").glob("*.ckpt"):

@@ -66,6 +66,10 @@ class GoodCheckpoints(ModelCheckpoint):
             "kth_best_model_path": max(kept, key=kept.get, default=""), "kth_value": max(kept.values(), default=state["kth_value"]),
             "last_model_path": str(Path(self.dirpath) / "last.ckpt")})
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        trainer.ckpt_path = None       # Lightning would keep the one it went on from for ever, also where better ones take its place
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *step: object) -> None:
         super().on_train_batch_end(trainer, pl_module, *step)
         if self.is_due and not pl_module.skipped_in_a_row:

@@ -91,6 +91,16 @@ def test_two_processes_train_save_and_resume_as_one_with_their_batch(world, tmp_
     assert np.allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
 
 
+def test_what_a_kill_left_half_written_goes_when_the_run_goes_on(world, tmp_path):
+    out, more = tmp_path / "run", ("--power_ema", "--resume_from_checkpoint", "latest")
+    assert CliRunner().invoke(train_diffusion.main, arguments(world, out, "--max_train_steps", "1", *more)).exit_code == 0
+    for place in ("averages/update-00000002.tmp.7", "samples/step-00000002.png.tmp.7", "checkpoint-00000002.tmp.7"):
+        (out / place).mkdir(parents=True)
+    result = CliRunner().invoke(train_diffusion.main, arguments(world, out, "--max_train_steps", "2", *more))
+    assert result.exit_code == 0, result.output
+    assert not list(out.rglob("*.tmp.*")) and (out / "averages" / "update-00000002").is_dir()
+
+
 @pytest.mark.slow
 def test_a_term_signal_saves_and_the_same_command_goes_on(world, tmp_path):
     out = tmp_path / "run"
