@@ -40,7 +40,7 @@ from training.run_folder import NoStats, StatsLog, require_own_config
 
 log = logging.getLogger(__name__)
 LOWER_RATE = "Lower --learning-rate, then --resume-from-checkpoint latest"
-RUN = FolderKind("that of a fine-tuning run", r"config\.json|checkpoint-\d+/|pipeline/")
+RUN = FolderKind("that of a fine-tuning run", r"config\.json|checkpoint-\d+/")
 MOST_LINES = 500          # about so many lines of a run; steps between two are averaged
 
 

@@ -27,7 +27,7 @@ from training.clip_module import flat_metrics
 from training.clip_pairs import Pairs
 from training.clip_ranks import all_ranks, find_devices
 
-KIND = FolderKind("that of a CLIP run", r"config\.json|split\.json|checkpoints/|clip/")
+KIND = FolderKind("that of a CLIP run", r"config\.json|split\.json|checkpoints/")
 
 
 def run_clip(config: ClipConfig, resolve: Callable[[str], Path]) -> Path | None:
