@@ -96,7 +96,8 @@ def extracted(picture: Path, of_spots: bool = True) -> FileKind:
     """A file of extract_patches.py, of the spots of a sample or of random patches, whose blocks lie beside `picture`."""
     def is_older(path: Path) -> bool:
         made_with = _settings_of_sample(path) if of_spots else config_of(path)
-        return "edge" in made_with and ("tissue" in made_with) != of_spots or not config_of(path) and parts_folder(picture).exists()
+        own = "edge" in made_with if of_spots else "n_patches" in made_with           # as `ExtractConfig.settings` says of each
+        return own or not config_of(path) and parts_folder(picture).exists()
 
     return FileKind("that of an earlier extraction", is_older)
 

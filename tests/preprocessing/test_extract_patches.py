@@ -226,6 +226,9 @@ def test_auto_segments_the_slide_and_writes_its_outlines(tissue_slide, tmp_path)
     run("--wsi-file", tissue_slide, "--tissue-seg-file", again, "--out-file", tmp_path / "again.h5", "--mpp", 0.5, "--n-pts", 40)
     with read_patch_file(tmp_path / "again.h5") as first, read_patch_file(tmp_path / "out" / "random_imgs.h5") as second:
         assert np.array_equal(first.coords, second.coords)
+    before = (tmp_path / "again.h5").read_bytes()
+    run("--wsi-file", tissue_slide, "--tissue-seg-file", again, "--out-file", tmp_path / "again.h5", "--mpp", 0.5, "--n-pts", 41)
+    assert (tmp_path / "again.h5").read_bytes() != before          # other random patches take the place of the older ones
 
 
 @pytest.mark.parametrize(("arguments", "code", "message"), [
