@@ -71,7 +71,8 @@ def all_ranks(ranks: Fabric) -> Iterator[None]:
         if lost or joined and not started:   # the rank that failed first speaks, and ends us where it started us
             time.sleep(GRACE_S)
         ending.acquire()
-        for process in started:
+        killed, started[:] = [*started], []      # Lightning looks into this list every few seconds, and at the first that has ended would
+        for process in killed:                   # kill this process too, before it leaves with its own exit code
             process.kill()
         if lost:
             reason = " ".join(str(error).split())[:160]
