@@ -1,5 +1,6 @@
 """train_clip.py and clip_embeddings.py from paired files to weights and embeddings, on tiny samples on the CPU."""
 import json
+import logging
 import math
 import os
 import signal
@@ -408,6 +409,14 @@ def test_an_error_in_the_task_is_no_usage_error(samples, capsys, monkeypatch):
     monkeypatch.setattr(train_clip, "train", broken)
     with pytest.raises(ValueError, match="a fault of ours"):
         said_by_main(["--config-name", "clip_small"], capsys, monkeypatch)
+
+
+def test_what_our_own_modules_warn_of_is_said_in_training(caplog, monkeypatch):
+    log = logging.getLogger("training.run_folder")         # made before Hydra sets the logs up
+    monkeypatch.setattr(train_clip, "train", lambda *_: log.warning("an unreadable line is dropped"))
+    monkeypatch.setattr(sys, "argv", ["train_clip.py", "--config-name", "clip_small"])
+    train_clip.main()
+    assert "an unreadable line is dropped" in caplog.text
 
 
 def test_help_shows_the_manual_without_loading_torch(samples):
