@@ -55,7 +55,8 @@ class CommandServer:
         self.process = subprocess.Popen([*unshare, sys.executable, str(Path(__file__).with_name(script))], text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-        self.logs = Path(tempfile.mkdtemp())
+        self._logs = tempfile.TemporaryDirectory()
+        self.logs = Path(self._logs.name)
         self.logs.chmod(0o777)
 
     def ask(self, **request):
@@ -100,3 +101,4 @@ class CommandServer:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait(timeout=SECONDS)
+        self._logs.cleanup()
