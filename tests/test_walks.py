@@ -37,13 +37,13 @@ def test_the_demo_ends_with_a_page_and_starts_nothing_twice(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "demo" / "gan").rglob("model.safetensors")} == snapshots
 
 
-def every_second_spot(section: Path, folder: Path) -> None:
-    """A section of which half the spots count as tissue: the walk over three of them takes half the time."""
+def fewer_spots(section: Path, folder: Path, every: int) -> None:
+    """A section of which only every second, third, ... spot counts as tissue."""
     folder.mkdir(parents=True)
     for name in ("image.jpg", "counts.tsv.gz", "clusters.tsv.gz"):
         (folder / name).symlink_to(section / name)
     spots = pd.read_csv(section / "spots.tsv", sep="\t")
-    spots["selected"] = spots.index.to_numpy() % 2
+    spots["selected"] = (spots.index.to_numpy() % every == 0).astype(int)
     spots.to_csv(folder / "spots.tsv", sep="\t", index=False)
 
 
@@ -51,12 +51,12 @@ def every_second_spot(section: Path, folder: Path) -> None:
 @pytest.mark.timeout(2400)
 def test_real_tissue_walk_scores_a_held_out_section(tmp_path, shared_data):
     out, sections = tmp_path / "her2st", tmp_path / "sections"
-    for name in ("C2", "C3", "C4"):
-        every_second_spot(shared_data / "her2st" / name, sections / name)
-    bash(f"bash assets/real_tissue.sh --data {sections} --train C2,C3 --val C4 --out {out} --budget-minutes 1")
+    for name, every in (("C2", 2), ("C3", 2), ("C4", 4)):      # CLIP trains on batches of 128 spots
+        fewer_spots(shared_data / "her2st" / name, sections / name, every)
+    bash(f"bash assets/real_tissue.sh --data {sections} --train C2,C3 --val C4 --out {out} --budget-minutes 0.6")
     results = json.loads((out / "results.json").read_text())
     section = results["sections"]["C4"]
-    assert 85 < section["n_spots"] < 95
+    assert 40 < section["n_spots"] < 50
     for scores in (section["retrieval"], section["baseline_linear"]):
         assert RETRIEVAL_KEYS <= set(scores["gene_to_image"]) and RETRIEVAL_KEYS <= set(scores["image_to_gene"])
     assert section["baseline_linear"]["gene_to_image"]["r10"] > section["baseline_linear"]["gene_to_image"]["chance_r10"]
