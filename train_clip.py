@@ -22,34 +22,20 @@ trainer.num_nodes=2 trainer.devices=4, started by one of
 """
 from __future__ import annotations
 
-import os
-import re
 import signal
 import sys
 from pathlib import Path
 
-from preprocessing.errors import OptionError, end_progress_bars, is_out_of_memory, one_line_errors
+import click
+
+from preprocessing.errors import Command, end_progress_bars
 from preprocessing.interrupts import stops_answered
 
-ASSETS = Path(__file__).resolve().parent / "assets"
-PATHS = re.compile(r"^(\+{0,2}(?:data\.(?:train|val)_(?:gex|image_dir)|data\.samples|run_dir|out_dir|ckpt_path"
-                   r"|(?:data|image)\.cache_dir|model\.(?:image_encoder_weights|pathways_file)))=([^\[\"'].*)$")
-
-
-def quote_paths(arguments: list[str]) -> list[str]:
-    """Hydra reads a comma as a sweep and trips over spaces: a bare path or comma list becomes a quoted string."""
-    quoted = []
-    for argument in arguments:
-        match = PATHS.match(argument)
-        if match and match[2] not in ("null", "none"):
-            value = match[2].replace("\\", "\\\\").replace('"', '\\"')
-            argument = f'{match[1]}="{value}"'
-        quoted.append(argument)
-    return quoted
+MANUAL = "\b\n" + __doc__.replace("\n\n", "\n\n\b\n")   # as it stands, not filled
 
 
 def train(loaded, launch_folder: Path) -> Path | None:
-    """Train as a Hydra configuration says; returns the run folder, on the first process of several."""
+    """Train as a composed configuration says; returns the run folder, on the first process of several."""
     from training.clip_config import clip_config, from_launch_folder
 
     config = clip_config(loaded)   # whatever is wrong with it is said before torch is asked for anything
@@ -66,43 +52,28 @@ def stop(number: int) -> None:
     raise SystemExit(128 + number)
 
 
-def main() -> None:
-    """Hydra's door: whatever it raises before our task begins is a usage error in one line; within the task, its own kinds alone."""
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(f"{__doc__}\n--cfg job shows every key with its value; --hydra-help what Hydra itself understands.")
+@click.command(cls=Command, help=MANUAL)
+@click.argument("changes", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--config-name", "-cn", default="clip_config", metavar="NAME", help="Configuration to begin with.")
+@click.option("--config-dir", "-cd", type=click.Path(exists=True, file_okay=False), metavar="DIR",
+              help="Folder of configurations of your own; they may build on those of assets/.")
+@click.option("--cfg", type=click.Choice(["job"]), help="Show every key with its value, and end.")
+def main(changes: tuple[str, ...], config_name: str, config_dir: str | None, cfg: str | None) -> None:
+    from training.composed_config import compose_config
+
+    loaded = compose_config(config_name, config_dir, changes)
+    if cfg:
+        from omegaconf import OmegaConf
+
+        click.echo(OmegaConf.to_yaml(loaded), nl=False)
         return
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from training.clip_notices import quiet_lightning
 
-    debug = "--debug" in sys.argv
-    launch_folder, begun = Path.cwd(), []
-    sys.argv = [sys.argv[0], *quote_paths([argument for argument in sys.argv[1:] if argument != "--debug"])]
-    os.environ["HYDRA_FULL_ERROR"] = "1"   # hand errors to us instead of printing them
-
-    @hydra.main(version_base="1.3", config_path=str(ASSETS), config_name="clip_config")
-    def task(loaded) -> None:
-        begun.append(True)
-        from training.clip_notices import quiet_lightning
-
-        quiet_lightning()
-        with stops_answered(stop), one_line_errors(debug=debug):   # here already: Hydra would add a line of its own
-            run_dir = train(loaded, launch_folder)
-        if run_dir:
-            print(f"wrote {run_dir}/clip (weights), {run_dir}/config.json, {run_dir}/checkpoints", flush=True)
-
-    with one_line_errors(debug=debug):
-        try:
-            task()
-        except YAMLError as error:   # a tag that would build an object, too
-            raise OptionError("configuration", "YAML of plain values", " ".join(str(error).split())) from error
-        except Exception as error:
-            of_hydra = isinstance(error, (HydraException, OmegaConfBaseException))
-            if not of_hydra and (begun or isinstance(error, OSError) or is_out_of_memory(error)):
-                raise
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise OptionError("command line", "keys of the configuration (--cfg job shows them)", reason) from error
+    quiet_lightning()
+    with stops_answered(stop):
+        run_dir = train(loaded, Path.cwd())
+    if run_dir:
+        click.echo(f"wrote {run_dir}/clip (weights), {run_dir}/config.json, {run_dir}/checkpoints")
 
 
 if __name__ == "__main__":

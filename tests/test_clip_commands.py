@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from clip_runs import GENES, ROOT, config, write_sample, write_samples
-from hydra.core.global_hydra import GlobalHydra
 
 import train_clip
 from clip_embeddings import main as clip_embeddings
@@ -25,10 +25,11 @@ from networks.sample_scaling import patches_for_mean
 from networks.weights import read_plain_file
 from preprocessing.errors import DivergedError, InputError, OptionError, WeightsError
 from preprocessing.patches import read_patch, read_patch_folder
-from train_clip import quote_paths, train
+from train_clip import train
 from training.clip_checkpoints import Stopped, SummedCheckpoints
 from training.clip_config import clip_config
 from training.clip_module import ClipModule
+from training.composed_config import quote_paths
 
 
 @pytest.fixture(scope="module")
@@ -386,37 +387,43 @@ def test_a_wrong_command_line_is_one_line_and_its_exit_code(samples, arguments, 
     assert len(errors) == 1 and said in errors[0] and "Traceback" not in result.stderr
 
 
-def said_by_main(arguments, capsys, monkeypatch):
-    """(exit code, stderr) of `train_clip.main` in this process."""
-    monkeypatch.setattr(sys, "argv", ["train_clip.py", *arguments])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")             # main sets it
-    GlobalHydra.instance().clear()                         # what an earlier error left
-    with pytest.raises(SystemExit) as ended:
-        train_clip.main()
-    return ended.value.code, capsys.readouterr().err
+@pytest.mark.parametrize("argument", ["=3", "hydra=3", "hydra/launcher=3", "@=3", "hydra/job_logging=[1]", "+hydra.callbacks.x=1",
+                                      "hydra.run.dir=there", "~hydra.verbose", "data=[1",
+                                      "--config-name=nowhere"])
+def test_whatever_hydra_does_not_understand_is_a_usage_error(argument):
+    result = CliRunner().invoke(train_clip.main, [argument])
+    errors = result.stderr.splitlines()
+    assert result.exit_code == 2 and errors[0].startswith("error: command line: ") and len(errors) == 1, errors
 
 
-@pytest.mark.parametrize("argument", ["=3", "hydra=3", "hydra/launcher=3", "@=3", "hydra/job_logging=[1]", "--shell-completion"])
-def test_whatever_hydra_raises_before_the_task_is_a_usage_error(argument, capsys, monkeypatch):
-    code, errors = said_by_main([argument], capsys, monkeypatch)
-    assert code == 2 and errors.startswith("error: command line: ") and len(errors.splitlines()) == 1, errors
+@pytest.mark.parametrize("arguments", [["--multirun"], ["--cfg", "hydra"], ["--config-dir", "nowhere"]])
+def test_what_click_does_not_know_is_a_usage_error(arguments):
+    assert CliRunner().invoke(train_clip.main, arguments).exit_code == 2
 
 
-def test_an_error_in_the_task_is_no_usage_error(samples, capsys, monkeypatch):
+def test_an_error_in_the_task_is_no_usage_error(monkeypatch):
     def broken(*_):
         raise ValueError("a fault of ours")
 
     monkeypatch.setattr(train_clip, "train", broken)
-    with pytest.raises(ValueError, match="a fault of ours"):
-        said_by_main(["--config-name", "clip_small"], capsys, monkeypatch)
+    result = CliRunner().invoke(train_clip.main, ["--config-name", "clip_small"])
+    assert str(result.exception) == "a fault of ours"
 
 
 def test_what_our_own_modules_warn_of_is_said_in_training(caplog, monkeypatch):
-    log = logging.getLogger("training.run_folder")         # made before Hydra sets the logs up
+    log = logging.getLogger("training.run_folder")         # made before the command begins
     monkeypatch.setattr(train_clip, "train", lambda *_: log.warning("an unreadable line is dropped"))
-    monkeypatch.setattr(sys, "argv", ["train_clip.py", "--config-name", "clip_small"])
-    train_clip.main()
+    assert CliRunner().invoke(train_clip.main, ["--config-name", "clip_small"]).exit_code == 0
     assert "an unreadable line is dropped" in caplog.text
+
+
+def test_a_configuration_of_ones_own_builds_on_those_that_are_shipped(tmp_path):
+    folder = tmp_path / "my, 'own' configs"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("defaults: [clip_small, _self_]\nseed: 5\n")
+    result = CliRunner().invoke(train_clip.main, ["--config-dir", folder, "--config-name", "mine", "--cfg", "job", "optimizer.lr=0.5"])
+    shown = yaml.safe_load(result.stdout)
+    assert (shown["seed"], shown["optimizer"]["lr"], shown["model"]["gene_components"]) == (5, 0.5, 50) and "hydra" not in shown
 
 
 def test_help_shows_the_manual_without_loading_torch(samples):

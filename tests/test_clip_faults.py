@@ -17,15 +17,22 @@ def samples(tmp_path_factory):
     return write_samples(tmp_path_factory.mktemp("samples"))
 
 
-@pytest.mark.parametrize("text, code", [
-    ("seed: !!python/object/apply:os.mkdir [canary]\n", 2), ("model:\n  _target_: os.mkdir\n  path: canary\n", 2), ("seed: [1\n", 2)],
-    ids=["python tag", "_target_", "no YAML"])
-def test_a_config_file_runs_nothing_and_is_refused_in_one_line(samples, tmp_path, text, code):
+CALLBACK = "defaults: [clip_config, _self_]\nhydra:\n  callbacks:\n    evil: {_target_: os.mkdir, path: canary}\nnonsense: 1\n"
+HANDLER = ("defaults: [clip_config, _self_]\nhydra:\n  job_logging:\n    version: 1\n    handlers:\n"
+           "      evil: {'()': os.mkdir, path: canary}\n    root: {handlers: [evil]}\nnonsense: 1\n")
+
+
+@pytest.mark.parametrize("text", [
+    "seed: !!python/object/apply:os.mkdir [canary]\n", "model:\n  _target_: os.mkdir\n  path: canary\n", "seed: [1\n", CALLBACK, HANDLER,
+    HANDLER.replace("job_logging", "hydra_logging")],
+    ids=["python tag", "_target_", "no YAML", "callback", "log handler", "Hydra's log handler"])
+def test_a_config_file_runs_nothing_and_is_refused_in_one_line(samples, tmp_path, text):
     (tmp_path / "evil.yaml").write_text(text)
+    before = sorted(samples.iterdir())
     process = start(samples, f"run_dir={tmp_path / 'run'}", "--config-dir", str(tmp_path), "--config-name", "evil")
     out, err = finish(process)
-    assert process.returncode == code and "Traceback" not in err and len(err.strip().splitlines()) == 1, err
-    assert not list(samples.glob("canary")) and not (tmp_path / "run").exists()
+    assert process.returncode == 2 and "Traceback" not in err and len(err.strip().splitlines()) == 1, err
+    assert sorted(samples.iterdir()) == before and not (tmp_path / "run").exists()
 
 
 def test_weights_do_not_depend_on_how_often_checkpoints_are_saved(samples, tmp_path):

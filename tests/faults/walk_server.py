@@ -1,6 +1,5 @@
 """As command_server.py, for every command. Not a test file: `test_disturbed_walk.py` starts it."""
 import importlib
-import sys
 
 import command_server
 
@@ -23,17 +22,8 @@ for module in ("diffusers.optimization", "evaluation.cluster_quality", "evaluati
     importlib.import_module(module)
 
 
-class Hydra:
-    """train_clip.py, which reads the process's arguments, called as the others are."""
-
-    @staticmethod
-    def main(arguments: list[str]) -> None:
-        sys.argv = ["train_clip.py", *arguments]
-        train_clip.main()
-
-
 command_server.COMMANDS |= {
-    "simulate": simulate_sample.main, "vocabulary": gene_vocab.main, "clip": Hydra, "embeddings": clip_embeddings.main,
+    "simulate": simulate_sample.main, "vocabulary": gene_vocab.main, "clip": train_clip.main, "embeddings": clip_embeddings.main,
     "gan": train_gan.main, "gen_images": gen_images.main, "diffusion": train_diffusion.main, "generate_img": generate_img.main,
     "metrics": calculate_image_quality_metrics.main, "perturb": perturb.main, "interpolate": interpolate_prompts.main,
     "interpretability": interpretability.main, "evaluate_sections": evaluate_sections.main, "import_st": import_st.main,
