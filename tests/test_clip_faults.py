@@ -1,5 +1,8 @@
 """train_clip.py under faults: nothing runs from a config file, checkpoints change nothing, no secret reaches an output, offline runs."""
 import os
+import sys
+from importlib.machinery import ModuleSpec
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -53,6 +56,17 @@ def test_an_offline_run_without_logins_works_and_no_secret_reaches_an_output(sam
     assert len(written) > 6
     for secret in SECRETS.values():
         assert secret not in told and not any(secret.encode() in path.read_bytes() for path in written)
+
+
+def test_a_clip_run_goes_on_where_weights_and_biases_has_no_login(samples, tmp_path, monkeypatch, caplog):
+    service = MagicMock(__spec__=ModuleSpec("wandb", None), run=None)
+    service.init.side_effect = RuntimeError("api_key not configured (no-tty)\ncall wandb.login")
+    for name in ("wandb", "wandb.sdk", "wandb.sdk.lib", "wandb.wandb_run"):
+        monkeypatch.setitem(sys.modules, name, service)
+    monkeypatch.setattr("pytorch_lightning.loggers.wandb._WANDB_AVAILABLE", True)
+    run = train(config(run_dir=str(tmp_path / "run"), logger="csv,wandb", trainer={"max_epochs": 1}), samples)
+    assert "logger=wandb: going on without it: api_key not configured (no-tty) call wandb.login" in caplog.text
+    assert (run / "csv" / "metrics.csv").is_file() and (run / "clip" / "model.safetensors").is_file()
 
 
 def test_a_secret_given_as_an_option_is_refused_without_being_repeated(samples, tmp_path):

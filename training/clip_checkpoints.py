@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import NoReturn
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins.io import TorchCheckpointIO
@@ -111,13 +112,21 @@ class StopOnSignal(pl.Callback):
         self.stops.listen()   # over Lightning's own handlers, which would save nothing
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch, batch_idx: int) -> None:
-        received = self.stops.received
-        if not trainer.strategy.reduce_boolean_decision(bool(received), all=False):
-            return
-        batches = trainer.fit_loop.epoch_loop.batch_progress
-        batches.total.ready, batches.is_last_batch = batches.total.completed, False   # the batch in hand is not begun: counted, it
-        # would shift every later validation by a step
-        number = received[0] if received else signal.SIGTERM   # another rank's
+        if self._is_asked_of_any(trainer):
+            batches = trainer.fit_loop.epoch_loop.batch_progress
+            batches.total.ready, batches.is_last_batch = batches.total.completed, False   # the batch in hand is not begun: counted, it
+            # would shift every later validation by a step
+            self._stop(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._is_asked_of_any(trainer):        # in the last step, or in the validation after it
+            self._stop(trainer, pl_module)
+
+    def _is_asked_of_any(self, trainer: pl.Trainer) -> bool:
+        return trainer.strategy.reduce_boolean_decision(bool(self.stops.received), all=False)
+
+    def _stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> NoReturn:
+        number = self.stops.received[0] if self.stops.received else signal.SIGTERM   # another rank's
         if pl_module.skipped_in_a_row:
             raise Stopped(number, f"after step {trainer.global_step}, which was skipped: the checkpoint before stays; go on with "
                                   f"ckpt_path=auto run_dir={self.run_dir}")

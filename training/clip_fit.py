@@ -26,6 +26,7 @@ from training.clip_pairs import StepBatches, whole_batch
 from training.finite import require_finite
 from training.loading import BatchesAhead
 from training.ranks import own_rows
+from training.run_folder import say_without_wandb, wandb_id
 
 
 def fit_clip(clip: CLIP, data: ClipData, config: ClipConfig, run_dir: Path, record: Mapping, ckpt_path: Path | None) -> CLIP:
@@ -102,9 +103,21 @@ def _loggers(config: ClipConfig, run_dir: Path) -> list:
     if "tensorboard" in config.logger:
         loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
     if "wandb" in config.logger:
-        from pytorch_lightning.loggers import WandbLogger  # only when asked for: it wants a login
-        loggers.append(WandbLogger(project="clip", save_dir=run_dir))
+        loggers += _on_wandb(run_dir)
     return loggers
+
+
+def _on_wandb(run_dir: Path) -> list:
+    """The run on Weights & Biases that mirrors this folder; none, with a notice, where the service takes none (no login, no network)."""
+    from pytorch_lightning.loggers import WandbLogger
+
+    try:
+        logger = WandbLogger(project="clip", name=run_dir.name, id=wandb_id(run_dir), resume="allow", save_dir=run_dir)
+        logger.log_hyperparams({"run_dir": str(run_dir)})      # asks for the login: here, not in the first step
+        return [logger]
+    except Exception as error:       # a mirror is not worth a run, whatever the service says
+        say_without_wandb("logger=wandb", error)
+        return []
 
 
 def _callbacks(config: ClipConfig, run_dir: Path, validates: bool, stops: StopSignals) -> list:

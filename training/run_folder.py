@@ -105,8 +105,13 @@ def _wandb_run(folder: Path, project: str):
         return wandb.init(project=project, name=folder.name, id=wandb_id(folder), resume="allow", dir=str(folder), config=about["config"],
                           allow_val_change=True)          # a run may go on for longer, at other rates
     except Exception as error:      # a mirror is not worth a run, whatever the service says, or a damaged config.json
-        log.warning("--wandb %s: going on without it: %s", project, " ".join(str(error).split())[:200])
+        say_without_wandb(f"--wandb {project}", error)
         return None
+
+
+def say_without_wandb(option: str, error: Exception) -> None:
+    """What keeps a run from being mirrored, in one line."""
+    log.warning("%s: going on without it: %s", option, " ".join(str(error).split())[:200])
 
 
 def wandb_id(folder: Path) -> str:
