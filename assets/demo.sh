@@ -32,7 +32,7 @@ step_once embeddings "$OUT/embeddings" python clip_embeddings.py --network "$OUT
 # 4. The generator, patches for every cluster of the held-out section, their scores
 step_once gan "$OUT/gan" python train_gan.py --data "$data/SIM_A/patches" --gex "$data/SIM_A/gex_filt.h5ad" --val-data "$data/SIM_B/patches" \
     --val-gex "$data/SIM_B/gex_filt.h5ad" --network "$OUT/clip/clip" --outdir "$OUT/gan" --img-resolution 64 --cfg small --batch 8 \
-    --kimg 100 --budget-minutes "$MINUTES"
+    --kimg 100 --budget-minutes "$MINUTES" --resume auto
 step_once generate "$OUT/generated" python gen_images.py --network "$OUT"/gan/00000-* --gex "$data/SIM_B/gex_filt.h5ad" --clusters cluster \
     --n-samples 60 --images "$data/SIM_B/patches" --seeds 0 --outdir "$OUT/generated"
 step_once walk "$OUT/walk" python interpolate_prompts.py --network "$OUT"/gan/00000-* --prompt1 "$data/SIM_B/gex_filt.h5ad:0" \

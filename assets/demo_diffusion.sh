@@ -14,7 +14,7 @@ step_once embeddings_A "$OUT/embeddings_A" python clip_embeddings.py --network "
 step_once diffusion "$OUT/diffusion" python -m diffusion_utils.train_diffusion --train-data-dir "$data/SIM_A/patches" \
     --dataset-embs "$OUT/embeddings_A/gene_clip_emb.npy" --val-data-dir "$data/SIM_B/patches" --val-embs "$OUT/embeddings/gene_clip_emb.npy" \
     --from-scratch small --pixel-space --resolution 32 --train-batch-size 16 --max-train-steps "$STEPS" --ema-decay 0.995 \
-    --output-dir "$OUT/diffusion"
+    --output-dir "$OUT/diffusion" --resume-from-checkpoint latest
 step_once diffusion_images "$OUT/diffusion_images" python -m diffusion_utils.generate_img --model-checkpoint "$OUT/diffusion" \
     --prompt-file "$OUT/embeddings/gene_clip_emb.npy" --n-prompts "$PROMPTS" --num-imgs 1 --guidance-interval 0.2,0.75 --gen-img-path "$OUT/diffusion_images"
 step_once diffusion_walk "$OUT/diffusion_walk" python interpolate_prompts.py --network "$OUT/diffusion" \

@@ -117,7 +117,8 @@ step_once judge "$OUT/judge" python train_clip.py --config-name clip_small "${tr
 
 # 3. The generator; then patches for every held-out spot, from it and from its untrained start
 step_once gan "$OUT/gan" python train_gan.py --data "$(joined "$TRAIN" patches)" --gex "$(joined "$TRAIN" gex_filt.h5ad)" \
-    --network "$OUT/clip/clip" --outdir "$OUT/gan" --img-resolution 64 --cfg small --batch 8 --kimg 100 --budget-minutes "$gan_minutes" --seed "$SEED"
+    --network "$OUT/clip/clip" --outdir "$OUT/gan" --img-resolution 64 --cfg small --batch 8 --kimg 100 --budget-minutes "$gan_minutes" --seed "$SEED" \
+    --resume auto
 for section in ${VAL//,/ }; do
     step_once "generate $section" "$OUT/generated/$section" python gen_images.py --network "$OUT"/gan/00000-* --gex "$OUT/$section/gex_filt.h5ad" \
         --images "$OUT/$section/patches" --seeds 0-3 --outdir "$OUT/generated/$section"

@@ -18,26 +18,37 @@ step() {
     mv "$OUT/steps.tmp.$$" "$OUT/steps.jsonl"
 }
 
-# step_once NAME OUTPUT COMMAND...   run it unless OUTPUT was finished by this very command on these very inputs
+# step_once NAME OUTPUT COMMAND...   run it unless OUTPUT was finished by this very command on these very inputs. One that was begun and
+#                                    interrupted goes on in OUTPUT; what anything else left there is set aside, not removed.
 step_once() {
-    local name=$1 output=$2 key; shift 2
+    local name=$1 output=$2 key state="$OUT/.steps/$1"; shift 2
     if [ "${DRY_RUN:-0}" = 1 ]; then shown "$@"; return; fi
     key=$({ echo "$* $STEPS_BEFORE"; finished_inputs; } | sha256sum | cut -d' ' -f1)
     STEPS_BEFORE+=" $key"
-    if [ -e "$output" ] && [ "$(cat "$OUT/.steps/$name" 2>/dev/null)" = "$key" ]; then
-        printf '\n[%s] finished before: %s\n' "$name" "$output"
-        return
+    if [ -e "$output" ]; then
+        case $(cat "$state" 2>/dev/null) in
+            "$key") printf '\n[%s] finished before: %s\n' "$name" "$output"; return ;;
+            "begun $key") ;;
+            *) set_aside "$output" ;;
+        esac
     fi
-    rm -rf "$output" "$OUT/.steps/$name"
-    step "$name" "$@"
     mkdir -p "$OUT/.steps"
-    echo "$key" > "$OUT/.steps/$name"
+    echo "begun $key" > "$state"
+    step "$name" "$@"
+    echo "$key" > "$state"
+}
+
+set_aside() {   # set_aside demo_run/gan -> demo_run/gan.before-1
+    local number=1
+    while [ -e "$1.before-$number" ]; do number=$((number + 1)); done
+    mv "$1" "$1.before-$number"
+    echo "notice: $1 is of another command, or of other inputs: it stands as $1.before-$number now" >&2
 }
 
 # What a later step reads: the done-manifests of preprocessing, which hold every input's hash; the steps before it are in its key.
 STEPS_BEFORE=""
 finished_inputs() {
-    find "$OUT" -name '*.done.json' | LC_ALL=C sort | xargs -r -d '\n' cat
+    find "$OUT" -name '*.before-*' -prune -o -name '*.done.json' -print | LC_ALL=C sort | xargs -r -d '\n' cat
 }
 
 # A command as one would type it: words with characters the shell would touch stand in single quotes.

@@ -37,6 +37,42 @@ def test_the_demo_ends_with_a_page_and_starts_nothing_twice(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "demo" / "gan").rglob("model.safetensors")} == snapshots
 
 
+STEP = """
+set -eu
+OUT=$PWD source "$STEPS"
+OUT=$PWD
+step_once gan gan bash -c "$1"
+"""
+WRITES = "mkdir -p gan; echo made >> gan/made"
+
+
+@pytest.mark.parametrize(("before", "made", "aside"), [
+    (["mkdir gan; echo mine > gan/mine"], 1, True), ([WRITES], 1, False), ([f"{WRITES}; echo other"], 1, True), ([WRITES] * 2, 1, False)],
+    ids=["the user's own", "finished", "other settings", "finished twice"])
+def test_a_step_sets_aside_what_it_did_not_make(tmp_path, before, made, aside):
+    def step(command):
+        return subprocess.run(["bash", "-c", STEP, "step", command], cwd=tmp_path, env={**os.environ, "STEPS": str(ROOT / "assets" / "steps.sh")},
+                              capture_output=True, text=True, check=True)
+
+    for number, command in enumerate(before):
+        if command.startswith("mkdir gan;"):
+            subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+        else:
+            step(command)
+    said = step(WRITES)
+    assert (tmp_path / "gan" / "made").read_text() == "made\n" * made
+    assert (tmp_path / "gan.before-1").is_dir() == aside == ("it stands as gan.before-1 now" in said.stderr)
+
+
+def test_an_interrupted_step_goes_on_where_it_was(tmp_path):
+    command = "mkdir -p gan; echo made >> gan/made; [ -e room ]"
+    call = {"cwd": tmp_path, "env": {**os.environ, "STEPS": str(ROOT / "assets" / "steps.sh")}, "capture_output": True}
+    assert subprocess.run(["bash", "-c", STEP, "step", command], **call).returncode == 1
+    (tmp_path / "room").touch()
+    assert subprocess.run(["bash", "-c", STEP, "step", command], **call).returncode == 0
+    assert (tmp_path / "gan" / "made").read_text() == "made\n" * 2 and not (tmp_path / "gan.before-1").exists()
+
+
 def fewer_spots(section: Path, folder: Path, every: int) -> None:
     """A section of which only every second, third, ... spot counts as tissue."""
     folder.mkdir(parents=True)
