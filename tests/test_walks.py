@@ -46,30 +46,28 @@ step_once gan gan bash -c "$1"
 WRITES = "mkdir -p gan; echo made >> gan/made"
 
 
-@pytest.mark.parametrize(("before", "made", "aside"), [
-    (["mkdir gan; echo mine > gan/mine"], 1, True), ([WRITES], 1, False), ([f"{WRITES}; echo other"], 1, True), ([WRITES] * 2, 1, False)],
-    ids=["the user's own", "finished", "other settings", "finished twice"])
-def test_a_step_sets_aside_what_it_did_not_make(tmp_path, before, made, aside):
-    def step(command):
-        return subprocess.run(["bash", "-c", STEP, "step", command], cwd=tmp_path, env={**os.environ, "STEPS": str(ROOT / "assets" / "steps.sh")},
-                              capture_output=True, text=True, check=True)
+def run_step(folder: Path, command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", "-c", STEP, "step", command], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "STEPS": str(ROOT / "assets" / "steps.sh")})
 
-    for number, command in enumerate(before):
-        if command.startswith("mkdir gan;"):
-            subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
-        else:
-            step(command)
-    said = step(WRITES)
-    assert (tmp_path / "gan" / "made").read_text() == "made\n" * made
-    assert (tmp_path / "gan.before-1").is_dir() == aside == ("it stands as gan.before-1 now" in said.stderr)
+
+@pytest.mark.parametrize(("before", "aside"), [(None, True), (WRITES, False), (f"{WRITES}; echo other", True)],
+                         ids=["somebody's own", "finished before", "of other settings"])
+def test_a_step_sets_aside_what_it_did_not_make(tmp_path, before, aside):
+    if before:
+        assert run_step(tmp_path, before).returncode == 0
+    else:
+        (tmp_path / "gan").mkdir()
+    done = run_step(tmp_path, WRITES)
+    assert (done.returncode, (tmp_path / "gan" / "made").read_text()) == (0, "made\n")
+    assert (tmp_path / "gan.before-1").is_dir() == aside == ("it stands as gan.before-1 now" in done.stderr)
 
 
 def test_an_interrupted_step_goes_on_where_it_was(tmp_path):
-    command = "mkdir -p gan; echo made >> gan/made; [ -e room ]"
-    call = {"cwd": tmp_path, "env": {**os.environ, "STEPS": str(ROOT / "assets" / "steps.sh")}, "capture_output": True}
-    assert subprocess.run(["bash", "-c", STEP, "step", command], **call).returncode == 1
+    command = f"{WRITES}; [ -e room ]"
+    assert run_step(tmp_path, command).returncode == 1
     (tmp_path / "room").touch()
-    assert subprocess.run(["bash", "-c", STEP, "step", command], **call).returncode == 0
+    assert run_step(tmp_path, command).returncode == 0
     assert (tmp_path / "gan" / "made").read_text() == "made\n" * 2 and not (tmp_path / "gan.before-1").exists()
 
 
