@@ -11,6 +11,7 @@ from pathlib import Path
 
 from preprocessing.done_manifests import read_done
 from preprocessing.output_places import FileKind
+from preprocessing.outputs import is_leftover
 from preprocessing.parts import parts_folder
 
 HEAD_BYTES = 1 << 16
@@ -89,7 +90,7 @@ def _settings_of_sample(path: Path) -> dict:
 
 def _was_killed(path: Path, *others: str) -> bool:
     """Whether a killed run left something behind before it could say what it made."""
-    return not config_of(path) and any(found for name in others for found in path.parent.glob(f"{name}.tmp.*"))
+    return not config_of(path) and any(is_leftover(left, re.escape(name)) for name in others for left in path.parent.glob(f"{name}.tmp.*"))
 
 
 def extracted(picture: Path, of_spots: bool = True) -> FileKind:

@@ -20,12 +20,12 @@ from typing import NoReturn
 
 from filelock import FileLock, Timeout
 
-from preprocessing.output_places import FolderKind, require_no_folder, require_own_places, require_replaceable
+from preprocessing.output_places import UNFINISHED, FolderKind, require_no_folder, require_own_places, require_replaceable
 
 MIB = 1 << 20
 OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)     # what only the output can be to blame for
 SILENT_WAIT_S = 2                 # a lock that is free within this time is not worth a line
-LEFTOVER = re.compile(r"(.+)\.(?:tmp|old)\.\d+")     # what is being written to, or replaced, by the process of that number
+LEFTOVER = re.compile(rf"(.+){UNFINISHED}", re.DOTALL)     # what is being written to, or replaced, by the process of that number
 
 
 @contextmanager
@@ -254,9 +254,16 @@ def locked(path: Path | str, wait_s: float = 3600, covers: Iterable[Path | str] 
         lock.release()
 
 
+def is_leftover(path: Path, names: str = ".+") -> bool:
+    """Whether a process left this behind of a file or folder whose name fits the regular expression `names`. What is only called alike,
+    `gex.h5ad.tmp.mine` or a file `vocab.txt.old.1` (we replace folders alone in that way), is its user's."""
+    match = LEFTOVER.fullmatch(path.name)
+    return match is not None and re.fullmatch(names, match[1]) is not None and (match[2] == "tmp" or path.is_dir())
+
+
 def clear_leftovers_in(folder: Path | str) -> None:
     """Remove what killed processes left half-written among the files and folders of `folder`, whose lock the caller holds."""
-    for name in {match[1] for path in Path(folder).glob("*") if (match := LEFTOVER.fullmatch(path.name))}:
+    for name in {re.sub(UNFINISHED, "", path.name) for path in Path(folder).glob("*") if is_leftover(path)}:
         _clear_leftovers(Path(folder) / name)
 
 
@@ -264,6 +271,8 @@ def _clear_leftovers(path: Path) -> None:
     """Remove temporaries of killed processes; put back a folder that was killed between its two renames."""
     for kind in ("tmp", "old"):
         for left in path.parent.glob(f"{glob.escape(path.name)}.{kind}.*"):
+            if not is_leftover(left, re.escape(path.name)):
+                continue
             if kind == "old" and not path.exists():
                 os.rename(left, path)
             elif left.is_dir():

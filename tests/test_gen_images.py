@@ -152,9 +152,10 @@ def test_a_second_call_makes_only_what_is_not_there_whole(world, tmp_path):
     shutil.copy(outdir / names[21], outdir / swapped)                # a whole patch of this very call, under another's name
     (outdir / "samples.csv").unlink()
     (outdir / "prompt00001_seed0000.png.tmp.1").write_bytes(b"left by a killed process")
+    (outdir / "prompt00001_seed0000.png.tmp.mine").write_bytes(b"a user's")
     result = generate(world, outdir, batch_sz=1, seeds="0-1")
     assert result.exit_code == 0 and f"wrote 32 patches ({32 - 5} of them were there)" in result.output
-    assert apart(first, pictures(outdir)) == 0 and not list(outdir.rglob("*.tmp.*"))
+    assert apart(first, pictures(outdir)) == 0 and [path.suffix for path in outdir.rglob("*.tmp.*")] == [".mine"]
     after = times(outdir)
     assert {name for name in names if after[name] != before[name]} == {deleted, cut, flipped, foreign, swapped}
     assert [(outdir / name).read_bytes() for name in ("samples.csv", "grid.png")] == described

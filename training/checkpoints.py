@@ -22,7 +22,7 @@ from networks.weights import write_plain_file
 from preprocessing.done_manifests import file_sha256
 from preprocessing.errors import InputError, OptionError, WeightsError, first_few
 from preprocessing.output_places import FolderKind
-from preprocessing.outputs import finished_folder
+from preprocessing.outputs import finished_folder, is_leftover
 
 log = logging.getLogger(__name__)
 COMMIT, SUMS_FILE, STATE_FILE = "COMMIT", "SHA256SUMS", "state.json"
@@ -57,7 +57,8 @@ def save_checkpoint(folder: Path | str, step: int, *, state: Mapping, tensors: M
         _write_and_sync(temporary / COMMIT, f"{step}\n")
     older = [other for other in checkpoint_folders(folder) if other.name <= path.name]     # a later one is damaged, and does not count
     in_turn = [other for other in older if _was_in_turn(other)]
-    for old in ({*older} - {path, *in_turn[:keep]}) | {*Path(folder).glob("checkpoint-*.tmp.*"), *Path(folder).glob("snapshot-*.tmp.*")}:
+    half_written = {left for left in Path(folder).glob("*.tmp.*") if is_leftover(left, r"(checkpoint|snapshot)-\d+")}
+    for old in ({*older} - {path, *in_turn[:keep]}) | half_written:
         shutil.rmtree(old, ignore_errors=True)
     return path
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocessing.outputs import finished_file
+from preprocessing.outputs import finished_file, is_leftover
 from preprocessing.patches import read_patch
 from preprocessing.png_folder import encode_png
 from training.generation_plan import GenerationPlan
@@ -72,7 +72,8 @@ class GeneratedPngs:
 
         if self.ranks.is_first:
             for left in self.folder.rglob("prompt*_seed*.png.tmp.*"):
-                left.unlink()
+                if is_leftover(left, r"prompt\d+_seed\d+\.png") and left.is_file():
+                    left.unlink()
         missing: list[int] = []
         for start in range(0, self.plan.n_batches, LOOK_FOR):
             numbers, found = range(start, min(start + LOOK_FOR, self.plan.n_batches)), None

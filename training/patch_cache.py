@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from preprocessing.done_manifests import fingerprint, strings_sha256
+from preprocessing.output_places import UNFINISHED
 from preprocessing.outputs import MIB, finished_file, locked, require_free_space, write_json
 
 FORMAT = 1                        # of the array and of the key
@@ -185,6 +187,8 @@ def spread_sha256(path: Path) -> str:
 def _remove_stale(key: CacheKey, folder: Path, progress: bool) -> None:
     """Remove what was built of these patches at this size as they were, and what a killed build left. The caller holds the lock."""
     for old in sorted(folder.glob(f"{key.dataset}-*")):
+        if not re.fullmatch(r"[0-9a-f]+-[0-9a-f]+\.(npy|json)", re.sub(UNFINISHED, "", old.name)):
+            continue                                 # somebody's copy
         old.unlink(missing_ok=True)
         if progress and old.suffix == ".npy":
             _say(f"removed {old}: " + ("damaged" if old.stem == key.name else REPLACED))

@@ -13,7 +13,7 @@ from pathlib import Path
 from preprocessing.done_manifests import strings_sha256
 from preprocessing.errors import InputError, OptionError
 from preprocessing.inputs import read_json
-from preprocessing.outputs import LEFTOVER, finished_file, writes_to
+from preprocessing.outputs import finished_file, is_leftover, writes_to
 from preprocessing.progress import ProgressBar
 from training.checkpoints import checkpoint_folders
 
@@ -152,7 +152,7 @@ def begun_run(outdir: Path | str, name: str, record: Mapping) -> Path | None:
         return None
     begun = runs[0] / "config.json"
     if not begun.is_file():                      # killed before it was written: there is nothing yet
-        return runs[0] if all(path.name.startswith(".") or LEFTOVER.fullmatch(path.name) for path in runs[0].iterdir()) else None
+        return runs[0] if all(path.name.startswith(".") or is_leftover(path) for path in runs[0].iterdir()) else None
     return runs[0] if read_json(begun, "that of a run") == json.loads(json.dumps(record, default=str)) else None
 
 

@@ -71,6 +71,14 @@ def test_hdf5_files_are_told_by_content_or_by_the_done_manifest_that_a_damaged_o
         assert is_refused(path, extracted(tmp_path / "qc.png", not of_spots))
 
 
+def test_only_what_a_killed_import_left_makes_a_file_beside_it_an_older_one(tmp_path):
+    (tmp_path / "imgs.h5").write_text("somebody's")
+    (tmp_path / "gex.h5ad.tmp.mine").touch()
+    assert is_refused(tmp_path / "imgs.h5", IMPORTED)
+    (tmp_path / "gex.h5ad.tmp.7").touch()
+    assert not is_refused(tmp_path / "imgs.h5", IMPORTED)
+
+
 def test_a_file_of_generated_patches_is_told_by_its_manifest_or_the_blocks_of_a_killed_run(tmp_path):
     path = tmp_path / "imgs.h5"
     hdf5(path, img="patches")

@@ -1,11 +1,14 @@
 """Blocks of a long step: kept for the same config and inputs, thrown away for others, and never half there."""
 import io
+import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from preprocessing.outputs import finished_folder, locked
+from preprocessing.outputs import finished_file, finished_folder, finished_together, is_leftover, locked, only_writer
 from preprocessing.parts import Parts
 
 
@@ -91,6 +94,52 @@ def test_the_lock_removes_what_a_killed_process_left(tmp_path):
     (tmp_path / "other.h5.tmp.99").write_text("not covered")
     with locked(tmp_path / "imgs.h5", covers=[tmp_path / "gex.h5ad"]):
         assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["other.h5.tmp.99"]
+
+
+OF_USERS = ["out.old.keep", "out.tmp.mine", "out.old.2024-bak", "out.tmp.7.zip", "out.old.", "out.tmp.-7", "out.tmp.20240501"]
+
+
+def shown(folder):
+    return sorted(path.name for path in folder.glob("[!.]*"))
+
+
+@pytest.mark.fault("a name like that of a leftover")
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir], ids=["file", "folder"])
+@pytest.mark.parametrize("finished", [["out"], []], ids=["beside", "alone"])
+@pytest.mark.parametrize("hold", [lambda folder: locked(folder / "out"), only_writer], ids=["locked", "only writer"])
+def test_what_is_only_named_like_a_leftover_is_its_users_and_stays(tmp_path, make, finished, hold, tried):
+    tried(len(OF_USERS))
+    for name in (*OF_USERS, *finished, "out.tmp.7", "out.tmp.4194304", "out.done.json.tmp.7"):
+        make(tmp_path / name)
+    if finished:
+        (tmp_path / "out.old.7").mkdir()
+    with hold(tmp_path):
+        assert shown(tmp_path) == sorted([*OF_USERS, *finished])
+
+
+def test_a_file_is_never_taken_for_a_folder_that_was_being_replaced(tmp_path):
+    (tmp_path / "vocab.txt.old.1").write_text("mine")
+    with locked(tmp_path / "vocab.txt"), only_writer(tmp_path):
+        assert shown(tmp_path) == ["vocab.txt.old.1"]
+
+
+def test_every_name_that_is_written_to_or_moved_away_counts_as_a_leftover(tmp_path, monkeypatch):
+    renamed, rename = [], os.rename
+
+    def note(old, new):
+        renamed.append(Path(new))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", note)
+    (tmp_path / "folder").mkdir()
+    with finished_file(tmp_path / "a.csv") as one, finished_together([tmp_path / "b.csv"]) as staged:
+        for path, name in ((one, "a.csv"), (staged[tmp_path / "b.csv"], "b.csv")):
+            path.touch()
+            assert is_leftover(path, re.escape(name)) and not is_leftover(path, "csv")
+    with finished_folder(tmp_path / "folder") as working:
+        assert is_leftover(working, "folder")
+    renamed[0].mkdir()
+    assert is_leftover(renamed[0], "folder")
 
 
 def test_a_folder_killed_between_its_two_renames_comes_back(tmp_path):

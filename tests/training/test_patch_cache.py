@@ -94,9 +94,12 @@ def test_a_patch_replaced_by_one_of_equal_size_is_never_served_from_the_old_cach
     Image.fromarray(np.full((8, 8, 3), 100, np.uint8)).save(sample.images / "patch_3.png", compress_level=0)
     pack([sample], cache)
     old = arrays(cache)
+    copies = [Path(f"{old[0]}.keep"), old[0].with_suffix(".tmp.mine")]
+    for copy in copies:
+        copy.mkdir()
     repaint(sample.images / "patch_3.png", 201)
     images = ImageGeneDataset([sample]).load_images(cache_dir=cache)
-    assert (images[3] == 201).all() and len(arrays(cache)) == 1 and arrays(cache) != old
+    assert (images[3] == 201).all() and len(arrays(cache)) == 1 and arrays(cache) != old and all(copy.exists() for copy in copies)
     assert f"removed {old[0]}: a patch, the order of the spots or the version of Pillow has changed since" in capsys.readouterr().err
 
 

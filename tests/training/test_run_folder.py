@@ -57,6 +57,14 @@ def test_a_checkpoint_without_a_readable_record_takes_the_place_of_none_an_older
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step:08d}" for step in kept]
 
 
+def test_saving_removes_what_killed_runs_left_and_nothing_that_is_only_named_like_it(tmp_path):
+    own = {"checkpoint-00000001.tmp.mine", "checkpoint-best.tmp.7", "snapshot-000016.old.keep", "snapshot-000016.tmp.2024-bak"}
+    for name in (*own, "checkpoint-00000001.tmp.7", "snapshot-000016.tmp.8"):
+        (tmp_path / name).mkdir()
+    saved = save(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == own | {saved.name}
+
+
 def test_damaged_checkpoints_alone_are_no_reason_to_begin_anew(tmp_path):
     for step in (1, 2):
         (save(tmp_path, step) / "model.safetensors").write_bytes(b"")
@@ -136,7 +144,8 @@ def test_a_run_folder_is_held_by_one_process_and_cleared_of_what_killed_ones_lef
     (tmp_path / "samples").mkdir()
     (tmp_path / "clip.old.7").mkdir()                          # killed between its two renames
     (tmp_path / "clip.old.7" / "config.json").touch()
-    for name in ("config.json", "config.json.tmp.7", "pipeline.old.7", "pipeline", "samples/a.png.tmp.7", "notes.tmp.txt"):
+    (tmp_path / "pipeline.old.7").mkdir()
+    for name in ("config.json", "config.json.tmp.7", "pipeline", "samples/a.png.tmp.7", "notes.tmp.txt"):
         (tmp_path / name).touch()
     with only_writer(tmp_path, parts=["samples"]):
         assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("[!.]*")} == {
