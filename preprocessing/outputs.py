@@ -24,6 +24,7 @@ from preprocessing.output_places import UNFINISHED, FolderKind, require_no_folde
 
 MIB = 1 << 20
 OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)     # what only the output can be to blame for
+OF_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)               # of a file system without flock, as mounts of clusters may be
 SILENT_WAIT_S = 2                 # a lock that is free within this time is not worth a line
 LEFTOVER = re.compile(rf"(.+){UNFINISHED}", re.DOTALL)     # what is being written to, or replaced, by the process of that number
 
@@ -232,10 +233,11 @@ def only_writer(folder: Path | str, parts: Iterable[str] = ()) -> Iterator[None]
 @contextmanager
 def locked(path: Path | str, wait_s: float = 3600, covers: Iterable[Path | str] = ()) -> Iterator[None]:
     """Hold the lock of one output while writing it, and what else the lock `covers`. A live process's lock is waited for,
-    never taken; the lock of a dead process is free (the kernel releases it), and what it left half-written is removed."""
+    never taken; the lock of a dead process is free (the kernel releases it), and what it left half-written is removed. Where the file
+    system has no such locks there is none: a file that only lies there would tell nothing of whether its process lives."""
     path = _named(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    lock = FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False)
     try:
         try:
             lock.acquire(timeout=min(SILENT_WAIT_S, wait_s))
@@ -245,6 +247,11 @@ def locked(path: Path | str, wait_s: float = 3600, covers: Iterable[Path | str] 
             lock.acquire(timeout=max(wait_s - SILENT_WAIT_S, 0))
     except Timeout as error:
         raise OSError(errno.EAGAIN, "another process is still writing it", str(path)) from error
+    except OSError as error:
+        if error.errno not in OF_NO_LOCKS:
+            raise
+        raise OSError(error.errno, f"the file system of this folder has no locks ({os.strerror(error.errno)}), and two processes could "
+                      "write at once; put the output on one that has", str(path.parent)) from error
     try:
         for output in (path, *covers):
             _clear_leftovers(_named(output))

@@ -1,4 +1,5 @@
 """Row 26: two processes on one output, the lock of a dead one, the lock of a live one."""
+import errno
 import fcntl
 import os
 import signal
@@ -153,3 +154,44 @@ def test_a_lock_file_with_anything_in_it_is_only_a_file(tmp_path):
     (tmp_path / ".out.lock").write_text("1\n")
     with locked(tmp_path / "out", wait_s=0), open(tmp_path / ".out.lock") as stream, pytest.raises(BlockingIOError):
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+WITHOUT_LOCKS = """
+import errno, fcntl, os, sys
+def refuse(*_):
+    number = getattr(errno, sys.argv[1])
+    raise OSError(number, os.strerror(number))
+fcntl.flock = refuse
+import click
+from preprocessing.errors import Command
+from preprocessing.outputs import locked, only_writer
+@click.command(cls=Command)
+@click.argument("out")
+@click.option("--run", is_flag=True)
+def main(out, run):
+    with only_writer(out) if run else locked(out):
+        print("held", flush=True)
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("number", ["ENOSYS", "ENOTSUP", "ENOLCK"])
+@pytest.mark.parametrize("is_run", [False, True], ids=["output", "run folder"])
+def test_on_a_file_system_without_locks_no_process_gets_one_and_each_says_so_in_one_line(tmp_path, number, is_run):
+    """Neither beside a process that holds a lock, from another machine for instance, nor where nobody does."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", WITHOUT_LOCKS, number, str(out), *(["--run"] if is_run else [])]
+
+    def tries():
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=SECONDS)
+        assert (done.returncode, done.stdout) == (4, ""), done.stderr
+        reason = os.strerror(getattr(errno, number))
+        assert done.stderr == f"error: {out if is_run else tmp_path}: the file system of this folder has no locks ({reason}), and two " \
+                              "processes could write at once; put the output on one that has\n"
+
+    tries()
+    with locked(out / "run" if is_run else out, wait_s=0):
+        tries()
+        tries()
+    with locked(out / "run" if is_run else out, wait_s=0):       # what the refused ones left bars nobody
+        pass
