@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ def first_few(items: Sequence[object], limit: int = 5) -> str:
 
 @contextmanager
 def one_line_errors(debug: bool = False) -> Iterator[None]:
-    """Turn user errors into one line on stderr and `SystemExit`; with `debug`, let them pass as they are."""
+    """Turn user errors into one line on stderr and `SystemExit`; with `debug`, the traceback comes before that line."""
     with first_ctrl_c_ends_in_order(), _one_line_warnings(debug):
         try:
             yield
@@ -82,9 +83,11 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
             raise
         except (Exception, KeyboardInterrupt) as error:
             interrupted = ctrl_c.pressed or isinstance(error, KeyboardInterrupt)
-            if debug or not (interrupted or isinstance(error, (InputError, OptionError, OSError)) or is_out_of_memory(error)):
+            if not (interrupted or isinstance(error, (InputError, OptionError, OSError)) or is_out_of_memory(error)):
                 raise
             end_progress_bars()
+            if debug:
+                traceback.print_exception(error)
             print(INTERRUPTED if interrupted else f"error: {_said(error)}", file=sys.stderr)
             raise SystemExit(EXIT_INTERRUPTED if interrupted else getattr(error, "exit_code", EXIT_IO)) from error
 
@@ -138,7 +141,7 @@ def require_bearable(option: str, number: float, bounded: bool = False) -> None:
 
 
 class Command(click.Command):
-    """A click command that ends user errors in one line, and has `--debug` for the traceback."""
+    """A click command that ends user errors in one line, and has `--debug` for the traceback before it."""
 
     def __init__(self, *args, **kwargs):
         kwargs["context_settings"] = {"show_default": True, **(kwargs.get("context_settings") or {})}

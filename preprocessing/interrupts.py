@@ -163,11 +163,12 @@ def first_ctrl_c_ends_in_order() -> Iterator[None]:
 
 
 def _one_line_for_ctrl_c(kind, error, traceback) -> None:
-    """A Ctrl-C outside of a command's own rules, most often while it still imports, shows no traceback."""
-    if issubclass(kind, KeyboardInterrupt) and "--debug" not in sys.argv:
-        print(INTERRUPTED, file=sys.stderr)
-    else:
+    """A Ctrl-C outside of a command's own rules, most often while it still imports, is said as within them."""
+    interrupted = issubclass(kind, KeyboardInterrupt)
+    if not interrupted or "--debug" in sys.argv:
         _usual_hook(kind, error, traceback)
+    if interrupted:
+        print(INTERRUPTED, file=sys.stderr)
 
 
 _usual_hook, sys.excepthook = sys.excepthook, _one_line_for_ctrl_c

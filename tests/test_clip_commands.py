@@ -385,6 +385,9 @@ def test_a_wrong_command_line_is_one_line_and_its_exit_code(samples, arguments, 
     assert result.returncode == code, result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and said in errors[0] and "Traceback" not in result.stderr
+    debug = hydra(samples, "--config-name", "clip_small", "--debug", *arguments)
+    assert debug.returncode == code and debug.stderr.count("\nerror: ") == 1, debug.stderr
+    assert "Traceback (most recent call last):\n" in debug.stderr and debug.stderr.endswith(f"\n{errors[0]}\n")
 
 
 @pytest.mark.parametrize("argument", ["=3", "hydra=3", "hydra/launcher=3", "@=3", "hydra/job_logging=[1]", "+hydra.callbacks.x=1",

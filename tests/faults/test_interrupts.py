@@ -151,6 +151,8 @@ main()
 def test_a_ctrl_c_is_never_lost_nor_another_error(arguments, code, said):
     done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], cwd=ROOT, text=True, capture_output=True, timeout=SECONDS)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments, "--debug"], cwd=ROOT, text=True, capture_output=True, timeout=SECONDS)
+    assert (done.returncode, done.stdout) == (code, "") and done.stderr.endswith(said) and ("Traceback" in done.stderr) == bool(said)
 
 
 IMPORTING = """
@@ -171,3 +173,6 @@ runpy.run_path(sys.argv[2], run_name="__main__")
 def test_a_ctrl_c_while_a_command_imports_is_one_line(library, command):
     done = subprocess.run([sys.executable, "-c", IMPORTING, library, command], cwd=ROOT, text=True, capture_output=True, timeout=SECONDS)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", INTERRUPTED)
+    done = subprocess.run([sys.executable, "-c", IMPORTING, library, command, "--debug"], cwd=ROOT, text=True, capture_output=True,
+                          timeout=SECONDS)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "") and done.stderr.endswith(INTERRUPTED) and "Traceback" in done.stderr

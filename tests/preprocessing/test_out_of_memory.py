@@ -39,7 +39,8 @@ def test_no_memory_is_one_line_that_says_what_to_lower(work):
     result = CliRunner().invoke(command, [])
     assert result.exit_code == 4 and result.output.startswith("error: out of memory") and len(result.output.splitlines()) == 1
     assert "--batch-gpu" in result.output and "--cfg" in result.output and "batch size" in result.output
-    assert not isinstance(CliRunner().invoke(command, ["--debug"]).exception, (SystemExit, type(None)))
+    debug = CliRunner().invoke(command, ["--debug"])
+    assert debug.exit_code == 4 and debug.output.startswith("Traceback") and debug.output.endswith(f"\n{result.output}")
 
 
 def test_how_much_was_asked_for_is_said(capsys):
