@@ -64,6 +64,7 @@ def test_of_a_damaged_newest_checkpoint_the_one_before_is_used_with_a_warning(na
     for damage in damages_of(path, content, rounds(8, 60), 3, seed=0):
         tried()
         damage()
+        caplog.clear()
         found = latest_checkpoint(tmp_path)
         step = found.state["step"]
         assert step == 1 and "skipping a damaged checkpoint" in caplog.text or step == 2 and digest(found.tensors) == digest(tensors)
