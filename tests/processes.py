@@ -1,7 +1,9 @@
 """Wait for a process that a test started, and press Ctrl-C twice in one that trains."""
+import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,10 +49,23 @@ def press_twice(process: subprocess.Popen, where: str) -> tuple[int, str]:
     if where == "save":
         _read_until(process, "in a save")
     else:
-        time.sleep(1)                # the first is answered meanwhile: the system keeps no count of signals
+        _wait_until_answered(process)
     process.send_signal(signal.SIGINT)
     code, _, errors = finish(process, 60)
     return code, errors
+
+
+def _wait_until_answered(process: subprocess.Popen) -> None:
+    """Until the first Ctrl-C, once answered, has left the second to the system, which keeps no count of signals that wait."""
+    deadline = time.monotonic() + 60
+    while process.poll() is None and _catches(process.pid, signal.SIGINT) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _catches(process_id: int, number: int) -> bool:
+    """Whether the process has a handler of its own for a signal."""
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process_id}/status").read_text(), re.MULTILINE)
+    return bool(int(caught[1], 16) >> number - 1 & 1)
 
 
 def _read_until(process: subprocess.Popen, said: str) -> None:

@@ -92,9 +92,9 @@ def test_a_stuck_rank_ends_the_job_within_the_timeout_while_the_other_has_work_l
     script, n_all = tmp_path / "stuck.py", 16 * 100
     script.write_text(STUCK.format(root=str(ROOT), rank=rank))
     options = {"network": world / "snapshot", "gex": world / "gex.h5ad", "seeds": "0-99", "batch_sz": 2, "outdir": tmp_path / "out"}
-    code, _, errors = in_two(script, **options, timeout_minutes=0.2)
+    code, _, errors = in_two(script, **options, timeout_minutes=0.25)
     said, other = re.findall(r"error: .*", errors), {"0": "1", "1": "0"}[rank]
-    assert said == [f"error: rank {other}: another process of this run ended or did not answer within --timeout-minutes 0.2"], errors
+    assert said == [f"error: rank {other}: another process of this run ended or did not answer within --timeout-minutes 0.25"], errors
     assert code != 0 and "exitcode  : 4" in errors and "RuntimeError" not in errors
     assert 2 * MEET_EVERY <= len(pictures(tmp_path / "out")) < n_all // 4         # of the half that it had to make
     result = call(gen_images, **options, device="cpu")

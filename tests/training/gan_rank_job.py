@@ -15,7 +15,7 @@ from training.ranks import is_first, joined_ranks  # noqa: E402
 
 
 def main(folder: str, preset: str, fault: str) -> None:
-    with joined_ranks("cpu", timeout_minutes=0.15 if fault == "hang" else 0.5):
+    with joined_ranks("cpu", timeout_minutes=0.25 if fault == "hang" else 0.5):
         if fault == "raise" and os.environ.get("RANK") == "1":
             raise SystemExit(9)
         if fault == "hang" and os.environ["RANK"] == "1":
