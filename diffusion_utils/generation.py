@@ -25,7 +25,7 @@ from evaluation.contact_sheet import contact_sheet, save_png
 from evaluation.features import pick_device
 from preprocessing.errors import InputError, OptionError
 from preprocessing.output_places import require_outputs, require_own_folder
-from preprocessing.outputs import clear_leftovers_in, finished_file, locked
+from preprocessing.outputs import finished_file, finished_within, locked
 from preprocessing.patches import require_no_patch_folder
 from preprocessing.progress import ProgressBar
 from training.prompts import parse_seeds
@@ -36,6 +36,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 COLUMNS = ("file", "prompt", "seed", "guidance_scale", "sampler", "steps", "weights_sha256")   # and barcode, where it is known
 SAMPLES, GRID, LATENTS, GRID_PROMPTS, GRID_SEEDS = "samples.csv", "grid.png", "latents.npy", 24, 8
 NULL = "null"         # folder of the controls
+LISTING = (SAMPLES, f"{NULL}/{SAMPLES}", GRID, LATENTS)     # what says which pictures lie there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,26 +125,21 @@ def generate_images(config: GenerateConfig) -> list[Path]:
     pipeline.noise_shape(config.resolution)            # refuses a resolution that the layers cannot halve
     asked = [Request(row, seed, null) for null in ((False, True) if config.null_control else (False,))
              for row in _chosen_rows(len(prompts), config.n_prompts) for seed in seeds]
-    folder = config.gen_img_path
-    samples, nulls, grid, latents = folder / SAMPLES, folder / NULL / SAMPLES, folder / GRID, folder / LATENTS
-    with locked(samples):
-        for part in (folder, folder / NULL):
-            clear_leftovers_in(part)
-        for old in (samples, nulls, grid, latents):    # what describes other pictures goes before they do
-            old.unlink(missing_ok=True)
+    with locked(config.gen_img_path / SAMPLES), finished_within(config.gen_img_path, LISTING) as folder:
         if config.output_type == "latent":
-            files = [_save_latents(latents, [made for _, made in draw(pipeline, prompts, asked, solver, config)])]
+            files = [_save_latents(folder / LATENTS, [made for _, made in draw(pipeline, prompts, asked, solver, config)])]
             names = [f"{LATENTS}:{row}" for row in range(len(asked))]
         else:
-            files = _save_pictures(pipeline, prompts, asked, solver, config)
+            files = _save_pictures(folder, pipeline, prompts, asked, solver, config)
             if config.null_control:                    # a list of their own: whoever scores `folder` scores what genes made
                 controls, asked = [request for request in asked if request.null], [request for request in asked if not request.null]
-                _write_samples(nulls, controls, [Path(request.file_name).name for request in controls], solver, pipeline.weights_sha256,
-                               barcodes)
-                files.append(nulls)
+                files.append(folder / NULL / SAMPLES)
+                _write_samples(files[-1], controls, [Path(request.file_name).name for request in controls], solver,
+                               pipeline.weights_sha256, barcodes)
             names = [request.file_name for request in asked]
-        _write_samples(samples, asked, names, solver, pipeline.weights_sha256, barcodes)
-    return [*files, samples]
+        files.append(folder / SAMPLES)
+        _write_samples(files[-1], asked, names, solver, pipeline.weights_sha256, barcodes)
+    return [config.gen_img_path / path.relative_to(folder) for path in files]
 
 
 def _chosen_rows(n_rows: int, n_prompts: int | None) -> list[int]:
@@ -167,17 +163,18 @@ def draw(pipeline: GenePipeline, prompts: Tensor, asked: list[Request], solver: 
                 bar.update(len(part))
 
 
-def _save_pictures(pipeline: GenePipeline, prompts: Tensor, asked: list[Request], solver: Solver, config: GenerateConfig) -> list[Path]:
+def _save_pictures(folder: Path, pipeline: GenePipeline, prompts: Tensor, asked: list[Request], solver: Solver, config: GenerateConfig
+                   ) -> list[Path]:
     """PNG files and the contact sheet: one row a prompt, its control beside it."""
     files: list[Path] = []
     shown: dict[tuple[int, bool], list[np.ndarray]] = {}
     for part, images in draw(pipeline, prompts, asked, solver, config):
         for request, picture in zip(part, as_patches(images, pipeline, config.output_px), strict=True):
-            files.append(config.gen_img_path / request.file_name)
+            files.append(folder / request.file_name)
             save_png(files[-1], picture)
             row = shown.setdefault((request.prompt, request.null), [])
             row += [picture] if len(row) < GRID_SEEDS and len(shown) <= GRID_PROMPTS else []
-    grid = config.gen_img_path / GRID
+    grid = folder / GRID
     rows = sorted(row for row in shown if shown[row])
     save_png(grid, contact_sheet([shown[row] for row in rows], [f"{'null ' if null else ''}prompt {prompt}" for prompt, null in rows]))
     return [*files, grid]

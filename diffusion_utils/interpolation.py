@@ -20,7 +20,7 @@ from evaluation.contact_sheet import contact_sheet, save_png
 from evaluation.features import pick_device
 from preprocessing.errors import InputError, OptionError
 from preprocessing.output_places import require_outputs, require_own_folder
-from preprocessing.outputs import clear_leftovers_in, finished_file, locked
+from preprocessing.outputs import finished_file, finished_within, locked
 from preprocessing.patches import require_no_patch_folder
 from preprocessing.progress import ProgressBar
 from training.interpolation import Walk, slerp
@@ -28,6 +28,7 @@ from training.prompts import parse_seeds
 from training.sample_folders import WALKED
 
 COLUMNS = ("file", "seed", "step", "share", "prompt1", "prompt2", "guidance_scale", "weights_sha256")
+LISTING = ("samples.csv", "strip.png", "embeddings.npy")     # what says which patches lie there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class PipelineWalk:
             raise OptionError("--batch-sz", "at least 1", str(self.batch_sz))
         require_no_patch_folder("--outdir", self.outdir)
         require_own_folder("--outdir", self.outdir, WALKED)
-        require_outputs({"--outdir": [self.outdir / name for name in ("samples.csv", "strip.png", "embeddings.npy")]},
+        require_outputs({"--outdir": [self.outdir / name for name in LISTING]},
                         {"--prompt1": self.prompt1.rpartition(":")[0], "--prompt2": self.prompt2.rpartition(":")[0]})
 
 
@@ -61,25 +62,22 @@ def walk_with_pipeline(config: PipelineWalk, progress: bool = True) -> list[Path
     pipeline = load_pipeline(config.network, pick_device(config.device or "auto"))
     width = pipeline.prompts.embedding_width
     walk = Walk(slerp(_end("--prompt1", config.prompt1, width), _end("--prompt2", config.prompt2, width), config.n_steps), seeds)
-    paths = [config.outdir / name for name in walk.file_names]
-    samples, strip, rows = config.outdir / "samples.csv", config.outdir / "strip.png", config.outdir / "embeddings.npy"
-    with locked(samples, covers=[strip, rows]):
-        clear_leftovers_in(config.outdir)
-        for old in (samples, strip, rows):             # what describes other patches goes before they do
-            old.unlink(missing_ok=True)
+    names = walk.file_names
+    samples, strip, rows = (config.outdir / name for name in LISTING)
+    with locked(samples, covers=[strip, rows]), finished_within(config.outdir, LISTING) as folder:
         pictures: list[np.ndarray] = []
         for batch in ProgressBar(list(walk.batches(config.batch_sz)), desc="patches", unit="batch", disable=not progress):
             made = as_patches(pipeline.generate(batch.prompts, list(batch.keys), config.solver).cpu(), pipeline)
-            for path, picture in zip(paths[batch.number:], made, strict=False):
-                save_png(path, picture)
+            for name, picture in zip(names[batch.number:], made, strict=False):
+                save_png(folder / name, picture)
             pictures += made
-        with finished_file(rows) as temporary, open(temporary, "wb") as stream:
+        with finished_file(folder / rows.name) as temporary, open(temporary, "wb") as stream:
             np.save(stream, walk.embeddings.numpy(), allow_pickle=False)
-        save_png(strip, contact_sheet([pictures[start:start + config.n_steps] for start in range(0, len(pictures), config.n_steps)],
-                                      row_labels=[f"seed {seed}" for seed in seeds],
-                                      column_labels=[f"{share:.2f}" for share in walk.shares]))
-        _write_samples(samples, walk, config, pipeline.weights_sha256)
-    return [*paths, rows, samples, strip]
+        shown = [pictures[start:start + config.n_steps] for start in range(0, len(pictures), config.n_steps)]
+        save_png(folder / strip.name, contact_sheet(shown, row_labels=[f"seed {seed}" for seed in seeds],
+                                                    column_labels=[f"{share:.2f}" for share in walk.shares]))
+        _write_samples(folder / samples.name, walk, config, pipeline.weights_sha256)
+    return [*(config.outdir / name for name in names), rows, samples, strip]
 
 
 def _end(option: str, text: str, width: int) -> Tensor:

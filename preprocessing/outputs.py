@@ -120,6 +120,39 @@ def finished_together(paths: Sequence[Path]) -> Iterator[dict[Path, Path]]:
 
 
 @contextmanager
+def finished_within(folder: Path | str, listing: Sequence[str], older: Iterable[str] = ()) -> Iterator[Path]:
+    """Yield a hidden folder in `folder`, whose lock the caller holds, to write into; when all is written every file of it takes its name
+    in `folder`, and what is `older` there and not written anew goes. Names are relative, everything else in `folder` stays.
+
+    On an error before that `folder` stays as it was. The files of `listing` say what the others are: older ones go first and new ones
+    come last, so that a process killed between two renames leaves no list of other files than lie there.
+    """
+    folder = _named(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    clear_leftovers_in(folder)
+    temporary = folder / f".new.tmp.{os.getpid()}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        written = [path.relative_to(temporary).as_posix() for path in sorted(temporary.rglob("*")) if path.is_file()]
+        for name in written:
+            require_no_folder(folder / name)
+            flush_to_disk(temporary / name)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        for name in (*listing, *{*older}.difference(written)):
+            (folder / name).unlink(missing_ok=True)
+        for name in sorted(written, key=lambda name: name in listing):
+            os.replace(temporary / name, folder / name)
+        flush_to_disk(folder)
+    except Exception as error:
+        if getattr(error, "filename", None) is not None:       # the name that the file shall have
+            error.filename = str(error.filename).replace(f"{temporary.name}{os.sep}", "")
+        raise_named(error, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
 def finished_folder(path: Path | str, validate: Callable[[Path], object] | None = None, sync: bool = True, *,
                     kind: FolderKind | None = None) -> Iterator[Path]:
     """As `finished_file` for a whole folder. An older folder of that name and `kind` is replaced, only once the new one stands."""

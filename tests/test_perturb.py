@@ -1,9 +1,12 @@
 """`perturb.py` end to end on an untrained snapshot: files, the same noise as gen_images.py, refusals."""
 import csv
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
+from output_contents import contents, differences, leftovers
 from PIL import Image
 from sampling_world import PX, N, call, make_world
 
@@ -76,6 +79,18 @@ def test_a_second_call_leaves_no_pictures_of_the_first(world, tmp_path):
     assert run(world, tmp_path, genes="gene1:0", spots="7", seeds="4").exit_code == 0
     assert {path.name for path in tmp_path.glob("*.png")} == {"spot_of_mine.png", *(f"spot00007_seed0004_{name}.png" for name in (
         "before", "after", "difference"))}
+
+
+def test_a_second_call_on_a_full_disk_leaves_all_of_the_first(world, tmp_path, monkeypatch):
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    assert run(world, tmp_path).exit_code == 0
+    before = contents(tmp_path)
+    monkeypatch.setattr("training.perturbation.write_perturbation_page", full)          # the last that is written
+    answer = run(world, tmp_path, genes="gene1:0", seeds="0-2")
+    assert answer.exit_code == 4 and str(tmp_path / "index.html") in answer.output, answer.output
+    assert differences(contents(tmp_path), before) == [] and leftovers(tmp_path) == []
 
 
 def test_one_seed_has_no_interval_and_says_so(world, tmp_path):

@@ -19,7 +19,7 @@ from evaluation.contact_sheet import contact_sheet, save_png
 from networks.snapshot import Snapshot
 from preprocessing.errors import InputError, OptionError
 from preprocessing.output_places import require_outputs, require_own_folder
-from preprocessing.outputs import clear_leftovers_in, finished_file, locked
+from preprocessing.outputs import finished_file, finished_within, locked
 from preprocessing.progress import ProgressBar
 from training.prompts import Prompts, parse_seeds, read_prompts
 from training.sample_folders import WALKED
@@ -28,6 +28,7 @@ from training.sampling_options import SamplingOptions
 from training.sampling_ranks import Ranks
 
 COLUMNS = ("file", "seed", "step", "share", "prompt1", "prompt2", "truncation", "weights_sha256")
+LISTING = ("samples.csv", "strip.png")     # what says which patches lie there
 NO_ANGLE = 1e-7           # radians between embeddings that are one, or opposite, up to float32
 
 
@@ -44,7 +45,7 @@ class InterpolateConfig(SamplingOptions):
         if self.n_steps < 2:
             raise OptionError("--n-steps", "at least 2, the two prompts", str(self.n_steps))
         require_own_folder("--outdir", self.outdir, WALKED)
-        require_outputs({"--outdir": [self.outdir / "samples.csv", self.outdir / "strip.png"]}, {})
+        require_outputs({"--outdir": [self.outdir / name for name in LISTING]}, {})
 
 
 @dataclass(frozen=True)
@@ -83,28 +84,24 @@ def interpolate_prompts(config: InterpolateConfig, progress: bool = True) -> lis
     device = ranks.device(config.device)
     snapshot = open_snapshot(newest_snapshot(config.network), config, device)
     walk = Walk(slerp(*read_prompt_pair(config, snapshot), config.n_steps), seeds)
-    paths = [config.outdir / name for name in walk.file_names]
-    samples, strip = config.outdir / "samples.csv", config.outdir / "strip.png"
+    names = walk.file_names
+    samples, strip = (config.outdir / name for name in LISTING)
+    with locked(samples, covers=[strip]), finished_within(config.outdir, LISTING) as folder:
+        def save(start: int, made: list[np.ndarray]) -> list[np.ndarray]:
+            for name, picture in zip(names[start:start + len(made)], made, strict=True):
+                save_png(folder / name, picture)
+            return made
 
-    def save(start: int, made: list[np.ndarray]) -> list[np.ndarray]:
-        for path, picture in zip(paths[start:start + len(made)], made, strict=True):
-            save_png(path, picture)
-        return made
-
-    with locked(samples, covers=[strip]):
-        clear_leftovers_in(samples.parent)
-        for old in (samples, strip):              # what describes other patches goes before they do
-            old.unlink(missing_ok=True)
         pictures: list[np.ndarray] = []
-        with ProgressBar(total=len(paths), desc="patches", unit="patch", disable=not progress) as bar:
+        with ProgressBar(total=len(names), desc="patches", unit="patch", disable=not progress) as bar:
             for made in sample_batches(snapshot.generator, walk.batches(config.batch_sz), config, save, ranks.workers(config.workers)):
                 pictures += made
                 bar.update(len(made))
         rows = [pictures[start:start + config.n_steps] for start in range(0, len(pictures), config.n_steps)]
-        save_png(strip, contact_sheet(rows, row_labels=[f"seed {seed}" for seed in seeds],
-                                      column_labels=[f"{share:.2f}" for share in walk.shares]))
-        _write_samples(samples, walk, config, snapshot.weights_sha256)
-    return [*paths, samples, strip]
+        save_png(folder / strip.name, contact_sheet(rows, row_labels=[f"seed {seed}" for seed in seeds],
+                                                    column_labels=[f"{share:.2f}" for share in walk.shares]))
+        _write_samples(folder / samples.name, walk, config, snapshot.weights_sha256)
+    return [*(config.outdir / name for name in names), samples, strip]
 
 
 def _write_samples(path: Path, walk: Walk, config: InterpolateConfig, weights_sha256: str) -> None:

@@ -25,7 +25,7 @@ from preprocessing.done_manifests import fingerprint, program_versions
 from preprocessing.errors import InputError, OptionError, first_few
 from preprocessing.expression import recorded_scale
 from preprocessing.output_places import FolderKind, require_outputs, require_own_folder
-from preprocessing.outputs import clear_leftovers_in, finished_file, locked, nan_to_none, write_json
+from preprocessing.outputs import finished_file, finished_within, locked, nan_to_none, write_json
 from preprocessing.progress import ProgressBar
 from training.data import ExpressionTable, expression_only
 from training.gene_changes import GeneChanges, read_gene_changes
@@ -234,28 +234,30 @@ def shortened(genes: str, most: int = 80) -> str:
 
 def _write(config: PerturbConfig, found: Perturbed, changes: str, rows: np.ndarray, barcodes: list[str], seeds: list[int],
            settings: dict) -> list[Path]:
-    table, record, page = (config.outdir / name for name in WRITTEN)
-    with locked(table, covers=[record, page]):
-        clear_leftovers_in(config.outdir)
-        for old in (table, record, page):            # what describes other patches goes before they do
-            old.unlink(missing_ok=True)
-        for old in config.outdir.glob("spot*.png"):      # of an earlier call: other genes made it
-            if PICTURE.fullmatch(old.name):
-                old.unlink()
+    paths = [config.outdir / name for name in WRITTEN]
+    with locked(paths[0], covers=paths[1:]):
+        older = [path.name for path in config.outdir.glob("spot*.png") if PICTURE.fullmatch(path.name)]      # other genes made them
+        with finished_within(config.outdir, WRITTEN, older) as folder:
+            _write_into(folder, config, found, changes, rows, barcodes, seeds, settings)
+    return paths
+
+
+def _write_into(folder: Path, config: PerturbConfig, found: Perturbed, changes: str, rows: np.ndarray, barcodes: list[str],
+                seeds: list[int], settings: dict) -> None:
+    table, record, page = (folder / name for name in WRITTEN)
+    for i, row in enumerate(rows):
+        for j, seed in enumerate(seeds):
+            pair = found.before[i, j], found.after[i, j]
+            for name, picture in zip(("before", "after", "difference"), (*pair, difference_map(*pair)), strict=True):
+                save_png(folder / f"spot{row:05d}_seed{seed:04d}_{name}.png", picture)
+    with finished_file(table) as temporary, open(temporary, "w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["spot", "barcode", "seed", *(f"{name}_{when}" for when in ("before", "after") for name in STATISTICS)])
         for i, row in enumerate(rows):
             for j, seed in enumerate(seeds):
-                pair = found.before[i, j], found.after[i, j]
-                for name, picture in zip(("before", "after", "difference"), (*pair, difference_map(*pair)), strict=True):
-                    save_png(config.outdir / f"spot{row:05d}_seed{seed:04d}_{name}.png", picture)
-        with finished_file(table) as temporary, open(temporary, "w", newline="") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(["spot", "barcode", "seed", *(f"{name}_{when}" for when in ("before", "after") for name in STATISTICS)])
-            for i, row in enumerate(rows):
-                for j, seed in enumerate(seeds):
-                    numbers = [*found.before_statistics[i, j], *found.after_statistics[i, j]]
-                    writer.writerow([row, barcodes[i], seed, *(f"{value:.6g}" if np.isfinite(value) else "" for value in numbers)])
-        write_json(record, {"changes": changes, "effects": {effect.name: nan_to_none(effect.to_json()) for effect in found.effects},
-                            "settings": settings})
-        write_perturbation_page(page, f"Perturbation: {shortened(config.genes)}", changes, found.effects,
-                                pairs_sheet(found.before, found.after, barcodes, seeds), settings)
-    return [table, record, page]
+                numbers = [*found.before_statistics[i, j], *found.after_statistics[i, j]]
+                writer.writerow([row, barcodes[i], seed, *(f"{value:.6g}" if np.isfinite(value) else "" for value in numbers)])
+    write_json(record, {"changes": changes, "effects": {effect.name: nan_to_none(effect.to_json()) for effect in found.effects},
+                        "settings": settings})
+    write_perturbation_page(page, f"Perturbation: {shortened(config.genes)}", changes, found.effects,
+                            pairs_sheet(found.before, found.after, barcodes, seeds), settings)

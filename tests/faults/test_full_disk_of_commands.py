@@ -1,7 +1,7 @@
 """Row 27 for every command: a disk that takes no more, or files that may not grow, at many points of what it writes.
 
-What a command has written before stands until the new is whole; one that trains or draws goes on from what it has. `make test` tries a
-few, FAULT_ROUNDS=full ten points a command in both ways; preprocessing on a full disk: `test_disk_full.py`.
+What a command has written before stands until the new is whole; one that trains, and `gen_images`, goes on from what it has. `make test`
+tries a few, FAULT_ROUNDS=full ten points a command in both ways; preprocessing on a full disk: `test_disk_full.py`.
 """
 import itertools
 import shutil
@@ -16,9 +16,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.fault("full or read-only disk")]
 POINTS = rounds(1, 10)
 OLDER = {"simulate": ("--seed", 2), "embeddings": (), "metrics": (), "interpretability": ("--method", "sg"), "import_st":
          ("--patch-sz-px", 32), "evaluate_sections": ("--seed", 1), "choose_ema": ("--sigma-rel", 0.1), "extract": ("--stride", 9),
-         "filter": ("--vocab-file", "beside/genes_few.txt")}              # settings of an older output
+         "filter": ("--vocab-file", "beside/genes_few.txt"), "generate_img": ("--steps", 3), "perturb": ("--seeds", "0-2"),
+         "interpolate": ("--prompt2", "data/gex_filt.h5ad:5")}            # settings of an older output
 FOLDERS = {**WRITES, "extract": "data", "filter": "data"}
-DRAW = ("gen_images", "generate_img")                       # go on from the patches they have
+DRAW = ("gen_images",)                                      # goes on from the patches it has
 SHORT = ("embeddings", "generate_img", "interpolate", "interpretability")         # no file of theirs is long enough to be refused
 FEW = [("gen_images", "full disk"), ("interpretability", "full disk"), ("clip", "short files"), ("metrics", "short files")]
 ALL = [*((name, "full disk") for name in WRITES), *((name, "short files") for name in FOLDERS if name not in SHORT)]

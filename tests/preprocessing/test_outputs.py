@@ -22,7 +22,7 @@ from preprocessing.done_manifests import fingerprint, is_done, read_done, write_
 from preprocessing.errors import InputError
 from preprocessing.hdf5_output import hdf5_output
 from preprocessing.output_places import FolderKind
-from preprocessing.outputs import done_path, finished_file, finished_folder, finished_together, locked
+from preprocessing.outputs import done_path, finished_file, finished_folder, finished_together, finished_within, locked
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDS_A_LOCK = """
@@ -91,6 +91,62 @@ def test_two_files_finished_together_have_two_names(tmp_path):
     with pytest.raises(InputError, match="expected a name of its own for every file"), finished_together(paths):
         pytest.fail("the work has begun")
     assert list(tmp_path.iterdir()) == []
+
+
+def older_pictures(folder):
+    """A folder with two pictures of an older call, their list, and a note of its user."""
+    for name in ("list.csv", "a.png", "b.png", "note.txt"):
+        (folder / name).write_text("old")
+    return ["a.png", "b.png"]
+
+
+def test_files_finished_within_a_folder_take_the_place_of_the_older_ones_alone(tmp_path):
+    (tmp_path / ".new.tmp.1").mkdir()                      # of a killed process
+    with finished_within(tmp_path, ["list.csv"], older_pictures(tmp_path)) as folder:
+        (folder / "null").mkdir()
+        for name in ("list.csv", "a.png", "null/a.png"):
+            (folder / name).write_text("new")
+        assert (tmp_path / "a.png").read_text() == (tmp_path / "list.csv").read_text() == "old"
+    found = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"list.csv": "new", "a.png": "new", "null/a.png": "new", "note.txt": "old"}
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()], ids=["full disk", "Ctrl-C"])
+def test_a_folder_stays_as_it_was_until_all_that_comes_is_written(tmp_path, error):
+    older = older_pictures(tmp_path)
+    with pytest.raises(type(error)), finished_within(tmp_path, ["list.csv"], older) as folder:
+        (folder / "a.png").write_text("new")
+        raise error
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(("list.csv", "a.png", "b.png", "note.txt"), "old")
+
+
+def test_an_error_within_names_the_file_as_it_shall_be_called(tmp_path):
+    with pytest.raises(OSError) as raised, finished_within(tmp_path, []) as folder, finished_file(folder / "a.png"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert raised.value.filename == str(tmp_path / "a.png")
+
+
+def test_a_folder_of_a_name_that_is_needed_is_refused_before_anything_older_goes(tmp_path):
+    older = older_pictures(tmp_path)
+    (tmp_path / "c.png").mkdir()
+    with pytest.raises(IsADirectoryError), finished_within(tmp_path, ["list.csv"], older) as folder:
+        (folder / "c.png").write_text("new")
+    assert all((tmp_path / name).read_text() == "old" for name in (*older, "list.csv"))
+
+
+def test_a_list_goes_before_the_first_file_it_speaks_of_and_comes_after_the_last(tmp_path, monkeypatch):
+    older, replace, seen = older_pictures(tmp_path), os.replace, []
+
+    def watched(source, target):
+        seen.append((target.name, (tmp_path / "list.csv").exists()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    with finished_within(tmp_path, ["list.csv"], older) as folder:
+        for name in ("list.csv", "z.png", "a.png"):
+            (folder / name).write_text("new")
+    assert seen == [("a.png", False), ("z.png", False), ("list.csv", False)]
 
 
 @pytest.mark.parametrize("kind", [None, FolderKind("a sheet's folder", r"sheet\.csv|.*/", mark="sheet.csv")], ids=["any", "of a kind"])
