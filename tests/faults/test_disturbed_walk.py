@@ -15,7 +15,7 @@ import pytest
 from fault_rounds import FULL, rounds
 from further_inputs import write_further_inputs
 from output_contents import differences, leftovers
-from walk import COMMANDS, FURTHER, WRITES, start, succeeds, walk_contents, was_killed
+from walk import BESIDE, COMMANDS, FURTHER, WRITES, remove_output, start, succeeds, walk_contents, was_killed
 
 from preprocessing.interrupts import INTERRUPTED
 
@@ -66,28 +66,28 @@ def test_a_walk_killed_at_random_moments_ends_with_the_contents_of_an_undisturbe
 
 
 @pytest.mark.skipif(not FULL, reason="FAULT_ROUNDS=full only: the walk above kills each of them")
-@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize("name", [*WRITES, *BESIDE])
 def test_a_command_killed_twenty_times_leaves_what_an_undisturbed_one_leaves(commands, undisturbed, name, tmp_path, tried):
     (whole, seconds), folder = undisturbed, tmp_path / "walk"
     shutil.copytree(whole, folder)
-    shutil.rmtree(folder / WRITES[name])
+    remove_output(name, folder)
     kill_often(commands, name, folder, seconds[name], 20, random.Random(name), tried)
     same_walk(folder, whole)
 
 
 @pytest.mark.slow
 @pytest.mark.fault("Ctrl-C")
-@pytest.mark.parametrize("name", WRITES if FULL else ("clip", "gan", "diffusion", "perturb"))
+@pytest.mark.parametrize("name", [*WRITES, *BESIDE] if FULL else ("clip", "gan", "diffusion", "perturb", "cohort_report"))
 def test_ctrl_c_at_any_moment_of_a_command_is_one_line_and_it_goes_on_afterwards(commands, undisturbed, name, tmp_path, tried):
     (whole, seconds), folder, moments, n_pressed = undisturbed, tmp_path / "walk", random.Random(name), 0
     shutil.copytree(whole, folder)
-    shutil.rmtree(folder / WRITES[name])
+    remove_output(name, folder)
     while n_pressed < PRESSES:
         run = start(commands, name, folder)
         time.sleep(moments.uniform(0.02, 0.98) * seconds[name])
         press_ctrl_c(run)
         if run.wait() == 0:                                   # it ended first: from the start again
-            shutil.rmtree(folder / WRITES[name])
+            remove_output(name, folder)
             continue
         n_pressed += 1
         tried()

@@ -10,10 +10,10 @@ import pytest
 from fault_rounds import FULL, rounds
 from output_contents import differences, leftovers
 from small_disk import ShortFiles, SmallDisk
-from walk import LONGEST_S, WRITES, start, succeeds, walk_contents
+from walk import BESIDE, LONGEST_S, WRITES, remove_output, start, succeeds, walk_contents
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault("full or read-only disk")]
-POINTS = rounds(1, 10)
+POINTS, BLOCK = rounds(1, 10), 4096
 OLDER = {"simulate": ("--seed", 2), "embeddings": (), "metrics": (), "interpretability": ("--method", "sg"), "import_st":
          ("--patch-sz-px", 32), "evaluate_sections": ("--seed", 1), "choose_ema": ("--sigma-rel", 0.1), "extract": ("--stride", 9),
          "filter": ("--vocab-file", "beside/genes_few.txt"), "generate_img": ("--steps", 3), "perturb": ("--seeds", "0-2"),
@@ -91,4 +91,31 @@ def test_a_command_on_a_full_disk_is_one_line_keeps_what_was_there_and_goes_on_w
     disk.leave_room()
     succeeds(start(disk, name, folder))
     assert differences(walk_contents(disk.path(folder)), walk_contents(whole)) == []
+    assert leftovers(disk.path(folder)) == leftovers(whole) == []
+
+
+@pytest.mark.parametrize("kind", ["full disk"])           # no file of theirs is long enough to be refused
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_command_that_writes_beside_others_leaves_its_older_output_on_a_full_disk(name, disk, undisturbed, tmp_path, tried):
+    whole, folder, older = undisturbed[0], disk.mount / "walk", tmp_path / "older"
+    out = (folder / BESIDE[name][0]).parent
+    assert disk.call("cp", "-r", whole, folder) == 0
+    remove_output(name, disk.path(folder))
+    if name != "dump_metadata":                           # which replaces nothing
+        for file in BESIDE[name]:
+            older.write_text("".join((whole / file).read_text().splitlines(keepends=True)[:-1]))
+            assert disk.call("cp", older, folder / file) == 0
+    old = walk_contents(disk.path(out))
+    n_blocks = sum((whole / file).stat().st_size // BLOCK for file in BESIDE[name])
+    for number in range(POINTS):
+        disk.leave_free(n_blocks * number // POINTS * BLOCK)
+        run = start(disk, name, folder)
+        assert run.wait(LONGEST_S) == 4 and len(run.errors) == 1, (run.code, run.said[-3000:])
+        assert any(words in run.errors[0] for words in disk.refused), run.errors
+        assert any(str(folder / file) in run.errors[0] for file in BESIDE[name]), run.errors
+        assert differences(walk_contents(disk.path(out)), old) == [], "the old output stands, and nothing new beside it"
+        tried()
+    disk.leave_room()
+    succeeds(start(disk, name, folder))
+    assert differences(walk_contents(disk.path(out)), walk_contents(whole / out.name)) == []
     assert leftovers(disk.path(folder)) == leftovers(whole) == []

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -64,7 +65,9 @@ COMMANDS = WALK | FURTHER
 WRITES = {"simulate": "SIM", "clip": "clip", "embeddings": "embeddings", "gan": "gan", "gen_images": "generated", "diffusion": "diffusion",
           "generate_img": "drawn", "metrics": "scores", "perturb": "perturbed", "interpolate": "between",
           "interpretability": "attributions", "evaluate_sections": "sections", "import_st": "imported", "choose_ema": "averaged"}
-# beside those of preprocessing, which have tests of their own; cohort_report and dump_metadata write into folders of others
+# beside those of preprocessing, which have tests of their own
+BESIDE = {"vocabulary": ("data/vocab.txt",), "cohort_report": ("cohort/cohort.csv", "cohort/cohort.html"),
+          "dump_metadata": ("foreign/metadata.jsonl",)}          # what is written into folders of others
 LONGEST_S = 600          # of one command, on a machine that does other work too
 RECORDS = ("stats.jsonl", "log.txt", "events.out.tfevents", "metrics.csv", "hparams.yaml")   # logs: they tell how often a run was stopped
 WALL_TIME = re.compile(rb'"evaluate sections": [\d.]+|evaluate sections</th><td>[\d.]+')
@@ -74,6 +77,15 @@ TIMES = ("elapsed_s", "last_tick", "last_snap")
 def start(server: CommandServer, name: str, folder: Path, *more: str) -> Run:
     """A command under way in `folder`, with more arguments, in a process group of its own."""
     return server.start(name, *COMMANDS[name], *more, before=f"import os; os.setpgid(0, 0); os.chdir({str(folder)!r})")
+
+
+def remove_output(name: str, folder: Path) -> None:
+    """What the command leaves in the folder of a walk."""
+    if name in WRITES:
+        shutil.rmtree(folder / WRITES[name])
+    else:
+        for file in BESIDE[name]:
+            (folder / file).unlink(missing_ok=True)
 
 
 def succeeds(run: Run) -> None:
