@@ -64,12 +64,10 @@ class Bench:
 
         from training.clip_config import clip_config
         from training.clip_run import run_clip
+        from training.composed_config import compose_config
 
         name, differences = recipe
-        files = [ROOT / "assets" / "clip_config.yaml", ROOT / "assets" / f"{name}.yaml"]
-        loaded = OmegaConf.merge(*(OmegaConf.load(file) for file in files))
-        for key in ("defaults", "hydra"):
-            loaded.pop(key, None)
+        loaded = compose_config(name, None, ())
         with tempfile.TemporaryDirectory(dir=self.work) as run_dir:
             for key, value in {**differences, "seed": seed, "logger": "none", "run_dir": run_dir, "trainer.progress_bar": False,
                                "trainer.save_top": 0, "trainer.max_epochs": self.epochs, "image.cache_dir": str(self.work / "features"),

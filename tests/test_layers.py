@@ -20,7 +20,7 @@ COMMANDS = {path.stem for path in ROOT.glob("*.py")} | {
                                               "choose_ema")} | {"training.doctor"}
 CONFINED = {   # library -> the only files that may import it
     "torch": {"networks", "evaluation", "training", "diffusion_utils", "."},
-    "pytorch_lightning": {"training/clip_module.py", "training/clip_fit.py", "training/clip_checkpoints.py", "train_clip.py"},
+    "pytorch_lightning": {"training/clip_module.py", "training/clip_fit.py", "training/clip_checkpoints.py"},
     "diffusers": {"diffusion_utils"},
     "accelerate": {"diffusion_utils"},
     "captum": {"interpretability.py", "evaluation/attribution.py"},
