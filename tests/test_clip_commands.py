@@ -420,11 +420,12 @@ def test_what_our_own_modules_warn_of_is_said_in_training(caplog, monkeypatch):
     assert "an unreadable line is dropped" in caplog.text
 
 
-def test_a_configuration_of_ones_own_builds_on_those_that_are_shipped(tmp_path):
+@pytest.mark.parametrize("name", ["mine", "mine.yaml", "mine.v2"])
+def test_a_configuration_of_ones_own_builds_on_those_that_are_shipped(tmp_path, name):
     folder = tmp_path / "my, 'own' configs"
     folder.mkdir()
-    (folder / "mine.yaml").write_text("defaults: [clip_small, _self_]\nseed: 5\n")
-    result = CliRunner().invoke(train_clip.main, ["--config-dir", folder, "--config-name", "mine", "--cfg", "job", "optimizer.lr=0.5"])
+    (folder / f"{name.removesuffix('.yaml')}.yaml").write_text("defaults: [clip_small, _self_]\nseed: 5\n")
+    result = CliRunner().invoke(train_clip.main, ["--config-dir", folder, "--config-name", name, "--cfg", "job", "optimizer.lr=0.5"])
     shown = yaml.safe_load(result.stdout)
     assert (shown["seed"], shown["optimizer"]["lr"], shown["model"]["gene_components"]) == (5, 0.5, 50) and "hydra" not in shown
 

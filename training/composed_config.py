@@ -47,7 +47,7 @@ def compose_config(name: str, folder: Path | str | None, words: Sequence[str]) -
         if OF_HYDRA.match(word):
             raise OptionError("command line", KEYS, f"{word}, a setting of Hydra itself, which has no part here")
     folders = [ASSETS] if folder is None else [ASSETS, Path(folder).resolve()]
-    first = next((place for place in reversed(folders) if (place / name).with_suffix(".yaml").is_file()), ASSETS)
+    first = next((place for place in reversed(folders) if (place / f"{name.removesuffix('.yaml')}.yaml").is_file()), ASSETS)
     others = ", ".join(quoted(f"file://{place}") for place in folders if place != first)
     try:
         with initialize_config_dir(str(first), version_base="1.3", job_name="train_clip"):
