@@ -13,7 +13,7 @@ from pathlib import Path
 
 from preprocessing.errors import InputError, OptionError, first_few
 
-UNFINISHED = r"\.(tmp|old)\.\d{1,7}$"                        # what a process adds to a name, with its number; 2024-05-01 is none
+UNFINISHED = r"(?:\.(tmp|old)\.\d{1,7})+$"     # what a process adds to a name, with its number, once or again; 2024-05-01 is none
 LITTER = r"\.DS_Store|\._.*|\.nfs.*|\.ipynb_checkpoints"       # what systems and notebooks leave in any folder
 Paths = Path | str | Iterable[Path | str] | None          # what an option names, if it was given
 OWNED = {"metadata.jsonl": "patches", "samples.csv": "generated patches", "perturbation.csv": "a perturbation", "SHA256SUMS": "weights",

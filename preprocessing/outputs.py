@@ -26,7 +26,7 @@ MIB = 1 << 20
 OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)     # what only the output can be to blame for
 OF_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)               # of a file system without flock, as mounts of clusters may be
 SILENT_WAIT_S = 2                 # a lock that is free within this time is not worth a line
-LEFTOVER = re.compile(rf"(.+){UNFINISHED}", re.DOTALL)     # what is being written to, or replaced, by the process of that number
+LEFTOVER = re.compile(rf"(.+?){UNFINISHED}", re.DOTALL)     # what is being written to, or replaced, by the process of that number
 
 
 @contextmanager
@@ -297,7 +297,7 @@ def locked(path: Path | str, wait_s: float = 3600, covers: Iterable[Path | str] 
 def is_leftover(path: Path, names: str = ".+") -> bool:
     """Whether a process left this behind of a file or folder whose name fits the regular expression `names`. What is only called alike,
     `gex.h5ad.tmp.mine` or a file `vocab.txt.old.1` (we replace folders alone in that way), is its user's."""
-    match = LEFTOVER.fullmatch(path.name)
+    match = LEFTOVER.fullmatch(path.name)      # `gex.h5ad.tmp.7.tmp.7`, too: staged with others, and written by the rule of one file
     return match is not None and re.fullmatch(names, match[1]) is not None and (match[2] == "tmp" or path.is_dir())
 
 
@@ -313,7 +313,7 @@ def _clear_leftovers(path: Path) -> None:
         for left in path.parent.glob(f"{glob.escape(path.name)}.{kind}.*"):
             if not is_leftover(left, re.escape(path.name)):
                 continue
-            if kind == "old" and not path.exists():
+            if kind == "old" and ".tmp." not in left.name[len(path.name):] and not path.exists():
                 os.rename(left, path)
             elif left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)

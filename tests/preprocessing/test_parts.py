@@ -109,7 +109,7 @@ def shown(folder):
 @pytest.mark.parametrize("hold", [lambda folder: locked(folder / "out"), only_writer], ids=["locked", "only writer"])
 def test_what_is_only_named_like_a_leftover_is_its_users_and_stays(tmp_path, make, finished, hold, tried):
     tried(len(OF_USERS))
-    for name in (*OF_USERS, *finished, "out.tmp.7", "out.tmp.4194304", "out.done.json.tmp.7"):
+    for name in (*OF_USERS, *finished, "out.tmp.7", "out.tmp.4194304", "out.done.json.tmp.7", "out.tmp.7.tmp.7", "out.old.7.tmp.7"):
         make(tmp_path / name)
     if finished:
         (tmp_path / "out.old.7").mkdir()
@@ -133,7 +133,9 @@ def test_every_name_that_is_written_to_or_moved_away_counts_as_a_leftover(tmp_pa
     monkeypatch.setattr(os, "rename", note)
     (tmp_path / "folder").mkdir()
     with finished_file(tmp_path / "a.csv") as one, finished_together([tmp_path / "b.csv"]) as staged:
-        for path, name in ((one, "a.csv"), (staged[tmp_path / "b.csv"], "b.csv")):
+        with finished_file(staged[tmp_path / "b.csv"]) as twice:
+            twice.touch()
+        for path, name in ((one, "a.csv"), (staged[tmp_path / "b.csv"], "b.csv"), (twice, "b.csv")):
             path.touch()
             assert is_leftover(path, re.escape(name)) and not is_leftover(path, "csv")
     with finished_folder(tmp_path / "folder") as working:
