@@ -169,10 +169,12 @@ runpy.run_path(sys.argv[2], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(("library", "command"), [("hydra", "train_clip.py"), ("preprocessing.errors", "preprocessing/extract_patches.py")])
-def test_a_ctrl_c_while_a_command_imports_is_one_line(library, command):
+@pytest.mark.parametrize(("library", "command", "code"), [
+    ("hydra", "train_clip.py", 130), ("preprocessing.errors", "preprocessing/extract_patches.py", -signal.SIGINT)],
+    ids=["within the command", "before it begins"])
+def test_a_ctrl_c_while_a_command_imports_is_one_line(library, command, code):
     done = subprocess.run([sys.executable, "-c", IMPORTING, library, command], cwd=ROOT, text=True, capture_output=True, timeout=SECONDS)
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", INTERRUPTED)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", INTERRUPTED)
     done = subprocess.run([sys.executable, "-c", IMPORTING, library, command, "--debug"], cwd=ROOT, text=True, capture_output=True,
                           timeout=SECONDS)
-    assert (done.returncode, done.stdout) == (-signal.SIGINT, "") and done.stderr.endswith(INTERRUPTED) and "Traceback" in done.stderr
+    assert (done.returncode, done.stdout) == (code, "") and done.stderr.endswith(INTERRUPTED) and "Traceback" in done.stderr
