@@ -76,6 +76,14 @@ def test_a_secret_given_as_an_option_is_refused_without_being_repeated(samples, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_config_file_takes_no_secret_from_the_environment(samples, tmp_path):
+    (tmp_path / "curious.yaml").write_text("defaults: [clip_config, _self_]\nout_dir: ${oc.env:HF_TOKEN}\n")
+    process = start(samples, f"run_dir={tmp_path / 'run'}", "--config-dir", str(tmp_path), "--config-name", "curious", **SECRETS)
+    told = "".join(finish(process))
+    assert process.returncode == 2 and "error: out_dir: " in told and "hf_canary0123456789" not in told, told
+    assert not (tmp_path / "run").exists()
+
+
 def test_gated_weights_without_a_login_say_in_one_line_how_to_get_them(samples, tmp_path):
     environment = {name: "" for name in (*SECRETS, "UNI_STATE_DICT_PATH")}
     process = start(samples, f"run_dir={tmp_path / 'run'}", "model.image_encoder=uni", HF_HOME=str(tmp_path / "home"), **environment)

@@ -1,7 +1,8 @@
 """The configuration of `train_clip.py` composed from YAML files and `key=value` words: Hydra's composition, and nothing else of Hydra.
 
 Its job runner would also call whatever `hydra.callbacks` and `hydra.job_logging` of a file name: a file from a stranger is data here.
-What stands below `hydra:` in a file has no effect.
+What stands below `hydra:` in a file has no effect, and no file reads the environment (`${oc.env:...}`), whose tokens would end in the
+run's own record of its configuration.
 """
 from __future__ import annotations
 
@@ -41,8 +42,10 @@ def compose_config(name: str, folder: Path | str | None, words: Sequence[str]) -
     """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
     from yaml import YAMLError
 
+    OmegaConf.clear_resolver("oc.env")
     for word in words:
         if OF_HYDRA.match(word):
             raise OptionError("command line", KEYS, f"{word}, a setting of Hydra itself, which has no part here")
