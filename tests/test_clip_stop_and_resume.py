@@ -67,7 +67,7 @@ def test_a_signal_finishes_the_step_and_the_resumed_run_ends_bit_equal(samples, 
 
 @pytest.mark.parametrize("cached", [0, 2])
 def test_a_run_stopped_at_a_random_step_ends_bit_equal_with_and_without_cached_features(samples, tmp_path, monkeypatch, cached):
-    step = random.SystemRandom().randrange(12)   # a failing one is in the message
+    step = random.SystemRandom().randrange(12)   # of twelve; a failing one is in the message
     options = {**RUN, "image": {"cache_features": cached}, "model": {"feature_sample_scaling": "centre"}}
     whole = train(config(run_dir=str(tmp_path / "whole"), **options), samples)
     with monkeypatch.context() as patch:
